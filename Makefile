@@ -1,0 +1,46 @@
+# Every target sets up what it needs; `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := $(wildcard packages/*)
+STAMP := $(VENV)/.stamp
+ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+.PHONY: help setup system demo test lint bench docs lock clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## install the locked dependencies and the five packages into .venv
+
+$(STAMP): requirements.lock $(addsuffix /pyproject.toml,$(PACKAGES))
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on PATH. Expected Python 3.11 or newer with venv: install it (Debian: apt install python3.11 python3.11-venv) or name yours: make setup PYTHON=python3.12" >&2; exit 2; }
+	@echo "setup: creating .venv and installing $$(grep -c == requirements.lock) locked packages, each checked against its hash (needs the package index; nothing outside .venv is touched)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --progress-bar off --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation $(foreach p,$(PACKAGES),-e $(p))
+	@touch $(STAMP)
+	@echo "setup: done"
+
+system: ## install bubblewrap and nftables (Debian or Ubuntu, as root), or say how
+	@bash scripts/system.sh bubblewrap nftables git
+
+demo: setup system ## run the whole job on this machine; ARGS=--keep, ARGS="--outage 10"
+	@$(BIN)/python -m examples.demo $(ARGS)
+
+test: setup system ## all tests
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: setup ## ruff, mypy strict, import contracts
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/mypy packages tests bench examples
+	@$(BIN)/lint-imports
+
+lock: ## make requirements.lock anew (needs uv)
+	uv pip compile --universal --generate-hashes --no-emit-index-url --no-header --no-annotate --python-version 3.11 \
+	  --group dev packages/*/pyproject.toml --extra signing $(foreach p,$(PACKAGES),--no-emit-package $(notdir $(p))) -o requirements.lock

@@ -1,0 +1,1 @@
+"""The Platform API: challenges, job queue, results and push notifications."""

@@ -1,0 +1,1 @@
+"""What challenge authors import; runs inside the CVM."""

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Installs the system packages that a make target needs, or says exactly what is missing.
+set -euo pipefail
+declare -A program=([bubblewrap]=bwrap [nftables]=nft [git]=git [qemu-system-x86]=qemu-system-x86_64 [postgresql]=psql [chromium]=chromium)
+export PATH="$PATH:/usr/sbin:/sbin"
+missing=()
+for package in "$@"; do
+  command -v "${program[$package]}" >/dev/null || missing+=("$package")
+done
+[ ${#missing[@]} -eq 0 ] && exit 0
+if ! command -v apt-get >/dev/null; then
+  echo "error: this needs ${missing[*]} and apt is not here: install them with your package manager, then run make again" >&2
+  exit 2
+fi
+if [ "$(id -u)" -ne 0 ]; then
+  echo "error: this needs ${missing[*]}: run 'sudo apt-get install ${missing[*]}', then run make again" >&2
+  exit 2
+fi
+echo "system: installing ${missing[*]} with apt (sandboxing, its packet filter, and the git client)"
+apt-get update -qq
+DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
