@@ -1,0 +1,1 @@
+"""What must survive a `kill -9`: the port, its records, and two implementations."""

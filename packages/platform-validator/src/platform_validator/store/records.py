@@ -1,0 +1,178 @@
+"""The rows of the store, as plain values: what the validator remembers of jobs, CVMs and challenges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from platform_protocol.ids import ChallengeId, ClaimId, JobId, LeaseToken, VmId, VmName
+from platform_protocol.resources import Resources
+
+
+class Stage(StrEnum):
+    """Where a job is in its life, in the order in which a good one passes through."""
+
+    PENDING = "pending"
+    CLAIMED = "claimed"
+    FETCHING = "fetching"
+    CREATING = "creating"
+    BOOTING = "booting"
+    ATTESTING = "attesting"
+    RUNNING = "running"
+    COLLECTING = "collecting"
+    SUBMITTING = "submitting"
+    SUBMITTED = "submitted"
+    DESTROYING = "destroying"
+    DONE = "done"
+
+
+class JobOutcome(StrEnum):
+    """How a job ended. The first three are about the submission and are submitted; the rest are not."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    TIMEOUT = "timeout"
+    CANCELLED = "cancelled"
+    INFRA_ERROR = "infra_error"
+    LEASE_LOST = "lease_lost"
+    SANDBOX_DIED = "sandbox_died"
+
+
+class Purpose(StrEnum):
+    """What a CVM was made for."""
+
+    JOB = "job"
+    READY = "ready"
+    SHARED = "shared"
+
+
+class VmPhase(StrEnum):
+    """What we have done to a CVM, written before it is done."""
+
+    INTENDED = "intended"
+    CREATED = "created"
+    READY = "ready"
+    DESTROYING = "destroying"
+    GONE = "gone"
+
+
+class InstanceState(StrEnum):
+    """The usage guide's states of a challenge; each belongs to one instance."""
+
+    CREATED = "Created"
+    PROVISIONING = "Provisioning"
+    PROBING = "Probing"
+    ACTIVE = "Active"
+    FAILED = "Failed"
+    RECYCLING = "Recycling"
+
+
+@dataclass(frozen=True, slots=True)
+class StateIdentity:
+    """A state directory: `state_id` (10 hex digits) names our CVMs, `instance` (uuid) signs requests."""
+
+    state_id: str
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """One claim and what became of it.
+
+    `granted` is the API's claim answer as received (UTF-8 JSON), None until it came.
+    """
+
+    claim_id: ClaimId
+    job_id: JobId
+    challenge_id: ChallengeId
+    instance_key: str
+    resources: Resources
+    stage: Stage
+    claimed_at: datetime
+    granted: bytes | None = None
+    attempt: int | None = None
+    token: LeaseToken | None = None
+    vm: VmName | None = None
+    outcome: JobOutcome | None = None
+    reason: str | None = None
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxRecord:
+    """A stored result on its way to the Platform API. `body` is the exact bytes that are sent."""
+
+    claim_id: ClaimId
+    job_id: JobId
+    body: bytes
+    stored_at: datetime
+    tries: int = 0
+    last_error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VmRecord:
+    """One CVM of ours, from before it is made until the VMM has confirmed that it is gone.
+
+    `sealed_secret` is the launch secret under the keyring; `sealed_with` is the VM's name.
+    """
+
+    name: VmName
+    purpose: Purpose
+    challenge_id: ChallengeId
+    instance_key: str
+    resources: Resources
+    phase: VmPhase
+    sealed_secret: bytes
+    compose: bytes
+    host_port: int
+    session_id: str
+    intended_at: datetime
+    hard_deadline: datetime
+    vm_id: VmId | None = None
+    claim_id: ClaimId | None = None
+    vm_instance: str | None = None
+    attestation: str | None = None
+    reason: str | None = None
+    gone_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceRecord:
+    """An instance = (challenge, commit, digest of its specification)."""
+
+    key: str
+    challenge_id: ChallengeId
+    name: str
+    repository: str
+    commit: str
+    spec_digest: str
+    state: InstanceState
+    since: datetime
+    reason: str | None = None
+    bundle_sha256: str | None = None
+    compose_hash: str | None = None
+    superseded_by: str | None = None
+    failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ValueRecord:
+    """A dynamic value of one challenge. `value` is JSON text; `version` counts its writes from 1."""
+
+    challenge_id: ChallengeId
+    key: str
+    value: str
+    version: int
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ValueReply:
+    """What a write answered, kept under (session, request) so that a resent one is not applied again."""
+
+    session_id: str
+    request_id: str
+    reply: str
