@@ -1,0 +1,53 @@
+"""What a run may leave: processes, mounts, control groups, namespaces; seen before, compared after."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+GUEST_UIDS = range(300_000, 400_000)
+"""The uids that the local VMM gives to its sandboxes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A look at the machine."""
+
+    processes: frozenset[tuple[int, float]]
+    mounts: frozenset[str]
+    cgroups: frozenset[str]
+    namespaces: frozenset[str]
+
+
+def look(state: Path) -> Machine:
+    """Processes of guests or named for this state, and the machine's mounts and groups."""
+    processes: set[tuple[int, float]] = set()
+    namespaces: set[str] = set()
+    for process in psutil.process_iter():
+        try:
+            with process.oneshot():
+                ours = process.uids().real in GUEST_UIDS or str(state) in " ".join(process.cmdline())
+                if ours and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                    processes.add((process.pid, process.create_time()))
+            namespaces.add(str(Path(f"/proc/{process.pid}/ns/net").readlink()))
+        except (psutil.Error, OSError):
+            continue
+    mounts = frozenset(line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    cgroups = frozenset(
+        str(path) for path in Path("/sys/fs/cgroup").glob("**/platform-vmm*/*") if path.is_dir()
+    )
+    return Machine(frozenset(processes), mounts, cgroups, frozenset(namespaces))
+
+
+def left(before: Machine, after: Machine) -> dict[str, list[str]]:
+    """What is there now and was not before, by kind; kinds with nothing left are absent."""
+    rows = {
+        "processes": [str(pid) for pid, _ in sorted(after.processes - before.processes)],
+        "mounts": sorted(after.mounts - before.mounts),
+        "cgroups": sorted(after.cgroups - before.cgroups),
+        "namespaces": sorted(after.namespaces - before.namespaces),
+    }
+    return {kind: found for kind, found in rows.items() if found}
