@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := $(wildcard packages/*)
 STAMP := $(VENV)/.stamp
+WS16 := $(VENV)/websockets16
 ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
@@ -33,8 +34,14 @@ system: ## install bubblewrap and nftables (Debian or Ubuntu, as root), or say h
 demo: setup system ## run the whole job on this machine; ARGS=--keep, ARGS="--outage 10"
 	@$(BIN)/python -m examples.demo $(ARGS)
 
-test: setup system ## all tests
+test: setup system $(WS16)/.stamp ## all tests; ARGS="-k lease" narrows them
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
+	@echo "test: the session tests once more, with websockets 16"
+	@PYTHONPATH=$(WS16) $(BIN)/python -m pytest -q tests/interop/session
+
+$(WS16)/.stamp: tests/interop/websockets16.lock $(STAMP)
+	@$(BIN)/python -m pip install --quiet --progress-bar off --no-deps --require-hashes --upgrade --target $(WS16) -r $<
+	@touch $@
 
 lint: setup ## ruff, mypy strict, import contracts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
