@@ -37,30 +37,32 @@ def canonical_json(value: Any) -> bytes:
 def _check(value: Any, path: str, depth: int) -> None:
     if depth > _MAX_DEPTH:
         raise NotCanonical(f"{path}: nested over {_MAX_DEPTH} deep")
-    if value is None or isinstance(value, bool):
-        return
-    if isinstance(value, int):
-        if abs(value) > _MAX_SAFE:
-            raise NotCanonical(f"{path}: expected an integer within ±(2^53-1)")
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise NotCanonical(f"{path}: expected a finite number, got {value}")
-    elif isinstance(value, str):
-        _check_text(value, path)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_text(key, path)
+            _check(item, f"{path}.{key}", depth + 1)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             _check(item, f"{path}[{index}]", depth + 1)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise NotCanonical(f"{path}: expected string keys, got {type(key).__name__}")
-            _check_text(key, path)
-            _check(item, f"{path}.{key}", depth + 1)
-    else:
+    elif isinstance(value, str):
+        _check_text(value, path)
+    elif value is not None and not isinstance(value, bool):
+        _check_number(value, path)
+
+
+def _check_number(value: Any, path: str) -> None:
+    if isinstance(value, int):
+        if abs(value) > _MAX_SAFE:
+            raise NotCanonical(f"{path}: expected an integer within ±(2^53-1)")
+    elif not isinstance(value, float):
         raise NotCanonical(f"{path}: {type(value).__name__} is not JSON")
+    elif not math.isfinite(value):
+        raise NotCanonical(f"{path}: expected a finite number, got {value}")
 
 
-def _check_text(text: str, path: str) -> None:
+def _check_text(text: Any, path: str) -> None:
+    if not isinstance(text, str):
+        raise NotCanonical(f"{path}: expected string keys, got {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
