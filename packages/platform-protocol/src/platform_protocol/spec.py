@@ -65,7 +65,7 @@ class NetworkSpec(_Table):
 
 
 class ResultSpec(_Table):
-    """`[result]`: the largest result, in bytes, and the range of the score, where the challenge declares one."""
+    """`[result]`: the largest result, in bytes, and the score's range, where the challenge declares one."""
 
     max_bytes: Annotated[int, Field(ge=1024, le=MAX_RESULT_BYTES)] = _MIB
     score_min: Annotated[float, Field(allow_inf_nan=False, strict=False)] | None = None
