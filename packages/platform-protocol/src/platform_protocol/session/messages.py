@@ -298,9 +298,7 @@ _FROM_VALIDATOR: TypeAdapter[ValidatorMessage] = TypeAdapter(
 def encode_message(message: GuestMessage | ValidatorMessage) -> bytes:
     """The plaintext of a message; optional members that are None are left out."""
     data = message.model_dump(mode="json")
-    if not isinstance(message, _Sequenced):
-        data.pop("seq", None)
-    for key in ("result", "error", "keys", "version", "request_id"):
+    for key in ("result", "error", "keys", "version"):
         if key in data and data[key] is None:
             del data[key]
     return json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
