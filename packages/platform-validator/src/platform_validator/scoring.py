@@ -10,11 +10,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from platform_validator.errors import ValidatorError
 
 _CLIP = 10.0
+_KEYS = frozenset({"algorithm", "normalization", "min", "max", "centre", "spread", "weights"})
 NameT = TypeVar("NameT", bound=StrEnum)
 
 
@@ -56,10 +57,8 @@ class ScoringRule:
     weights: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def named(
-        cls, algorithm: str, normalization: str, weights: Mapping[str, float] | None = None
-    ) -> ScoringRule:
-        """A rule from the names of a configuration.
+    def named(cls, algorithm: str, normalization: str) -> ScoringRule:
+        """A rule from the names of the operator's configuration.
 
         Raises:
             UnknownScoring: One of the names is not known.
@@ -67,8 +66,44 @@ class ScoringRule:
         return cls(
             algorithm=_known(Algorithm, "algorithm", algorithm),
             normalization=_known(Normalization, "normalization", normalization),
-            weights=dict(weights or {}),
         )
+
+    def overridden(
+        self, table: Mapping[str, Any], *, low: float | None = None, high: float | None = None
+    ) -> ScoringRule:
+        """This rule under a challenge's `[scoring]`, which wins, and its declared score range.
+
+        Args:
+            table: `algorithm`, `normalization`, `min`, `max`, `centre`, `spread`, `weights`; all optional.
+            low: The declared lowest score, where `[scoring]` has no `min`.
+            high: The declared highest score, where `[scoring]` has no `max`.
+
+        Raises:
+            UnknownScoring: An unknown name or key, or a value that is no finite number.
+        """
+        unknown = sorted(table.keys() - _KEYS)
+        if unknown:
+            raise UnknownScoring(f"unknown [scoring] keys {unknown}: expected {sorted(_KEYS)}")
+        weights = table.get("weights", {})
+        if not isinstance(weights, dict):
+            raise UnknownScoring("[scoring] weights: expected a table of numbers")
+        return ScoringRule(
+            algorithm=_known(Algorithm, "algorithm", table.get("algorithm", self.algorithm)),
+            normalization=_known(
+                Normalization, "normalization", table.get("normalization", self.normalization)
+            ),
+            low=_number("min", table.get("min", self.low if low is None else low)),
+            high=_number("max", table.get("max", self.high if high is None else high)),
+            centre=_number("centre", table.get("centre", self.centre)),
+            spread=_number("spread", table.get("spread", self.spread)),
+            weights={str(name): _number(f"weights.{name}", share) for name, share in weights.items()},
+        )
+
+
+def _number(what: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UnknownScoring(f"[scoring] {what}: expected a finite number, got {value!r}")
+    return float(value)
 
 
 def _known(names: type[NameT], what: str, given: str) -> NameT:
@@ -80,7 +115,7 @@ def _known(names: type[NameT], what: str, given: str) -> NameT:
 
 
 def final_score(score: float, metrics: Mapping[str, float], rule: ScoringRule) -> float:
-    """The operator's score: always finite. Metrics that are absent, or not named by the rule, do not count."""
+    """The operator's score, always finite. Metrics that are absent or not named do not count."""
     total = _transformed(_normalized(score, rule), rule.algorithm)
     weight = 1.0
     for name, share in rule.weights.items():

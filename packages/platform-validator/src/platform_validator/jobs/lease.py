@@ -1,4 +1,4 @@
-"""Keeping a job's lease: when to renew, when to stop, decided purely; carried out where the loop cannot starve it.
+"""Keeping a job's lease: decided purely, carried out in a thread that the event loop cannot starve.
 
 The token fences and the clock only reclaims: a refused renewal ends the work, an unanswered one does not.
 """
@@ -15,7 +15,6 @@ from datetime import timedelta
 from typing import Protocol
 
 from platform_protocol.ids import JobId, LeaseToken
-
 from platform_validator.clock import Clock
 from platform_validator.platform_client.port import JobUnknown, LeaseRefused, PlatformClient, PlatformError
 

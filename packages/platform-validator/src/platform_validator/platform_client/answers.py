@@ -27,6 +27,15 @@ LONGEST_RETRY_AFTER = timedelta(hours=1)
 _TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]|[\]}]', re.DOTALL)
 _HTTP_REDIRECT = range(300, 400)
 _HTTP_SERVER_ERROR = 500
+_TRY_LATER = frozenset({408, 425, 429})
+_NOT_AUTHORIZED = frozenset({401, 403})
+_KINDS: Mapping[int, type[PlatformRefused]] = {
+    404: JobUnknown,
+    409: LeaseRefused,
+    410: LeaseRefused,
+    413: ResultRefused,
+    422: ResultRefused,
+}
 
 
 class Call(Enum):
@@ -36,6 +45,9 @@ class Call(Enum):
     CLAIM = auto()
     LEASE = auto()
     RESULT = auto()
+
+
+_ABOUT_A_JOB = frozenset({Call.CLAIM, Call.LEASE, Call.RESULT})
 
 
 def read_json(body: bytes) -> Any:
@@ -72,7 +84,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def problem_code(body: bytes) -> tuple[str, str, Mapping[str, Any]]:
-    """The stable word, the sentence and the whole object of a problem+json body; empty where there is none."""
+    """The stable word, the sentence and the whole object of a problem; empty where there is none."""
     try:
         problem = read_json(body)
     except PlatformUnavailable:
@@ -92,24 +104,22 @@ def refusal(call: Call, status: int, headers: Mapping[str, str], body: bytes, no
     code, detail, _ = problem_code(body)
     said = f"the Platform API answered {status} {code}: {detail}".rstrip(": ")
     if status in _HTTP_REDIRECT:
-        return PlatformUnavailable(f"the Platform API answered {status}, a redirect, which is never followed")
-    if status in {401, 403} and code != "no_lease":
-        return NotAuthorized(said, code=code or "unauthorized", status=status)
-    if status in {408, 425, 429} or status >= _HTTP_SERVER_ERROR:
+        return PlatformUnavailable(f"{said}: a redirect, which is never followed")
+    if status in _TRY_LATER or status >= _HTTP_SERVER_ERROR:
         return PlatformUnavailable(said, retry_after(headers.get("Retry-After"), now))
-    if not code:
+    kind = _kind(call, status, code)
+    if not code and kind is not NotAuthorized:
         # A 404 or 409 of some proxy in between decides nothing about a job.
         return PlatformUnavailable(f"{said}, without a problem code: not the Platform API's answer")
-    match call, status:
-        case Call.CLAIM, 409 if code == "already_claimed":
-            return AlreadyClaimed(said, code=code, status=status)
-        case ((Call.CLAIM | Call.LEASE | Call.RESULT), (409 | 410)):
-            return LeaseRefused(said, code=code, status=status)
-        case ((Call.CLAIM | Call.LEASE | Call.RESULT), 404):
-            return JobUnknown(said, code=code, status=status)
-        case Call.RESULT, (413 | 422):
-            return ResultRefused(said, code=code, status=status)
-    return PlatformRefused(said, code=code, status=status)
+    return kind(said, code=code or "unauthorized", status=status)
+
+
+def _kind(call: Call, status: int, code: str) -> type[PlatformRefused]:
+    if status in _NOT_AUTHORIZED and code != "no_lease":
+        return NotAuthorized
+    if call is Call.CLAIM and code == "already_claimed":
+        return AlreadyClaimed
+    return _KINDS.get(status, PlatformRefused) if call in _ABOUT_A_JOB else PlatformRefused
 
 
 def retry_after(value: str | None, now: datetime) -> timedelta | None:

@@ -17,7 +17,6 @@ from platform_protocol.platform_messages import (
     ReleaseReason,
     SubmissionRef,
 )
-
 from platform_validator.errors import ValidatorError
 
 

@@ -1,4 +1,4 @@
-"""Lease renewals over a blocking HTTP client: used by the lease threads, touching nothing of the event loop."""
+"""Lease renewals over a blocking HTTP client, for the lease threads: nothing of the event loop is touched."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import json
 from datetime import timedelta
 from urllib.parse import quote, urlsplit
 
-from platform_protocol.ids import JobId, LeaseToken
-from platform_protocol.platform_messages import Renewal
 from pydantic import ValidationError
 
+from platform_protocol.ids import JobId, LeaseToken
+from platform_protocol.platform_messages import Renewal
 from platform_validator.clock import Clock
 from platform_validator.platform_client.answers import Call, problem_code, read_json, refusal
 from platform_validator.platform_client.port import PlatformUnavailable
@@ -52,8 +52,7 @@ class BlockingRenewals:
         body = json.dumps({"lease_token": token}).encode()
         status, headers, answer = self._post(path, body)
         code, _, problem = problem_code(answer) if status != _HTTP_OK else ("", "", {})
-        server_time = problem.get("server_time")
-        if code == "clock_skew" and isinstance(server_time, int) and self._signer.learn(server_time):
+        if code == "clock_skew" and self._signer.learn(problem.get("server_time")):
             status, headers, answer = self._post(path, body)
         if status != _HTTP_OK:
             raise refusal(Call.LEASE, status, headers, answer, self._clock.now())

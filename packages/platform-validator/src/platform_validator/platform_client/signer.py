@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from platform_protocol.signing import Keypair, audience_of, sign_request
-
 from platform_validator.clock import Clock
 
-LARGEST_OFFSET = timedelta(hours=24)
+_LARGEST_OFFSET_MS = 24 * 3600 * 1000
+_SAME_OFFSET_MS = 1000
 
 
 class RequestSigner:
@@ -50,10 +50,18 @@ class RequestSigner:
         """How far the Platform API's clock is ahead of ours, as learned; shown in /health."""
         return timedelta(milliseconds=self._offset_ms)
 
-    def learn(self, server_time_ms: int) -> bool:
-        """Learn the offset from a `clock_skew` answer; False when it changes nothing or is over 24 h."""
-        offset = server_time_ms - self._local_ms()
-        if abs(offset) > LARGEST_OFFSET.total_seconds() * 1000 or abs(offset - self._offset_ms) < 1000:
+    def learn(self, server_time: object) -> bool:
+        """Learn the offset from a `clock_skew` answer's time (Unix ms or RFC 3339).
+
+        Returns:
+            Whether another try makes sense: not when the time is unreadable, changes the offset by less
+            than a second, or is more than 24 h off.
+        """
+        theirs = _milliseconds(server_time)
+        if theirs is None:
+            return False
+        offset = theirs - self._local_ms()
+        if abs(offset) > _LARGEST_OFFSET_MS or abs(offset - self._offset_ms) < _SAME_OFFSET_MS:
             return False
         self._offset_ms = offset
         return True
@@ -75,3 +83,14 @@ class RequestSigner:
 
     def _local_ms(self) -> int:
         return int(self._clock.now().timestamp() * 1000)
+
+
+def _milliseconds(moment: object) -> int | None:
+    if isinstance(moment, int) and not isinstance(moment, bool):
+        return moment
+    if isinstance(moment, str):
+        try:
+            return int(datetime.fromisoformat(moment).timestamp() * 1000)
+        except (ValueError, OverflowError):
+            return None
+    return None

@@ -1,0 +1,179 @@
+"""Challenges here: follows the API's list, keeps a task a challenge, and hands out instances."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import structlog
+
+from platform_protocol.ids import ChallengeId
+from platform_protocol.resources import Resources
+from platform_validator.challenges.instance import ChallengeView, InstanceRef
+from platform_validator.challenges.resolve import HostRules
+from platform_validator.challenges.room import CvmFleet
+from platform_validator.challenges.runner import ChallengeRunner, RunnerParts
+from platform_validator.challenges.source import GitSource
+from platform_validator.clock import Clock
+from platform_validator.cvm.quota import Quota
+from platform_validator.cvm.vmm import VmmClient
+from platform_validator.platform_client.port import PlatformClient, PlatformError
+from platform_validator.store.port import Store
+
+MONITOR_EVERY = timedelta(seconds=60)
+RETRY_AFTER = timedelta(seconds=5)
+_YIELDING = 10.0
+
+_log = structlog.get_logger(__name__)
+
+
+class ChallengeManager:
+    """Monitors the list and keeps a runner for each challenge.
+
+    Args:
+        client: Gives the list.
+        store: Keeps the instances.
+        source: Fetches the trees.
+        vmm: Says which images it has.
+        fleet: Boots and destroys.
+        quota: Reserves.
+        rules: The operator's side.
+        clock: Time.
+        rng: Jitter.
+        on_active: Called when a challenge became Active or a ready CVM came: jobs may be claimable.
+    """
+
+    def __init__(
+        self,
+        *,
+        client: PlatformClient,
+        store: Store,
+        source: GitSource,
+        vmm: VmmClient,
+        fleet: CvmFleet,
+        quota: Quota,
+        rules: HostRules,
+        clock: Clock,
+        rng: random.Random,
+        on_active: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._client = client
+        self._store = store
+        self._clock = clock
+        self._wake = asyncio.Event()
+        self._runners: dict[ChallengeId, ChallengeRunner] = {}
+        self._yielding_until = 0.0
+        self._last_error: str | None = "not listed yet"
+        self.on_active = on_active
+        self._parts = RunnerParts(
+            store=store,
+            source=source,
+            vmm=vmm,
+            fleet=fleet,
+            quota=quota,
+            rules=rules,
+            clock=clock,
+            rng=rng,
+            room=self,
+            on_ready=self._ready,
+        )
+
+    @property
+    def last_error(self) -> str | None:
+        """Why the list could not be had the last time, or None: shown in /health."""
+        return self._last_error
+
+    def wake(self) -> None:
+        """Look at the list now (a push hinted at a change)."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Follow the list until cancelled; ready CVMs are handed to destruction at the end."""
+        await self._forget()
+        async with asyncio.TaskGroup() as group:
+            while True:
+                listed = await self._look(group)
+                pause = MONITOR_EVERY if listed else RETRY_AFTER
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause.total_seconds()):
+                        await self._wake.wait()
+                self._wake.clear()
+
+    def active_ids(self) -> Sequence[ChallengeId]:
+        """Challenges that jobs may be claimed for."""
+        return [each for each, runner in self._runners.items() if runner.active]
+
+    def acquire(self, challenge_id: ChallengeId) -> InstanceRef | None:
+        """A counted reference on a challenge's Active instance; None when there is none."""
+        runner = self._runners.get(challenge_id)
+        return runner.acquire() if runner is not None else None
+
+    def make_room(self, need: Resources, *, beside: ChallengeId | None) -> bool:
+        """Have the oldest idle ready CVM of another challenge yield; refills pause until room is taken."""
+        del need  # one at a time, whatever its size: the next try says whether it was enough
+        idle = [
+            (since, runner)
+            for each, runner in self._runners.items()
+            if each != beside and (since := runner.oldest_ready()) is not None
+        ]
+        self._yielding_until = self._clock.monotonic() + _YIELDING
+        if not idle:
+            return False
+        min(idle, key=lambda each: each[0])[1].yield_ready()
+        return True
+
+    def room_taken(self) -> None:
+        """Whoever waited for room has it: refills may go on."""
+        self._yielding_until = 0.0
+
+    def may_refill(self) -> bool:
+        """Whether idle ready CVMs may be booted now."""
+        return self._clock.monotonic() >= self._yielding_until
+
+    def views(self) -> list[ChallengeView]:
+        """Every challenge, by name."""
+        return sorted((runner.view() for runner in self._runners.values()), key=lambda view: view.name)
+
+    def _ready(self) -> None:
+        self.on_active()
+
+    async def _forget(self) -> None:
+        """Instances of an earlier process: their CVMs are gone or being destroyed, so they start anew."""
+        for record in await self._store.instances():
+            await self._store.remove_instance(record.key)
+
+    async def _look(self, group: asyncio.TaskGroup) -> bool:
+        try:
+            listed = await self._client.active_challenges()
+        except PlatformError as error:
+            self._last_error = str(error)
+            _log.warning("challenges_not_listed", error=str(error))
+            return False
+        self._last_error = None
+        wanted = {challenge.id: challenge for challenge in listed.challenges}
+        for challenge_id, challenge in wanted.items():
+            self._runner(challenge_id, group).want(challenge)
+        for challenge_id, runner in self._runners.items():
+            if challenge_id not in wanted:
+                runner.want(None)
+        return True
+
+    def _runner(self, challenge_id: ChallengeId, group: asyncio.TaskGroup) -> ChallengeRunner:
+        if challenge_id not in self._runners:
+            runner = ChallengeRunner(challenge_id, self._parts)
+            self._runners[challenge_id] = runner
+            group.create_task(self._supervise(challenge_id, runner))
+        return self._runners[challenge_id]
+
+    async def _supervise(self, challenge_id: ChallengeId, runner: ChallengeRunner) -> None:
+        try:
+            await runner.run()
+        except Exception:  # noqa: BLE001 - a fault of ours in one challenge must not end the others
+            _log.exception("challenge_runner_died", challenge_id=challenge_id)
+            await self._clock.sleep(RETRY_AFTER.total_seconds())
+        finally:
+            del self._runners[challenge_id]
+            self._wake.set()
