@@ -128,26 +128,30 @@ class ChallengeSession:
 
     session_id: str
     _channel: SealedChannel | None = None
-    _greeted: bool = False
     _next: int = 1
     _acked: int = 0
     _kept: OrderedDict[int, SequencedMessage] = field(default_factory=OrderedDict)
 
-    def connected(self, channel: SealedChannel, *, known: bool, state: GuestState) -> bytes:
-        """A new connection's channel; returns S's hello, the first frame to send."""
-        self._channel = channel
-        self._greeted = False
+    def greet(self, channel: SealedChannel, *, known: bool, state: GuestState) -> bytes:
+        """S's hello on a new connection, the first frame to send. The live connection stays as it is."""
         return channel.seal(encode_message(GuestHello(known=known, received=self._acked, state=state)))
+
+    def connected(self, channel: SealedChannel, frame: bytes) -> None:
+        """V's hello came over a new connection: it is the live one now. Send `unacknowledged()` at once.
+
+        Raises:
+            FrameInvalid: It does not open: the old connection stays.
+            MessageInvalid: It is no hello, or acknowledges what was not sent: the old connection stays.
+        """
+        message = read_validator_message(channel.open(frame))
+        if not isinstance(message, ValidatorHello):
+            raise MessageInvalid("expected hello first")
+        self._acknowledged(message.received)
+        self._channel = channel
 
     def disconnected(self) -> None:
         """The connection is gone."""
         self._channel = None
-        self._greeted = False
-
-    @property
-    def greeted(self) -> bool:
-        """Whether V's hello came over this connection: before it nothing but our hello may be sent."""
-        return self._greeted
 
     @property
     def pending(self) -> int:
@@ -155,35 +159,32 @@ class ChallengeSession:
         return len(self._kept)
 
     def receive(self, frame: bytes) -> ValidatorMessage:
-        """The message in a frame. After the ValidatorHello, send `unacknowledged()` at once.
+        """The message in a frame.
 
         Raises:
             FrameInvalid: It does not open: close the connection.
-            MessageInvalid: No message, no hello first, a second hello, or an ack of what was not sent.
+            MessageInvalid: No message, a second hello, or an ack of what was not sent.
         """
         if self._channel is None:
             raise MessageInvalid("the session has no connection")
         message = read_validator_message(self._channel.open(frame))
-        if isinstance(message, ValidatorHello) == self._greeted:
-            raise MessageInvalid("expected one hello, first")
         if isinstance(message, ValidatorHello):
-            self._acknowledged(message.received)
-            self._greeted = True
-        elif isinstance(message, Ack):
+            raise MessageInvalid("expected one hello, first")
+        if isinstance(message, Ack):
             self._acknowledged(message.seq)
         return message
 
     def send(self, message: GuestMessage) -> bytes | None:
-        """A frame, or None while V has not said hello: numbered messages are then kept, others lost."""
+        """A frame, or None while there is no connection: numbered messages are then kept, others lost."""
         if isinstance(message, SequencedMessage):
             message = message.model_copy(update={"seq": self._next})
             self._kept[self._next] = message
             self._next += 1
-        return self._channel.seal(encode_message(message)) if self._channel and self._greeted else None
+        return self._channel.seal(encode_message(message)) if self._channel is not None else None
 
     def unacknowledged(self) -> list[bytes]:
         """Frames of everything that V has not acknowledged, in order."""
-        if self._channel is None or not self._greeted:
+        if self._channel is None:
             return []
         return [self._channel.seal(encode_message(message)) for message in self._kept.values()]
 
@@ -195,5 +196,5 @@ class ChallengeSession:
             self._kept.popitem(last=False)
 
     def __repr__(self) -> str:
-        state = "up" if self._greeted else "greeting" if self._channel else "down"
+        state = "down" if self._channel is None else "up"
         return f"ChallengeSession({self.session_id}, {state}, next={self._next}, acked={self._acked})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -44,6 +45,7 @@ from platform_validator.platform_client.signer import RequestSigner
 MAX_SUBMISSION = 64 * 1024 * 1024
 _CHUNK = 256 * 1024
 _OK = range(200, 300)
+_VISIBLE = re.compile(r"[!-~]{1,2000}")
 _NOT_MODIFIED = 304
 
 _log = structlog.get_logger(__name__)
@@ -261,7 +263,7 @@ class HttpPlatformClient:
             SubmissionUnusable: It leads elsewhere.
         """
         whole = urlsplit(urljoin(self._origin + "/", url))
-        if f"{whole.scheme}://{whole.netloc}" != self._origin or not url.isascii() or not url.isprintable():
+        if f"{whole.scheme}://{whole.netloc}" != self._origin or not _VISIBLE.fullmatch(url):
             raise SubmissionUnusable(f"the submission's URL leaves {self._origin}: {url[:200]!r}")
         return whole.path + (f"?{whole.query}" if whole.query else "")
 

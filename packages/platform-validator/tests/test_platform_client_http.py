@@ -1,0 +1,580 @@
+"""The HTTP client against a server that misbehaves in every way it can (robustness 11 to 15)."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from aiohttp import WSCloseCode, web
+
+from platform_protocol.ids import ChallengeId, ClaimId, JobId, LeaseToken
+from platform_protocol.notifications import ChallengeUpdated, JobCancelled, NewJob
+from platform_protocol.platform_messages import SubmissionRef
+from platform_protocol.signing import Keypair, signing_payload, verify
+from platform_validator.clock import SystemClock
+from platform_validator.platform_client.answers import Call, read_json, refusal, retry_after
+from platform_validator.platform_client.backoff import Backoff
+from platform_validator.platform_client.http import HttpPlatformClient
+from platform_validator.platform_client.notifications import NotificationLoop
+from platform_validator.platform_client.port import (
+    AlreadyClaimed,
+    HotkeyInUse,
+    JobUnknown,
+    LeaseRefused,
+    NotAuthorized,
+    PlatformError,
+    PlatformRefused,
+    PlatformUnavailable,
+    ResultRefused,
+    SubmissionUnusable,
+)
+from platform_validator.platform_client.renewals import BlockingRenewals
+from platform_validator.platform_client.signer import RequestSigner
+
+KEY = Keypair.from_seed(bytes(32))
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+CHALLENGE = ChallengeId("00000000-0000-4000-8000-000000000001")
+JOB = JobId("00000000-0000-4000-8000-000000000002")
+TOKEN = LeaseToken("token")
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Server:
+    """A server on loopback that answers everything with one function."""
+
+    def __init__(self) -> None:
+        self.requests: list[web.Request] = []
+        self.bodies: list[bytes] = []
+        self.answer: Answer = self._nothing
+        self.url = ""
+
+    async def _nothing(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(status=404)
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Note the request and answer it."""
+        self.requests.append(request)
+        self.bodies.append(await request.read())
+        return await self.answer(request)
+
+    def says(self, status: int, body: object, headers: dict[str, str] | None = None) -> None:
+        """Answer everything with this."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+        async def answer(request: web.Request) -> web.StreamResponse:
+            return web.Response(status=status, body=data, headers=headers)
+
+        self.answer = answer
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    """A running server."""
+    scripted = Server()
+    app = web.Application(client_max_size=2**26)
+    app.router.add_route("*", "/{tail:.*}", scripted.handle)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    scripted.url = f"http://127.0.0.1:{port}"
+    yield scripted
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def client(server: Server) -> AsyncIterator[HttpPlatformClient]:
+    """A client of it."""
+    async with HttpPlatformClient(
+        base_url=server.url, signer=signer(server), clock=SystemClock(), timeout=timedelta(seconds=5)
+    ) as made:
+        yield made
+
+
+def signer(server: Server) -> RequestSigner:
+    """Signs for the server's origin."""
+    return RequestSigner(keypair=KEY, base_url=server.url, instance="instance", clock=SystemClock())
+
+
+async def test_each_request_is_signed_over_what_goes_out(server: Server, client: HttpPlatformClient) -> None:
+    """Each request is signed over what goes out."""
+    server.says(200, {"jobs": []})
+    await client.pending_jobs([CHALLENGE, ChallengeId("a b&c")], limit=7)
+    request = server.requests[0]
+    payload = signing_payload(
+        method="GET",
+        path=request.raw_path,
+        body=b"",
+        timestamp_ms=int(request.headers["X-Timestamp"]),
+        nonce=request.headers["X-Nonce"],
+        audience=server.url,
+        instance=request.headers["X-Validator-Instance"],
+    )
+    assert verify(KEY.address, payload, bytes.fromhex(request.headers["X-Signature"]))
+    assert request.query.getall("challenge_id") == [CHALLENGE, "a b&c"]
+    assert request.query["limit"] == "7"
+
+
+async def test_every_try_has_its_own_nonce(server: Server, client: HttpPlatformClient) -> None:
+    """Every try has its own nonce."""
+    server.says(200, {"jobs": []})
+    for _ in range(3):
+        await client.pending_jobs([CHALLENGE])
+    assert len({request.headers["X-Nonce"] for request in server.requests}) == 3
+
+
+async def test_health_is_not_signed(server: Server, client: HttpPlatformClient) -> None:
+    """Health is not signed."""
+    server.says(200, {})
+    await client.health()
+    assert "X-Signature" not in server.requests[0].headers
+
+
+async def test_a_clock_that_is_off_is_learned_once_and_kept(
+    server: Server, client: HttpPlatformClient
+) -> None:
+    """A clock that is off is learned once and kept."""
+    ahead = timedelta(hours=1)
+
+    async def strict(request: web.Request) -> web.StreamResponse:
+        theirs = datetime.now(UTC) + ahead
+        if abs(int(request.headers["X-Timestamp"]) / 1000 - theirs.timestamp()) > 120:
+            problem = {"code": "clock_skew", "server_time": theirs.isoformat(), "status": 401}
+            return web.json_response(problem, status=401)
+        return web.json_response({"jobs": []})
+
+    server.answer = strict
+    await client.pending_jobs([CHALLENGE])
+    assert len(server.requests) == 2
+    await client.pending_jobs([CHALLENGE])
+    assert len(server.requests) == 3
+
+
+async def test_an_absurd_server_time_is_not_believed(server: Server, client: HttpPlatformClient) -> None:
+    """An absurd server time is not believed."""
+    server.says(401, {"code": "clock_skew", "server_time": "1999-01-01T00:00:00Z"})
+    with pytest.raises(NotAuthorized):
+        await client.pending_jobs([CHALLENGE])
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>hello</html>",
+        b'{"jobs": [',
+        b'{"jobs": NaN}',
+        b'{"jobs": [], "jobs": []}',
+        b"[" * 100_000,
+        b'{"jobs":' + b"[" * 100 + b"]" * 100 + b"}",
+        b'{"jobs": 7}',
+        b'"jobs"',
+        b"",
+        b"\xff\xfe",
+    ],
+)
+async def test_what_is_no_answer_of_the_platform_is_unavailability(
+    server: Server, client: HttpPlatformClient, body: bytes
+) -> None:
+    """What is no answer of the platform is unavailability."""
+    server.says(200, body)
+    with pytest.raises(PlatformUnavailable):
+        await client.pending_jobs([CHALLENGE])
+
+
+async def test_an_unreadable_entry_does_not_hide_the_others(
+    server: Server, client: HttpPlatformClient
+) -> None:
+    """An unreadable entry does not hide the others."""
+    good = {
+        "id": JOB,
+        "challenge_id": CHALLENGE,
+        "created_at": "2026-01-01T00:00:00Z",
+        "resources": {"cpu_cores": 1, "memory_mb": 1, "disk_mb": 1, "gpu_count": 0},
+        "timeout_s": 60,
+    }
+    server.says(200, {"jobs": [{"id": 7}, good, {**good, "timeout_s": -1}, "x"]})
+    assert [job.id for job in await client.pending_jobs([CHALLENGE])] == [JOB]
+
+
+async def test_an_endless_answer_is_cut_off(server: Server, client: HttpPlatformClient) -> None:
+    """An endless answer is cut off."""
+
+    async def endless(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            try:
+                await response.write(b" " * 2**20)
+            except ConnectionError:
+                return response
+
+    server.answer = endless
+    with pytest.raises(PlatformUnavailable, match="larger"):
+        await client.pending_jobs([CHALLENGE])
+
+
+async def test_no_redirect_is_followed(server: Server, client: HttpPlatformClient) -> None:
+    """No redirect is followed."""
+    server.says(307, b"", {"Location": "http://127.0.0.1:1/steal"})
+    with pytest.raises(PlatformUnavailable, match="redirect"):
+        await client.claim(JOB, ClaimId("claim"))
+    assert len(server.requests) == 1
+
+
+async def test_silence_ends_at_the_deadline(server: Server) -> None:
+    """Silence ends at the deadline."""
+    release = asyncio.Event()
+
+    async def silent(request: web.Request) -> web.StreamResponse:
+        await release.wait()
+        return web.Response()
+
+    server.answer = silent
+    client = HttpPlatformClient(
+        base_url=server.url, signer=signer(server), clock=SystemClock(), timeout=timedelta(milliseconds=100)
+    )
+    async with client:
+        with pytest.raises(PlatformUnavailable, match="no answer"):
+            await client.health()
+    release.set()
+
+
+async def test_nobody_listening_is_unavailability(server: Server) -> None:
+    """Nobody listening is unavailability."""
+    keys = RequestSigner(keypair=KEY, base_url="http://127.0.0.1:1", instance="i", clock=SystemClock())
+    async with HttpPlatformClient(base_url="http://127.0.0.1:1", signer=keys, clock=SystemClock()) as client:
+        with pytest.raises(PlatformUnavailable):
+            await client.health()
+        with pytest.raises(PlatformUnavailable):
+            await anext(client.notifications())
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "code", "kind"),
+    [
+        (Call.CLAIM, 409, "already_claimed", AlreadyClaimed),
+        (Call.CLAIM, 409, "job_cancelled", LeaseRefused),
+        (Call.CLAIM, 404, "job_not_found", JobUnknown),
+        (Call.LEASE, 409, "lease_lost", LeaseRefused),
+        (Call.LEASE, 409, "attempt_expired", LeaseRefused),
+        (Call.LEASE, 404, "job_not_found", JobUnknown),
+        (Call.RESULT, 409, "lease_lost", LeaseRefused),
+        (Call.RESULT, 422, "invalid_result", ResultRefused),
+        (Call.RESULT, 410, "gone", LeaseRefused),
+        (Call.RESULT, 404, "", PlatformUnavailable),
+        (Call.LEASE, 409, "", PlatformUnavailable),
+        (Call.LEASE, 401, "", NotAuthorized),
+        (Call.PLAIN, 403, "not_registered", NotAuthorized),
+        (Call.PLAIN, 403, "no_lease", PlatformRefused),
+        (Call.PLAIN, 429, "slow_down", PlatformUnavailable),
+        (Call.RESULT, 500, "internal", PlatformUnavailable),
+        (Call.RESULT, 503, "", PlatformUnavailable),
+        (Call.RESULT, 301, "", PlatformUnavailable),
+        (Call.PLAIN, 418, "teapot", PlatformRefused),
+    ],
+)
+def test_which_error_an_answer_is(call: Call, status: int, code: str, kind: type[PlatformError]) -> None:
+    """Which error an answer is."""
+    body = json.dumps({"code": code, "detail": "why"}).encode() if code else b"<html>"
+    assert type(refusal(call, status, {}, body, NOW)) is kind
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (None, None),
+        ("7", 7),
+        ("0", 0),
+        ("99999999999999999999", 3600),
+        ("-5", None),
+        ("soon", None),
+        ("Thu, 01 Jan 2026 00:00:30 GMT", 30),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0),
+        ("Fri, 01 Jan 2100 00:00:00 GMT", 3600),
+    ],
+)
+def test_retry_after_in_both_forms(value: str | None, seconds: int | None) -> None:
+    """Retry after in both forms."""
+    asked = retry_after(value, NOW)
+    assert asked == (None if seconds is None else timedelta(seconds=seconds))
+
+
+def test_json_strings_that_look_nested_are_not() -> None:
+    """Json strings that look nested are not."""
+    text = json.dumps({"a": "[" * 1000 + '\\"{' * 10, "b": [1]})
+    assert read_json(text.encode())["b"] == [1]
+
+
+async def test_a_submission_goes_nowhere_but_home(
+    server: Server, client: HttpPlatformClient, tmp_path: Path
+) -> None:
+    """A submission goes nowhere but home."""
+    data = b"x" * 1000
+    server.says(200, data)
+    digest = hashlib.sha256(data).hexdigest()
+
+    def reference(url: str, size: int = 1000, sha256: str = digest) -> SubmissionRef:
+        return SubmissionRef(url=url, sha256=sha256, size=size, filename="../../etc/passwd")
+
+    target = tmp_path / "submission"
+    await client.fetch_submission(reference("/submissions/1/bundle"), target)
+    assert target.read_bytes() == data
+    await client.fetch_submission(reference(f"{server.url}/submissions/1/bundle?x=1"), target)
+    bad = tmp_path / "bad"
+    for wrong in (
+        reference("//127.0.0.1:1/x"),
+        reference("http://localhost:1/x"),
+        reference("/x y"),
+        reference("/ok", size=999),
+        reference("/ok", size=1001),
+        reference("/ok", sha256="0" * 64),
+        reference("/ok", size=2**40),
+    ):
+        with pytest.raises(SubmissionUnusable):
+            await client.fetch_submission(wrong, bad)
+    assert names_in(tmp_path) == [target.name]
+
+
+def names_in(folder: Path) -> list[str]:
+    """What a folder holds."""
+    return sorted(each.name for each in folder.iterdir())
+
+
+async def test_a_submission_that_breaks_off_leaves_nothing(
+    server: Server, client: HttpPlatformClient, tmp_path: Path
+) -> None:
+    """A submission that breaks off leaves nothing."""
+
+    async def breaking(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": "1000"})
+        await response.prepare(request)
+        await response.write(b"x" * 10)
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+    server.answer = breaking
+    with pytest.raises(PlatformUnavailable):
+        await client.fetch_submission(
+            SubmissionRef(url="/x", sha256="0" * 64, size=1000, filename="f"), tmp_path / "bad"
+        )
+    assert names_in(tmp_path) == []
+
+
+async def test_a_blocking_renewal_speaks_as_the_client_does(server: Server) -> None:
+    """A blocking renewal speaks as the client does."""
+    renewals = BlockingRenewals(base_url=server.url, signer=signer(server), clock=SystemClock())
+    server.says(200, {"term_s": 90.0})
+    assert await asyncio.to_thread(renewals.renew, JOB, TOKEN) == timedelta(seconds=90)
+    assert server.requests[0].path == f"/jobs/{JOB}/renew"
+    assert json.loads(server.bodies[0]) == {"lease_token": TOKEN}
+    server.says(409, {"code": "job_cancelled"})
+    with pytest.raises(LeaseRefused) as caught:
+        await asyncio.to_thread(renewals.renew, JOB, TOKEN)
+    assert caught.value.code == "job_cancelled"
+    for status, body in ((200, b"<html>"), (200, b'{"term_s": -1}'), (503, b""), (302, b"")):
+        server.says(status, body)
+        with pytest.raises(PlatformUnavailable):
+            await asyncio.to_thread(renewals.renew, JOB, TOKEN)
+
+
+def test_a_blocking_renewal_without_a_server_is_unanswered() -> None:
+    """A blocking renewal without a server is unanswered."""
+    keys = RequestSigner(keypair=KEY, base_url="http://127.0.0.1:1", instance="i", clock=SystemClock())
+    renewals = BlockingRenewals(base_url="http://127.0.0.1:1", signer=keys, clock=SystemClock())
+    with pytest.raises(PlatformUnavailable):
+        renewals.renew(JOB, TOKEN)
+
+
+# WebSocket
+
+
+def closing(frames: list[str | bytes], code: int) -> Answer:
+    """A server that sends these frames and closes with this code."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        for frame in frames:
+            await (socket.send_str(frame) if isinstance(frame, str) else socket.send_bytes(frame))
+        await socket.close(code=code)
+        return socket
+
+    return answer
+
+
+HELLO = json.dumps({"type": "hello", "stream": "s", "seq": 3, "server_time": "2026-01-01T00:00:00Z"})
+
+
+async def test_unreadable_frames_are_passed_over(server: Server, client: HttpPlatformClient) -> None:
+    """Unreadable frames are passed over."""
+    frames: list[str | bytes] = [HELLO, "nonsense", b"\x00", '{"type":"new_job"}', '{"type":"dance"}']
+    new_job = json.dumps({"type": "new_job", "seq": 4, "job_id": JOB, "challenge_id": CHALLENGE})
+    server.answer = closing([*frames, new_job], WSCloseCode.OK)
+    received = [notification async for notification in client.notifications()]
+    assert [each.type for each in received] == ["hello", "dance", "new_job"]
+    assert server.requests[0].path == f"/validators/{KEY.address}/ws"
+    assert server.requests[0].headers["X-Validator-Hotkey"] == KEY.address
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [(1008, PlatformUnavailable), (1013, PlatformUnavailable), (4401, NotAuthorized), (4409, HotkeyInUse)],
+)
+async def test_close_codes(
+    server: Server, client: HttpPlatformClient, code: int, kind: type[PlatformError]
+) -> None:
+    """Close codes."""
+    server.answer = closing([HELLO], code)
+    stream = client.notifications()
+    await anext(stream)
+    with pytest.raises(kind):
+        await anext(stream)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(401, NotAuthorized), (403, NotAuthorized), (503, PlatformUnavailable), (302, PlatformUnavailable)],
+)
+async def test_refused_upgrades(
+    server: Server, client: HttpPlatformClient, status: int, kind: type[PlatformError]
+) -> None:
+    """Refused upgrades."""
+    server.says(status, {"code": "hotkey_mismatch"}, {"Location": "http://127.0.0.1:1/"})
+    with pytest.raises(kind):
+        await anext(client.notifications())
+    assert len(server.requests) == 1
+
+
+async def test_a_frame_of_five_megabytes_ends_the_connection_and_nothing_else(
+    server: Server, client: HttpPlatformClient
+) -> None:
+    """A frame of five megabytes ends the connection and nothing else."""
+    server.answer = closing([HELLO, "x" * 5_000_000], WSCloseCode.OK)
+    stream = client.notifications()
+    await anext(stream)
+    with pytest.raises(PlatformUnavailable):
+        await anext(stream)
+
+
+class Heard:
+    """A listener that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def poll_now(self) -> None:
+        self.told.append("poll")
+
+    def new_job(self, hint: NewJob) -> None:
+        self.told.append("new_job")
+
+    def challenge_updated(self, hint: ChallengeUpdated) -> None:
+        self.told.append("challenge_updated")
+
+    def job_cancelled(self, hint: JobCancelled) -> None:
+        self.told.append("job_cancelled")
+
+    def hotkey_in_use(self) -> None:
+        self.told.append("in_use")
+
+
+class VirtualClock(SystemClock):
+    """A clock that sleeps in no time and remembers for how long."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+        self.slept: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.time
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.time += seconds
+        await asyncio.sleep(0)
+
+
+def notification(kind: str, seq: int, **fields: object) -> str:
+    """One frame."""
+    base: dict[str, dict[str, object]] = {
+        "new_job": {"job_id": JOB, "challenge_id": CHALLENGE},
+        "job_cancelled": {"job_id": JOB},
+    }
+    return json.dumps({"type": kind, "seq": seq, **base.get(kind, {}), **fields})
+
+
+def hello(stream: str, seq: int) -> str:
+    """A hello."""
+    return notification("hello", seq, stream=stream, server_time="2026-01-01T00:00:00Z")
+
+
+async def heard(
+    server: Server, client: HttpPlatformClient, scripts: list[list[str]]
+) -> tuple[Heard, VirtualClock]:
+    """Run the loop over scripted connections, the last of which another instance takes over."""
+    listener, clock = Heard(), VirtualClock()
+    left = [closing(list(script), 1012) for script in scripts] + [closing([], 4409)]
+
+    async def next_one(request: web.Request) -> web.StreamResponse:
+        return await left.pop(0)(request)
+
+    server.answer = next_one
+    loop = NotificationLoop(
+        client=client,
+        listener=listener,
+        clock=clock,
+        rng=random.Random(1),  # noqa: S311 - jitter
+    )
+    await loop.run()
+    return listener, clock
+
+
+async def test_a_new_stream_or_a_missed_seq_means_poll_now(
+    server: Server, client: HttpPlatformClient
+) -> None:
+    """A new stream or a missed seq means poll now."""
+    listener, _ = await heard(
+        server,
+        client,
+        [
+            [hello("s", 5), notification("new_job", 6), notification("new_job", 8)],
+            [hello("s", 8), notification("job_cancelled", 9)],
+            [hello("s", 12)],
+            [hello("other", 12)],
+        ],
+    )
+    assert listener.told == [
+        "poll", "new_job", "new_job", "poll",
+        "job_cancelled",
+        "poll",
+        "poll",
+        "in_use",
+    ]  # fmt: skip
+
+
+async def test_reconnects_back_off_with_full_jitter_up_to_a_minute(
+    server: Server, client: HttpPlatformClient
+) -> None:
+    """Reconnects back off with full jitter up to a minute."""
+    _, clock = await heard(server, client, [[hello("s", 0)] for _ in range(12)])
+    bounds = [min(2.0**n, 60.0) for n in range(12)]
+    assert all(0 <= slept <= bound for slept, bound in zip(clock.slept, bounds, strict=True))
+    assert len(set(clock.slept)) == len(clock.slept)
+
+
+def test_backoff_heeds_the_servers_wish_within_its_cap() -> None:
+    """Backoff heeds the servers wish within its cap."""
+    backoff = Backoff(timedelta(seconds=1), timedelta(seconds=60))
+    rng = random.Random(0)  # noqa: S311 - jitter
+    assert backoff.wait(1, rng, timedelta(seconds=30)) >= 30
+    assert backoff.wait(1, rng, timedelta(hours=5)) == 60
+    assert backoff.bound(10_000) == 60

@@ -1,0 +1,88 @@
+"""Copies bytes between the host's loopback and a sandbox, keeping half-closes, with a cap on connections."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable
+
+Connect = Callable[[], Awaitable[socket.socket]]
+MAX_CONNECTIONS = 256
+_CHUNK = 256 * 1024
+
+
+class Relay:
+    """One listening socket; each connection that it accepts is joined to one made by `connect`."""
+
+    def __init__(self, connect: Connect, maximum: int = MAX_CONNECTIONS) -> None:
+        self._connect = connect
+        self._maximum = maximum
+        self._open: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+        self.connections = 0
+        self.bytes = 0
+
+    async def start(self, listener: socket.socket) -> None:
+        """Begin to accept."""
+        self._server = await asyncio.start_server(self._accepted, sock=listener, limit=_CHUNK)
+
+    async def close(self) -> None:
+        """Stop accepting and drop every connection."""
+        if self._server is not None:
+            self._server.close()
+        for writer in list(self._open):
+            writer.transport.abort()
+        if self._server is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(2):
+                    await self._server.wait_closed()
+
+    async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._open) >= 2 * self._maximum:
+            writer.transport.abort()
+            return
+        self.connections += 1
+        self._open.add(writer)
+        other: asyncio.StreamWriter | None = None
+        try:
+            far_reader, other = await asyncio.open_connection(sock=await self._connect(), limit=_CHUNK)
+            self._open.add(other)
+            async with asyncio.TaskGroup() as both:
+                both.create_task(self._copy(reader, other))
+                both.create_task(self._copy(far_reader, writer))
+        except* (OSError, TimeoutError, ConnectionError, RuntimeError):
+            pass
+        except* Exception:
+            writer.transport.abort()
+            raise
+        finally:
+            for one in (writer, other):
+                if one is not None:
+                    self._open.discard(one)
+                    one.transport.abort()
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while chunk := await reader.read(_CHUNK):
+            self.bytes += len(chunk)
+            writer.write(chunk)
+            await writer.drain()
+        if writer.can_write_eof():
+            writer.write_eof()
+
+
+def loopback(port: int) -> Connect:
+    """Connects to a TCP port of the host's loopback."""
+
+    async def connect() -> socket.socket:
+        fresh = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        fresh.setblocking(False)
+        try:
+            async with asyncio.timeout(5):
+                await asyncio.get_running_loop().sock_connect(fresh, ("127.0.0.1", port))
+        except BaseException:
+            fresh.close()
+            raise
+        return fresh
+
+    return connect

@@ -1,0 +1,186 @@
+"""The VMM over HTTP: pRPC, logs and collateral, all behind one token."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+import json
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+from urllib.parse import quote
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from platform_vmm.errors import VmmError, VmNotFound
+from platform_vmm.machines import Machines
+from platform_vmm.prpc import REVISION, VERSION, Prpc
+from platform_vmm.simulation.pki import FMSPC, Pki
+from platform_vmm.simulation.quote import qe_identity, tcb_info
+
+_MAX_BODY = 10 * 1024 * 1024
+_MAX_LINES = 10_000
+_HEARTBEAT = 60.0
+
+
+def make_app(prpc: Prpc, machines: Machines, pki: Pki, token: str) -> ASGIApp:
+    """The whole application. Without the token every path is 401."""
+    app = Starlette(
+        routes=[
+            Route("/prpc/{method}", _Calls(prpc).answer, methods=["GET", "POST"]),
+            Route("/logs", _Logs(machines).answer),
+            *_Collateral(pki).routes(),
+        ]
+    )
+    return _Guard(app, token)
+
+
+class _Guard:
+    """X-Admin-Token, Bearer, or Basic with the token as the password."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._token = token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._allowed(Request(scope)):
+            challenge = {"WWW-Authenticate": 'Basic realm="dstack-vmm API"'}
+            await Response(status_code=401, headers=challenge)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _allowed(self, request: Request) -> bool:
+        offered = [request.headers.get("x-admin-token", "")]
+        scheme, _, value = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            offered.append(value.strip())
+        elif scheme.lower() == "basic":
+            try:
+                user, _, password = base64.b64decode(value, validate=True).decode().partition(":")
+            except (binascii.Error, UnicodeDecodeError):
+                return False
+            offered += [password, user if not password else ""]
+        return any(hmac.compare_digest(one.encode(), self._token) for one in offered)
+
+
+class _Calls:
+    def __init__(self, prpc: Prpc) -> None:
+        self._prpc = prpc
+
+    async def answer(self, request: Request) -> Response:
+        headers = {"X-App-Version": f"v{VERSION} ({REVISION})"}
+        try:
+            arguments = await _arguments(request)
+            value = self._prpc.call(request.path_params["method"], arguments)
+        except VmmError as error:
+            return JSONResponse({"error": str(error)}, status_code=400, headers=headers)
+        return JSONResponse(value, headers=headers)
+
+
+async def _arguments(request: Request) -> dict[str, object]:
+    if request.method == "GET":
+        return dict(request.query_params)
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _MAX_BODY:
+            raise VmmError("payload too large")
+    try:
+        value = json.loads(body or b"{}")
+    except (ValueError, RecursionError) as error:
+        raise VmmError("Failed to decode request: not JSON") from error
+    if not isinstance(value, dict):
+        raise VmmError("Failed to decode request: expected an object")
+    return value
+
+
+class _Logs:
+    def __init__(self, machines: Machines) -> None:
+        self._machines = machines
+
+    async def answer(self, request: Request) -> Response:
+        query = request.query_params
+        try:
+            console = self._machines.get(query.get("id", "")).console
+        except VmNotFound as error:
+            return PlainTextResponse(str(error), status_code=404)
+        if query.get("ch", "serial") not in ("serial", "stdout", "stderr"):
+            return PlainTextResponse(f"Unknown channel {query['ch'][:32]}", status_code=400)
+        lines = query.get("lines", str(_MAX_LINES))
+        wanted = min(int(lines), _MAX_LINES) if lines.isdigit() else _MAX_LINES
+        text = await asyncio.to_thread(_tail, console, wanted)
+        if query.get("follow") != "true":
+            return PlainTextResponse(text)
+        return StreamingResponse(_follow(console, text), media_type="text/plain")
+
+
+def _tail(path: Path, lines: int) -> bytes:
+    if not path.exists():
+        return b""
+    return b"".join(path.read_bytes().splitlines(keepends=True)[-lines:]) if lines else b""
+
+
+async def _follow(path: Path, first: bytes) -> AsyncIterator[bytes]:
+    yield first
+    offset = path.stat().st_size if path.exists() else 0
+    silent = 0.0
+    while path.parent.exists():
+        await asyncio.sleep(0.5)
+        silent += 0.5
+        size = path.stat().st_size if path.exists() else 0
+        if size > offset:
+            with path.open("rb") as file:
+                file.seek(offset)
+                yield file.read(size - offset)
+            offset, silent = size, 0.0
+        elif silent >= _HEARTBEAT:
+            yield b"[vmm heartbeat]\n"
+            silent = 0.0
+
+
+class _Collateral:
+    """Shaped like Intel's PCS, version 4, under /pccs: what verifies this VMM's simulated quotes."""
+
+    def __init__(self, pki: Pki) -> None:
+        self._pki = pki
+
+    def routes(self) -> list[Route]:
+        sgx, tdx = "/pccs/sgx/certification/v4", "/pccs/tdx/certification/v4"
+        return [
+            Route(f"{sgx}/pckcrl", self._pck_crl),
+            Route(f"{sgx}/rootcacrl", self._root_crl),
+            Route(f"{tdx}/tcb", self._tcb),
+            Route(f"{tdx}/qe/identity", self._identity),
+        ]
+
+    async def _pck_crl(self, _: Request) -> Response:
+        chain = quote(self._pki.pck_crl_chain.decode())
+        return Response(
+            self._pki.pck_crl(datetime.now(UTC)),
+            media_type="application/pkix-crl",
+            headers={"SGX-PCK-CRL-Issuer-Chain": chain},
+        )
+
+    async def _root_crl(self, _: Request) -> Response:
+        return PlainTextResponse(self._pki.root_crl(datetime.now(UTC)).hex())
+
+    async def _tcb(self, request: Request) -> Response:
+        if request.query_params.get("fmspc", "").lower() != FMSPC.hex():
+            return PlainTextResponse("no TCB info for this FMSPC: this VMM has only its own", status_code=404)
+        text, signature = tcb_info(self._pki, datetime.now(UTC))
+        chain = quote(self._pki.signer_chain.decode())
+        body = f'{{"tcbInfo":{text},"signature":"{signature}"}}'
+        return Response(body, media_type="application/json", headers={"TCB-Info-Issuer-Chain": chain})
+
+    async def _identity(self, _: Request) -> Response:
+        text, signature = qe_identity(self._pki, datetime.now(UTC))
+        chain = quote(self._pki.signer_chain.decode())
+        body = f'{{"enclaveIdentity":{text},"signature":"{signature}"}}'
+        headers = {"SGX-Enclave-Identity-Issuer-Chain": chain}
+        return Response(body, media_type="application/json", headers=headers)
