@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+from platform_protocol.canonical import canonical_json, sha256_hex
 from platform_protocol.ids import ChallengeId
 from platform_protocol.platform_messages import ActiveChallenge
 from platform_protocol.resources import Resources
@@ -45,6 +46,17 @@ class ChallengeView:
     serving: InstanceView | None
     candidate: InstanceView | None
     old: tuple[InstanceView, ...]
+
+
+def instance_key(wanted: ActiveChallenge) -> tuple[str, str]:
+    """The key of an instance and the digest of its specification, as the API lists it."""
+    specification = {
+        "github_repo": wanted.github_repo,
+        "compose_hash": wanted.compose_hash,
+        "resources": wanted.resources.model_dump(mode="json"),
+    }
+    digest = sha256_hex(canonical_json(specification))
+    return f"{wanted.id}:{wanted.github_commit[:64]}:{digest[:16]}", digest
 
 
 class Instance:

@@ -11,11 +11,11 @@ from datetime import timedelta
 import structlog
 
 from platform_protocol.ids import ChallengeId
-from platform_protocol.resources import Resources
 from platform_validator.challenges.instance import ChallengeView, InstanceRef
+from platform_validator.challenges.parts import RunnerParts
 from platform_validator.challenges.resolve import HostRules
 from platform_validator.challenges.room import CvmFleet
-from platform_validator.challenges.runner import ChallengeRunner, RunnerParts
+from platform_validator.challenges.runner import ChallengeRunner
 from platform_validator.challenges.source import GitSource
 from platform_validator.clock import Clock
 from platform_validator.cvm.quota import Quota
@@ -66,6 +66,7 @@ class ChallengeManager:
         self._wake = asyncio.Event()
         self._runners: dict[ChallengeId, ChallengeRunner] = {}
         self._yielding_until = 0.0
+        self._yielded_at: int | None = None
         self._last_error: str | None = "not listed yet"
         self.on_active = on_active
         self._parts = RunnerParts(
@@ -111,15 +112,21 @@ class ChallengeManager:
         runner = self._runners.get(challenge_id)
         return runner.acquire() if runner is not None else None
 
-    def make_room(self, need: Resources, *, beside: ChallengeId | None) -> bool:
-        """Have the oldest idle ready CVM of another challenge yield; refills pause until room is taken."""
-        del need  # one at a time, whatever its size: the next try says whether it was enough
+    def make_room(self, *, beside: ChallengeId | None) -> bool:
+        """Have the oldest idle ready CVM of another challenge yield; refills pause until room is taken.
+
+        One at a time: the next yields when the room of the one before has come and was not enough.
+        """
+        now, cvms = self._clock.monotonic(), self._parts.quota.view().cvms
+        if now < self._yielding_until and self._yielded_at is not None and cvms >= self._yielded_at:
+            return True
         idle = [
             (since, runner)
             for each, runner in self._runners.items()
             if each != beside and (since := runner.oldest_ready()) is not None
         ]
-        self._yielding_until = self._clock.monotonic() + _YIELDING
+        self._yielding_until = now + _YIELDING
+        self._yielded_at = cvms if idle else None
         if not idle:
             return False
         min(idle, key=lambda each: each[0])[1].yield_ready()
@@ -128,6 +135,7 @@ class ChallengeManager:
     def room_taken(self) -> None:
         """Whoever waited for room has it: refills may go on."""
         self._yielding_until = 0.0
+        self._yielded_at = None
 
     def may_refill(self) -> bool:
         """Whether idle ready CVMs may be booted now."""

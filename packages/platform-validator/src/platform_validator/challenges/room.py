@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
-from platform_protocol.ids import ClaimId, VmName
+from platform_protocol.ids import ClaimId, JobId, VmName
 from platform_protocol.platform_messages import AttestationKind, IsolationLevel
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.quota import Reservation
-from platform_validator.cvm.session import CvmSession
+from platform_validator.cvm.session import GuestResult, JobOrder
 from platform_validator.store.records import Purpose
+
+
+class GuestSession(Protocol):
+    """What a job needs of the attested session with the SDK inside."""
+
+    async def execute(
+        self,
+        order: JobOrder,
+        submission: Path | None,
+        *,
+        on_started: Callable[[], None],
+        on_progress: Callable[[float, str], None],
+        on_log: Callable[[str, str], None],
+    ) -> GuestResult:
+        """Run a job; `on_started` marks the SDK's acknowledgement. Raises SessionLost or SessionRefused."""
+
+    async def cancel(self, job_id: JobId, reason: str) -> None:
+        """Have the SDK end the job."""
+
+    async def acknowledge(self, result: GuestResult) -> None:
+        """Tell the SDK that the result is durable here."""
 
 
 class Guest(Protocol):
@@ -33,7 +55,7 @@ class Guest(Protocol):
         """The level it was made at."""
 
     @property
-    def session(self) -> CvmSession:
+    def session(self) -> GuestSession:
         """The attested session with the SDK inside."""
 
 

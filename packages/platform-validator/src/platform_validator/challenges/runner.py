@@ -7,74 +7,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
-from typing import Protocol
 
 import structlog
 
-from platform_protocol.canonical import canonical_json, sha256_hex
 from platform_protocol.ids import ChallengeId
 from platform_protocol.platform_messages import ActiveChallenge
-from platform_protocol.resources import Resources
 from platform_protocol.spec import SpecInvalid, parse_platform_toml
-from platform_validator.challenges.instance import ChallengeView, Instance, InstanceRef
+from platform_validator.challenges.instance import ChallengeView, Instance, InstanceRef, instance_key
 from platform_validator.challenges.lifecycle import Aside, Fact
-from platform_validator.challenges.resolve import HostRules, Unfit, resolve
-from platform_validator.challenges.room import CvmFleet, Guest
-from platform_validator.challenges.source import FetchedTree, GitSource, SourceError
-from platform_validator.clock import Clock
+from platform_validator.challenges.parts import RunnerParts
+from platform_validator.challenges.resolve import Unfit, resolve
+from platform_validator.challenges.room import Guest
+from platform_validator.challenges.source import FetchedTree, SourceError
 from platform_validator.cvm.errors import CvmError, NoCapacity
-from platform_validator.cvm.quota import Quota, Refusal, Reservation
-from platform_validator.cvm.vmm import VmmClient, VmmError
+from platform_validator.cvm.quota import Refusal, Reservation
+from platform_validator.cvm.vmm import VmmError
 from platform_validator.platform_client.backoff import Backoff
-from platform_validator.store.port import Store, StoreUnavailable
+from platform_validator.store.port import StoreUnavailable
 from platform_validator.store.records import InstanceRecord, InstanceState, Purpose
 
 BOOTS_TO_FAIL = 3
 RETRY = Backoff(timedelta(seconds=10), timedelta(minutes=10))
 REFILL_RETRY = timedelta(seconds=2)
+READY_FOR = timedelta(hours=12)  # half of what an idle CVM lives at most
 
 _log = structlog.get_logger(__name__)
-
-
-class RoomMaker(Protocol):
-    """Makes room by having idle ready CVMs of other challenges yield."""
-
-    def make_room(self, need: Resources, *, beside: ChallengeId | None) -> bool:
-        """Destroy the oldest idle ready CVM of another challenge; False when there is none."""
-
-    def may_refill(self) -> bool:
-        """False while a job waits for the room that a yielding CVM leaves."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunnerParts:
-    """What every runner shares."""
-
-    store: Store
-    source: GitSource
-    vmm: VmmClient
-    fleet: CvmFleet
-    quota: Quota
-    rules: HostRules
-    clock: Clock
-    rng: random.Random
-    room: RoomMaker
-    on_ready: Callable[[], None]
-
-
-def instance_key(wanted: ActiveChallenge) -> tuple[str, str]:
-    """The key of an instance and the digest of its specification, as the API lists it."""
-    specification = {
-        "github_repo": wanted.github_repo,
-        "compose_hash": wanted.compose_hash,
-        "resources": wanted.resources.model_dump(mode="json"),
-    }
-    digest = sha256_hex(canonical_json(specification))
-    return f"{wanted.id}:{wanted.github_commit[:64]}:{digest[:16]}", digest
 
 
 class ChallengeRunner:
@@ -295,7 +254,7 @@ class ChallengeRunner:
             answer = self._parts.quota.reserve(instance.plan.resources, owner=instance.key)
             if not isinstance(answer, Refusal):
                 return answer
-            if self._parts.room.make_room(instance.plan.resources, beside=self._id):
+            if self._parts.room.make_room(beside=self._id):
                 _log.info("candidate_waits_for_room", challenge_id=self._id, lacking=answer.reason)
             await self._parts.clock.sleep(0.5)
 
@@ -342,7 +301,12 @@ class ChallengeRunner:
 
     def _refill(self, group: asyncio.TaskGroup) -> None:
         parts, serving = self._parts, self._serving
-        if serving is None or serving.plan is None or self._lacking() == 0:
+        if serving is None or serving.plan is None:
+            return
+        oldest = self.oldest_ready()
+        if oldest is not None and parts.clock.monotonic() - oldest > READY_FOR.total_seconds():
+            self.yield_ready()
+        if self._lacking() == 0:
             return
         if self._refilling is not None and not self._refilling.done():
             return

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ from platform_validator.cvm.vmm import VmmError
 from platform_validator.jobs.capacity import largest
 from platform_validator.jobs.ending import Ending, blame, lease_ended
 from platform_validator.jobs.lease import Renewer
+from platform_validator.jobs.logs import LogStream
 from platform_validator.jobs.observe import JobMetrics
 from platform_validator.jobs.outbox import Outbox
 from platform_validator.jobs.result import Finding, judge, result_body
@@ -125,9 +126,14 @@ class JobExecutor:
                 on_lost=lost,
             ) as lease:
                 job.lease = lease
+                job.stream = LogStream(
+                    client=self._client, job_id=job.job_id, token=job.claim.lease.token, clock=self._clock
+                )
+                shipping = group.create_task(job.stream.run())
                 while not steps.done():
                     await asyncio.wait({steps}, timeout=FEED_EVERY)
                     lease.feed()
+                shipping.cancel()
             job.lease = None
         if steps.cancelled():
             return lease_ended(job.lost, job.stage)
@@ -185,7 +191,7 @@ class JobExecutor:
                         purpose=Purpose.JOB,
                         reservation=reservation,
                         claim_id=job.claim_id,
-                        on_stage=lambda name: _enter(group, self._stage(job, Stage(name))),
+                        on_stage=lambda name: self._enter(group, job, name),
                     )
                 )
             )
@@ -291,7 +297,16 @@ class JobExecutor:
         _log.info("job_stage", stage=stage)
         async with job.journal:
             if job.stage is stage and not job.stored:
-                await self._store.advance(job.claim_id, stage, at=self._clock.now(), vm=job.vm)
+                try:
+                    await self._store.advance(job.claim_id, stage, at=self._clock.now(), vm=job.vm)
+                except StoreUnavailable as error:
+                    # A stage is for people and for recovery, which reads a lost one as the one before.
+                    _log.error("stage_not_stored", stage=stage, error=str(error))
+
+    def _enter(self, group: asyncio.TaskGroup, job: ClaimedJob, name: str) -> None:
+        """A stage that the fleet reports while it boots; unknown ones are passed over."""
+        if name in _ORDER:
+            group.create_task(self._stage(job, Stage(name)))
 
     async def _stored(self, job: ClaimedJob, outcome: JobOutcome, body: bytes) -> None:
         """Durable, or tried again while the lease is kept: a full disk loses no result."""
@@ -371,17 +386,8 @@ def _logged(job: ClaimedJob, level: str, message: str) -> None:
     if len(job.logs) >= MAX_LOG_LINES:
         del job.logs[: MAX_LOG_LINES // 10]
     job.logs.append(f"{level}: {message}")
-
-
-def _enter(group: asyncio.TaskGroup, stage: Coroutine[None, None, None]) -> None:
-    group.create_task(_journaled(stage))
-
-
-async def _journaled(stage: Awaitable[None]) -> None:
-    try:
-        await stage
-    except StoreUnavailable as error:
-        _log.error("stage_not_stored", error=str(error))
+    if job.stream is not None:
+        job.stream.add(job.logs[-1])
 
 
 async def _caught(boot: Awaitable[Guest]) -> Guest | Exception:

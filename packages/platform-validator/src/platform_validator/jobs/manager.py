@@ -12,7 +12,7 @@ from datetime import timedelta
 import structlog
 
 from platform_protocol.ids import ChallengeId, ClaimId, JobId
-from platform_protocol.platform_messages import PendingJob, ReleaseReason
+from platform_protocol.platform_messages import Claim, PendingJob, ReleaseReason
 from platform_protocol.resources import Resources
 from platform_validator.challenges.instance import InstanceRef
 from platform_validator.challenges.manager import ChallengeManager
@@ -221,7 +221,7 @@ class JobManager:
                 self._metrics.passed_over(answer.refusal)
             if answer.lacks_room and not self._lacking_room:
                 # One yields a pass: the next pass sees whether its room was enough.
-                self._lacking_room = self._challenges.make_room(_size(job, ref), beside=job.challenge_id)
+                self._lacking_room = self._challenges.make_room(beside=None)
             return
         self._challenges.room_taken()
         self._slots[job.id] = slot
@@ -276,31 +276,23 @@ class JobManager:
                 claimed_at=claimed_at,
             )
         )
-        gives_up_at = self._clock.monotonic() + CLAIM_PATIENCE.total_seconds()
-        failures = 0
-        while True:
-            asked_at = self._clock.boottime()
-            try:
-                claim = await self._client.claim(job.id, claim_id)
-                break
-            except PlatformRefused as error:
-                await self._not_granted(slot, error.code, isinstance(error, AlreadyClaimed))
-                return None
-            except PlatformUnavailable as error:
-                failures += 1
-                _log.warning("claim_unanswered", job_id=job.id, error=str(error), tries=failures)
-                self._metrics.claim_answered("unanswered")
-                if self._clock.monotonic() >= gives_up_at:
-                    await self._not_granted(slot, "claim_unanswered", conflict=False)
-                    return None
-                await self._clock.sleep(CLAIM_RETRY.wait(failures, self._rng, error.retry_after))
-        await self._store.claim_granted(
-            claim_id,
-            granted=claim.model_dump_json().encode(),
-            attempt=claim.attempt,
-            token=claim.lease.token,
-            at=self._clock.now(),
-        )
+        answer = await self._ask_for(slot)
+        if answer is None:
+            return None
+        claim, asked_at = answer
+        try:
+            await self._store.claim_granted(
+                claim_id,
+                granted=claim.model_dump_json().encode(),
+                attempt=claim.attempt,
+                token=claim.lease.token,
+                at=self._clock.now(),
+            )
+        except StoreUnavailable:
+            # What cannot be journaled must not be run; `operator` counts to no limit of the job.
+            with contextlib.suppress(PlatformError):
+                await self._client.release(job.id, claim.lease.token, ReleaseReason.OPERATOR)
+            raise
         self._metrics.claim_answered("granted")
         self._conflicts = max(self._conflicts - 1, 0)
         _log.info("job_claimed", job_id=job.id, attempt=claim.attempt, challenge_id=job.challenge_id)
@@ -315,7 +307,27 @@ class JobManager:
             vm=slot.cvm.name if slot.cvm is not None else None,
         )
 
-    async def _not_granted(self, slot: _Slot, code: str, conflict: bool) -> None:
+    async def _ask_for(self, slot: _Slot) -> tuple[Claim, float] | None:
+        """The claim and CLOCK_BOOTTIME from before the request that was answered."""
+        gives_up_at = self._clock.monotonic() + CLAIM_PATIENCE.total_seconds()
+        failures = 0
+        while True:
+            asked_at = self._clock.boottime()
+            try:
+                return await self._client.claim(slot.job.id, slot.claim_id), asked_at
+            except PlatformRefused as error:
+                await self._not_granted(slot, error.code, conflict=isinstance(error, AlreadyClaimed))
+                return None
+            except PlatformUnavailable as error:
+                failures += 1
+                _log.warning("claim_unanswered", job_id=slot.job.id, error=str(error), tries=failures)
+                self._metrics.claim_answered("unanswered")
+                if self._clock.monotonic() >= gives_up_at:
+                    await self._not_granted(slot, "claim_unanswered", conflict=False)
+                    return None
+                await self._clock.sleep(CLAIM_RETRY.wait(failures, self._rng, error.retry_after))
+
+    async def _not_granted(self, slot: _Slot, code: str, *, conflict: bool) -> None:
         self._metrics.claim_answered(code)
         self._conflicts = min(self._conflicts + 1, 10) if conflict else self._conflicts
         _log.info("claim_not_granted", job_id=slot.job.id, code=code)

@@ -12,6 +12,7 @@ from platform_validator.challenges.instance import InstanceRef
 from platform_validator.challenges.room import Guest
 from platform_validator.cvm.quota import Reservation
 from platform_validator.jobs.lease import HeldLease
+from platform_validator.jobs.logs import LogStream
 from platform_validator.store.records import JobOutcome, JobRecord, Stage
 
 
@@ -72,6 +73,7 @@ class ClaimedJob:
     stored: bool = False
     lost: str | None = None
     lease: HeldLease | None = None
+    stream: LogStream | None = None
     logs: list[str] = field(default_factory=list)
     journal: asyncio.Lock = field(default_factory=asyncio.Lock)
 

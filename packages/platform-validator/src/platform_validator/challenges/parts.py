@@ -1,0 +1,43 @@
+"""What the runners of all challenges share."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from platform_protocol.ids import ChallengeId
+from platform_validator.challenges.resolve import HostRules
+from platform_validator.challenges.room import CvmFleet
+from platform_validator.challenges.source import GitSource
+from platform_validator.clock import Clock
+from platform_validator.cvm.quota import Quota
+from platform_validator.cvm.vmm import VmmClient
+from platform_validator.store.port import Store
+
+
+class RoomMaker(Protocol):
+    """Makes room by having idle ready CVMs of other challenges yield."""
+
+    def make_room(self, *, beside: ChallengeId | None) -> bool:
+        """Have the oldest idle ready CVM of another challenge yield; False when there is none."""
+
+    def may_refill(self) -> bool:
+        """False while a job waits for the room that a yielding CVM leaves."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerParts:
+    """What every runner shares."""
+
+    store: Store
+    source: GitSource
+    vmm: VmmClient
+    fleet: CvmFleet
+    quota: Quota
+    rules: HostRules
+    clock: Clock
+    rng: random.Random
+    room: RoomMaker
+    on_ready: Callable[[], None]
