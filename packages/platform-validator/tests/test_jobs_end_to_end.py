@@ -13,20 +13,21 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from platform_validator.cvm.errors import AttestationUnavailable, BootFailed, SessionLost
-from platform_validator.cvm.quota import Limits, Quota
-from platform_validator.cvm.session import GuestError, GuestResult, JobOrder
 from platform_validator.store.memory import MemoryStore
 
 from platform_protocol.ids import ChallengeId, ClaimId, JobId
 from platform_protocol.notifications import JobCancelled, NewJob
 from platform_protocol.platform_messages import ActiveChallenge, IsolationLevel, ReleaseReason
 from platform_protocol.resources import Resources
+from platform_protocol.session.messages import JobError
 from platform_validator.challenges.manager import ChallengeManager
 from platform_validator.challenges.memory import MemoryFleet, MemorySession
 from platform_validator.challenges.resolve import HostRules
 from platform_validator.challenges.source import GitSource
 from platform_validator.clock import SystemClock
+from platform_validator.cvm.errors import AttestationUnavailable, BootFailed, SessionLost
+from platform_validator.cvm.quota import Limits, Quota
+from platform_validator.cvm.session import GuestResult, JobOrder
 from platform_validator.cvm.vmm import VmmFacts, VmmImage
 from platform_validator.jobs.executor import JobExecutor
 from platform_validator.jobs.lease import LeaseRules, TaskRenewer
@@ -65,9 +66,7 @@ class Images:
         return VmmFacts("test", (image,))
 
 
-def answered(
-    order: JobOrder, result: dict[str, object] | None, error: GuestError | None = None
-) -> GuestResult:
+def answered(order: JobOrder, result: dict[str, object] | None, error: JobError | None = None) -> GuestResult:
     """What a guest sends back."""
     return GuestResult(
         job_id=order.job_id,
@@ -296,7 +295,7 @@ async def test_an_error_of_the_handler_is_failed_with_zero(house: House) -> None
 
     async def failing(session: MemorySession, order: JobOrder, submission: Path | None) -> GuestResult:
         session.started()
-        return answered(order, None, GuestError(code="submission_failed", message="exit 1"))
+        return answered(order, None, JobError(code="submission_failed", message="exit 1"))
 
     house.work = failing
     job_id = house.platform.add_job(CHALLENGE)
@@ -406,8 +405,9 @@ async def test_losing_a_claim_to_another_validator_is_a_normal_event(house: Hous
     async with house.open():
         await house.journaled(job_id, JobOutcome.CANCELLED)
         await house.jobs.idle()
-    assert house.platform.jobs[job_id].holder is not None
-    assert house.platform.jobs[job_id].holder[0] == "validator-2"
+    holder = house.platform.jobs[job_id].holder
+    assert holder is not None
+    assert holder[0] == "validator-2"
 
 
 async def test_a_push_is_only_a_hint(house: House) -> None:
