@@ -1,0 +1,130 @@
+"""Destroys CVMs: stop, wait, remove, wait, confirm; for ever with backoff, and never in anybody's way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from platform_protocol.ids import VmId, VmName
+from platform_validator.clock import Clock
+from platform_validator.cvm.vmm import VmmClient, VmmError, VmNotFound, VmState
+from platform_validator.store.port import Store, StoreUnavailable, UnknownRecord
+from platform_validator.store.records import VmPhase
+
+_FIRST, _MOST = 0.5, 60.0
+_POLL = 0.1
+_POLL_MOST = 2.0
+_PATIENCE = 120.0
+_GONE = frozenset({VmState.STOPPED, VmState.EXITED})
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Doomed:
+    """A CVM on its way out, as the operator sees it."""
+
+    name: VmName
+    tries: int = 0
+    last_error: str | None = None
+
+
+class Destroyer:
+    """Owns every CVM that was given up.
+
+    Args:
+        vmm: Does it.
+        store: Knows their ids, and is told.
+        clock: Time.
+        on_gone: Called once for each, when the VMM has confirmed that it is gone.
+    """
+
+    def __init__(
+        self, *, vmm: VmmClient, store: Store, clock: Clock, on_gone: Callable[[VmName], None]
+    ) -> None:
+        self._vmm = vmm
+        self._store = store
+        self._clock = clock
+        self._on_gone = on_gone
+        self._doomed: dict[VmName, Doomed] = {}
+        self._fresh: asyncio.Queue[VmName] = asyncio.Queue()
+        self.destroyed = 0
+
+    def give(self, name: VmName, reason: str | None = None) -> None:
+        """Take a CVM over. Giving it twice changes nothing."""
+        if name not in self._doomed:
+            self._doomed[name] = Doomed(name, last_error=reason)
+            self._fresh.put_nowait(name)
+
+    @property
+    def names(self) -> set[VmName]:
+        """CVMs on their way out."""
+        return set(self._doomed)
+
+    def views(self) -> list[Doomed]:
+        """The same, with tries and last error."""
+        return list(self._doomed.values())
+
+    async def run(self) -> None:
+        """Until cancelled; what is then unfinished stays in the journal for the next start."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                tasks.create_task(self._destroy(self._doomed[await self._fresh.get()]))
+
+    async def finish(self) -> None:
+        """Wait until nothing is on its way out."""
+        while self._doomed:
+            await self._clock.sleep(_POLL)
+
+    async def _destroy(self, doomed: Doomed) -> None:
+        pause = _FIRST
+        while True:
+            try:
+                await self._store.vm_phase(doomed.name, VmPhase.DESTROYING, at=self._clock.now())
+                await self._once(doomed.name)
+                await self._store.vm_phase(doomed.name, VmPhase.GONE, at=self._clock.now())
+                break
+            except UnknownRecord:
+                break
+            except (VmmError, StoreUnavailable, TimeoutError) as error:
+                doomed.tries += 1
+                doomed.last_error = str(error) or type(error).__name__
+                _log.warning(
+                    "cvm_not_destroyed", vm=doomed.name, tries=doomed.tries, reason=doomed.last_error
+                )
+                await self._clock.sleep(pause)
+                pause = min(_MOST, pause * 2)
+        del self._doomed[doomed.name]
+        self.destroyed += 1
+        self._on_gone(doomed.name)
+        _log.info("cvm_destroyed", vm=doomed.name, tries=doomed.tries + 1)
+
+    async def _once(self, name: VmName) -> None:
+        for vm_id in await self._ids(name):
+            try:
+                await self._vmm.stop(vm_id)
+                await self._until(vm_id, stopped=True)
+                await self._vmm.remove(vm_id)
+            except VmNotFound:
+                pass
+            await self._until(vm_id, stopped=False)
+
+    async def _ids(self, name: VmName) -> set[VmId]:
+        """Every VM of exactly that name: a create that was answered late may have made a second one."""
+        record = await self._store.vm(name)
+        found = {vm.id for vm in await self._vmm.list(name) if vm.name == name}
+        if record is not None and record.vm_id is not None:
+            found.add(record.vm_id)
+        return found
+
+    async def _until(self, vm_id: VmId, *, stopped: bool) -> None:
+        pause = _POLL
+        async with asyncio.timeout(_PATIENCE):
+            while (vm := await self._vmm.get(vm_id)) is not None:
+                if stopped and vm.state in (_GONE | {VmState.REMOVING}):
+                    return
+                await self._clock.sleep(pause)
+                pause = min(_POLL_MOST, pause * 1.5)

@@ -1,0 +1,83 @@
+"""Waits for a VM to come up: the VMM's word on its boot, then the SDK's own health."""
+
+from __future__ import annotations
+
+import json
+from typing import Protocol
+
+import aiohttp
+
+from platform_protocol.ids import VmId
+from platform_validator.clock import Clock
+from platform_validator.cvm.errors import BootFailed
+from platform_validator.cvm.vmm import Vm, VmmClient, VmmError, VmmUnavailable, VmState
+
+_FIRST, _MOST = 0.1, 2.0
+_HEALTH = 5.0
+_MAX_HEALTH = 16 * 1024
+_LOG_LINES = 20
+_ENDED = frozenset({VmState.STOPPED, VmState.EXITED, VmState.REMOVING})
+
+
+class Probe(Protocol):
+    """Waits for a VM."""
+
+    async def until_ready(self, vm_id: VmId) -> tuple[str, int]:
+        """Its address, once the SDK says `ready`.
+
+        Raises:
+            BootFailed: The VMM or the SDK says that it failed, with the reason.
+            VmmUnavailable: The VMM does not answer.
+        """
+
+
+class HttpProbe:
+    """Asks the VMM for the VM, and the SDK for `/sdk/health`."""
+
+    def __init__(self, *, vmm: VmmClient, clock: Clock) -> None:
+        self._vmm = vmm
+        self._clock = clock
+
+    async def until_ready(self, vm_id: VmId) -> tuple[str, int]:
+        """See the port."""
+        pause = _FIRST
+        timeout = aiohttp.ClientTimeout(total=_HEALTH)
+        async with aiohttp.ClientSession(timeout=timeout) as http:
+            while True:
+                vm = await self._vmm.get(vm_id)
+                await self._check(vm_id, vm)
+                if vm is not None and vm.address is not None and await _healthy(http, vm.address):
+                    return vm.address
+                await self._clock.sleep(pause)
+                pause = min(_MOST, pause * 1.3)
+
+    async def _check(self, vm_id: VmId, vm: Vm | None) -> None:
+        if vm is None:
+            raise BootFailed("the VMM has no such VM any more")
+        if vm.boot_error:
+            raise BootFailed(f"boot_error: {vm.boot_error}")
+        if vm.state in _ENDED:
+            raise BootFailed(
+                f"it {vm.state.value} while booting; its console ends: {await self._console(vm_id)}"
+            )
+
+    async def _console(self, vm_id: VmId) -> str:
+        try:
+            return (await self._vmm.logs(vm_id, _LOG_LINES))[-1500:].strip() or "(empty)"
+        except VmmUnavailable:
+            raise
+        except VmmError as error:
+            return f"(not to be had: {error})"
+
+
+async def _healthy(http: aiohttp.ClientSession, address: tuple[str, int]) -> bool:
+    host, port = address
+    try:
+        async with http.get(f"http://{host}:{port}/sdk/health", allow_redirects=False) as response:
+            health = json.loads(await response.content.read(_MAX_HEALTH))
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError, RecursionError):
+        return False
+    status = health.get("status") if isinstance(health, dict) else None
+    if status == "failed":
+        raise BootFailed(f"the challenge failed to start: {str(health.get('error'))[:4096]}")
+    return status == "ready"

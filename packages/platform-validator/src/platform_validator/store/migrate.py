@@ -1,0 +1,78 @@
+"""Brings a database to this program's version: numbered SQL files, each applied once, each with its checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sqlite3
+from dataclasses import dataclass
+from importlib.resources import files
+
+from platform_validator.store.port import StoreCorrupt
+
+_NAME = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One step. `checksum` is the SHA-256 (hex) of its text."""
+
+    version: int
+    name: str
+    sql: str
+
+    @property
+    def checksum(self) -> str:
+        """What is remembered of it."""
+        return hashlib.sha256(self.sql.encode()).hexdigest()
+
+
+def known_migrations() -> list[Migration]:
+    """The shipped steps, in order."""
+    found = []
+    for entry in files("platform_validator.store").joinpath("migrations").iterdir():
+        matched = _NAME.fullmatch(entry.name)
+        if matched is not None:
+            found.append(Migration(int(matched[1]), entry.name, entry.read_text(encoding="utf-8")))
+    return sorted(found, key=lambda step: step.version)
+
+
+def migrate(connection: sqlite3.Connection, steps: list[Migration]) -> list[str]:
+    """Apply what is missing, each step in one transaction; returns the names of those applied.
+
+    Raises:
+        StoreCorrupt: Not a database, one from a newer version, or a step that was applied with other text.
+    """
+    try:
+        if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+            raise StoreCorrupt("the database is damaged: restore it from a backup")
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS migrations"
+            " (version INTEGER PRIMARY KEY, name TEXT NOT NULL, checksum TEXT NOT NULL) STRICT"
+        )
+        applied = {
+            row[0]: row[2] for row in connection.execute("SELECT version, name, checksum FROM migrations")
+        }
+    except sqlite3.DatabaseError as error:
+        raise StoreCorrupt(f"the database cannot be read: {error}: restore it from a backup") from error
+    newest = steps[-1].version
+    if applied and max(applied) > newest:
+        raise StoreCorrupt(
+            f"the database has version {max(applied)}, this program knows {newest}: install the newer program"
+        )
+    done = []
+    for step in steps:
+        if step.version in applied:
+            if applied[step.version] != step.checksum:
+                raise StoreCorrupt(
+                    f"migration {step.name} was applied with another text: wrong program or database"
+                )
+            continue
+        _apply(connection, step)
+        done.append(step.name)
+    return done
+
+
+def _apply(connection: sqlite3.Connection, step: Migration) -> None:
+    record = f"INSERT INTO migrations VALUES ({step.version}, '{step.name}', '{step.checksum}');"  # noqa: S608 - our own file's name and hash
+    connection.executescript(f"BEGIN IMMEDIATE;\n{step.sql}\n{record}\nCOMMIT;")

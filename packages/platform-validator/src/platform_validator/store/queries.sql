@@ -1,0 +1,123 @@
+-- name: meta_get
+SELECT value FROM meta WHERE key = :key;
+
+-- name: meta_put
+INSERT INTO meta (key, value) VALUES (:key, :value) ON CONFLICT (key) DO UPDATE SET value = excluded.value;
+
+-- name: job_insert
+INSERT INTO jobs_journal (claim_id, job_id, challenge_id, instance_key, resources, stage, claimed_at)
+VALUES (:claim_id, :job_id, :challenge_id, :instance_key, :resources, 'pending', :claimed_at);
+
+-- name: job_granted
+UPDATE jobs_journal SET stage = 'claimed', granted = :granted, attempt = :attempt, token = :token, started_at = :at
+WHERE claim_id = :claim_id;
+
+-- name: job_advance
+UPDATE jobs_journal SET stage = :stage, vm = COALESCE(:vm, vm) WHERE claim_id = :claim_id;
+
+-- name: job_result
+UPDATE jobs_journal SET stage = 'submitting', outcome = :outcome
+WHERE claim_id = :claim_id AND outcome IS NULL;
+
+-- name: job_end
+UPDATE jobs_journal
+SET stage = 'done', outcome = COALESCE(outcome, :outcome), reason = COALESCE(:reason, reason), ended_at = :at
+WHERE claim_id = :claim_id;
+
+-- name: job_refused
+UPDATE jobs_journal SET stage = 'done', outcome = :outcome, reason = :code, ended_at = :at
+WHERE claim_id = :claim_id;
+
+-- name: job_submitted
+UPDATE jobs_journal SET stage = 'submitted' WHERE claim_id = :claim_id;
+
+-- name: job_vm
+UPDATE jobs_journal SET vm = :vm WHERE claim_id = :claim_id;
+
+-- name: job_one
+SELECT * FROM jobs_journal WHERE claim_id = :claim_id;
+
+-- name: jobs_open
+SELECT * FROM jobs_journal WHERE stage <> 'done' ORDER BY position;
+
+-- name: jobs_recent
+SELECT * FROM jobs_journal ORDER BY position DESC LIMIT :limit;
+
+-- name: outbox_insert
+INSERT INTO jobs_outbox (claim_id, job_id, body, stored_at)
+SELECT claim_id, job_id, :body, :at FROM jobs_journal WHERE claim_id = :claim_id;
+
+-- name: outbox_all
+SELECT * FROM jobs_outbox ORDER BY position;
+
+-- name: outbox_tried
+UPDATE jobs_outbox SET tries = tries + 1, last_error = :error WHERE claim_id = :claim_id;
+
+-- name: outbox_delete
+DELETE FROM jobs_outbox WHERE claim_id = :claim_id;
+
+-- name: vm_insert
+INSERT INTO cvms_journal (name, purpose, challenge_id, instance_key, resources, phase, sealed_secret, compose,
+    host_port, session_id, intended_at, hard_deadline, claim_id)
+VALUES (:name, :purpose, :challenge_id, :instance_key, :resources, :phase, :sealed_secret, :compose,
+    :host_port, :session_id, :intended_at, :hard_deadline, :claim_id);
+
+-- name: vm_created
+UPDATE cvms_journal SET vm_id = :vm_id, phase = CASE phase WHEN 'intended' THEN 'created' ELSE phase END
+WHERE name = :name;
+
+-- name: vm_phase
+UPDATE cvms_journal SET phase = :phase, reason = COALESCE(:reason, reason),
+    gone_at = CASE :phase WHEN 'gone' THEN :at ELSE gone_at END
+WHERE name = :name;
+
+-- name: vm_attested
+UPDATE cvms_journal SET attestation = :attestation, vm_instance = :vm_instance WHERE name = :name;
+
+-- name: vm_assigned
+UPDATE cvms_journal SET claim_id = :claim_id WHERE name = :name;
+
+-- name: vm_one
+SELECT * FROM cvms_journal WHERE name = :name;
+
+-- name: vms_open
+SELECT * FROM cvms_journal WHERE phase <> 'gone' ORDER BY position;
+
+-- name: instance_put
+INSERT INTO challenges_instances (key, challenge_id, name, repository, commit_id, spec_digest, state, since, reason,
+    bundle_sha256, compose_hash, superseded_by, failures)
+VALUES (:key, :challenge_id, :name, :repository, :commit_id, :spec_digest, :state, :since, :reason,
+    :bundle_sha256, :compose_hash, :superseded_by, :failures)
+ON CONFLICT (key) DO UPDATE SET challenge_id = excluded.challenge_id, name = excluded.name,
+    repository = excluded.repository, commit_id = excluded.commit_id, spec_digest = excluded.spec_digest,
+    state = excluded.state, since = excluded.since, reason = excluded.reason,
+    bundle_sha256 = excluded.bundle_sha256, compose_hash = excluded.compose_hash,
+    superseded_by = excluded.superseded_by, failures = excluded.failures;
+
+-- name: instances_all
+SELECT * FROM challenges_instances ORDER BY position;
+
+-- name: instance_delete
+DELETE FROM challenges_instances WHERE key = :key;
+
+-- name: values_prefixed
+SELECT * FROM values_current WHERE challenge_id = :challenge_id AND substr(key, 1, length(:prefix)) = :prefix
+ORDER BY key LIMIT :limit;
+
+-- name: value_one
+SELECT * FROM values_current WHERE challenge_id = :challenge_id AND key = :key;
+
+-- name: value_put
+INSERT INTO values_current (challenge_id, key, value, version, updated_at)
+VALUES (:challenge_id, :key, :value, :version, :at)
+ON CONFLICT (challenge_id, key) DO UPDATE SET value = excluded.value, version = excluded.version,
+    updated_at = excluded.updated_at;
+
+-- name: value_delete
+DELETE FROM values_current WHERE challenge_id = :challenge_id AND key = :key;
+
+-- name: reply_one
+SELECT reply FROM values_replies WHERE session_id = :session_id AND request_id = :request_id;
+
+-- name: reply_put
+INSERT INTO values_replies (session_id, request_id, reply) VALUES (:session_id, :request_id, :reply);

@@ -1,0 +1,391 @@
+"""The Store over SQLite: one connection, one writer thread, WAL, every commit synced before a method returns."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import secrets
+import sqlite3
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
+from platform_validator.store.migrate import known_migrations, migrate
+from platform_validator.store.port import DuplicateRecord, StoreCorrupt, StoreUnavailable, UnknownRecord
+from platform_validator.store.records import (
+    InstanceRecord,
+    JobOutcome,
+    JobRecord,
+    OutboxRecord,
+    Stage,
+    StateIdentity,
+    ValueRecord,
+    ValueReply,
+    VmPhase,
+    VmRecord,
+)
+from platform_validator.store.rows import (
+    instance_of,
+    instance_row,
+    job_of,
+    outbox_of,
+    stamp,
+    value_of,
+    vm_of,
+    vm_row,
+)
+
+T = TypeVar("T")
+_PHASES = list(VmPhase)
+_DELETE = "!delete"
+
+
+class SqliteStore:
+    """Made by `open`. All work happens in its one thread, in the order in which it was asked for."""
+
+    def __init__(self, connection: sqlite3.Connection, thread: ThreadPoolExecutor) -> None:
+        self._connection = connection
+        self._thread = thread
+        self._queries = _load_queries()
+        self._closed = False
+
+    @classmethod
+    async def open(cls, path: Path) -> SqliteStore:
+        """Open or create the database (0600) and bring it to this program's version.
+
+        Raises:
+            StoreCorrupt: Damaged, or from a newer version.
+            StoreUnavailable: It cannot be opened or written.
+        """
+        thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        try:
+            connection = await asyncio.get_running_loop().run_in_executor(thread, _open, path)
+        except BaseException:
+            thread.shutdown(wait=False)
+            raise
+        return cls(connection, thread)
+
+    async def close(self) -> None:
+        """See the port."""
+        if not self._closed:
+            self._closed = True
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._connection.close)
+            self._thread.shutdown()
+
+    async def identity(self) -> StateIdentity:
+        """See the port."""
+
+        def work() -> StateIdentity:
+            row = self._one("meta_get", key="state_id")
+            if row is None:
+                self._run("meta_put", key="state_id", value=secrets.token_hex(5))
+                self._run("meta_put", key="instance", value=str(uuid.uuid4()))
+            state_id, instance = self._one("meta_get", key="state_id"), self._one("meta_get", key="instance")
+            if state_id is None or instance is None:
+                raise StoreCorrupt("the database has no identity: restore it from a backup")
+            return StateIdentity(state_id[0], instance[0])
+
+        return await self._do(work)
+
+    # Jobs
+
+    async def open_claim(self, record: JobRecord) -> None:
+        """See the port."""
+        await self._do(
+            lambda: self._run(
+                "job_insert",
+                claim_id=record.claim_id,
+                job_id=record.job_id,
+                challenge_id=record.challenge_id,
+                instance_key=record.instance_key,
+                resources=record.resources.model_dump_json(),
+                claimed_at=stamp(record.claimed_at),
+            )
+        )
+
+    async def claim_granted(
+        self, claim_id: ClaimId, *, granted: bytes, attempt: int, token: LeaseToken, at: datetime
+    ) -> None:
+        """See the port."""
+        await self._do(
+            lambda: self._known(
+                "job_granted", claim_id=claim_id, granted=granted, attempt=attempt, token=token, at=stamp(at)
+            )
+        )
+
+    async def advance(
+        self, claim_id: ClaimId, stage: Stage, *, at: datetime, vm: VmName | None = None
+    ) -> None:
+        """See the port."""
+        del at
+        await self._do(lambda: self._known("job_advance", claim_id=claim_id, stage=stage.value, vm=vm))
+
+    async def store_result(
+        self, claim_id: ClaimId, outcome: JobOutcome, body: bytes, *, at: datetime
+    ) -> None:
+        """See the port."""
+
+        def work() -> None:
+            if self._one("job_one", claim_id=claim_id) is None:
+                raise UnknownRecord(f"no claim {claim_id}")
+            if self._run("job_result", claim_id=claim_id, outcome=outcome.value):
+                self._run("outbox_insert", claim_id=claim_id, body=body, at=stamp(at))
+
+        await self._do(work)
+
+    async def end_job(
+        self, claim_id: ClaimId, *, outcome: JobOutcome, reason: str | None, at: datetime
+    ) -> None:
+        """See the port."""
+        await self._do(
+            lambda: self._known(
+                "job_end", claim_id=claim_id, outcome=outcome.value, reason=reason, at=stamp(at)
+            )
+        )
+
+    async def job(self, claim_id: ClaimId) -> JobRecord | None:
+        """See the port."""
+        row = await self._do(lambda: self._one("job_one", claim_id=claim_id))
+        return None if row is None else job_of(row)
+
+    async def open_jobs(self) -> Sequence[JobRecord]:
+        """See the port."""
+        return [job_of(row) for row in await self._do(lambda: self._all("jobs_open"))]
+
+    async def recent_jobs(self, limit: int) -> Sequence[JobRecord]:
+        """See the port."""
+        return [job_of(row) for row in await self._do(lambda: self._all("jobs_recent", limit=limit))]
+
+    # Outbox
+
+    async def outbox(self) -> Sequence[OutboxRecord]:
+        """See the port."""
+        return [outbox_of(row) for row in await self._do(lambda: self._all("outbox_all"))]
+
+    async def outbox_tried(self, claim_id: ClaimId, error: str) -> None:
+        """See the port."""
+        await self._do(lambda: self._run("outbox_tried", claim_id=claim_id, error=error[:1000]))
+
+    async def outbox_delivered(self, claim_id: ClaimId, *, at: datetime) -> None:
+        """See the port."""
+        del at
+
+        def work() -> None:
+            if self._run("outbox_delete", claim_id=claim_id):
+                self._run("job_submitted", claim_id=claim_id)
+
+        await self._do(work)
+
+    async def outbox_refused(self, claim_id: ClaimId, code: str, *, at: datetime) -> None:
+        """See the port."""
+        outcome = JobOutcome.CANCELLED if code == "job_cancelled" else JobOutcome.LEASE_LOST
+
+        def work() -> None:
+            if self._run("outbox_delete", claim_id=claim_id):
+                self._run("job_refused", claim_id=claim_id, outcome=outcome.value, code=code, at=stamp(at))
+
+        await self._do(work)
+
+    # CVMs
+
+    async def intend_vm(self, record: VmRecord) -> None:
+        """See the port."""
+        await self._do(lambda: self._run("vm_insert", **vm_row(record)))
+
+    async def vm_created(self, name: VmName, vm_id: VmId) -> None:
+        """See the port."""
+        await self._do(lambda: self._known("vm_created", name=name, vm_id=vm_id))
+
+    async def vm_phase(
+        self, name: VmName, phase: VmPhase, *, at: datetime, reason: str | None = None
+    ) -> None:
+        """See the port."""
+
+        def work() -> None:
+            row = self._one("vm_one", name=name)
+            if row is None:
+                raise UnknownRecord(f"no CVM {name}")
+            if _PHASES.index(phase) > _PHASES.index(VmPhase(row["phase"])):
+                self._run("vm_phase", name=name, phase=phase.value, reason=reason, at=stamp(at))
+
+        await self._do(work)
+
+    async def vm_attested(self, name: VmName, *, attestation: str, vm_instance: str | None) -> None:
+        """See the port."""
+        await self._do(
+            lambda: self._known("vm_attested", name=name, attestation=attestation, vm_instance=vm_instance)
+        )
+
+    async def vm_assigned(self, name: VmName, claim_id: ClaimId) -> None:
+        """See the port."""
+
+        def work() -> None:
+            row = self._one("vm_one", name=name)
+            if row is None:
+                raise UnknownRecord(f"no CVM {name}")
+            if row["claim_id"] is not None:
+                raise DuplicateRecord(f"CVM {name} was taken by {row['claim_id']}")
+            self._run("vm_assigned", name=name, claim_id=claim_id)
+            self._known("job_vm", claim_id=claim_id, vm=name)
+
+        await self._do(work)
+
+    async def vm(self, name: VmName) -> VmRecord | None:
+        """See the port."""
+        row = await self._do(lambda: self._one("vm_one", name=name))
+        return None if row is None else vm_of(row)
+
+    async def open_vms(self) -> Sequence[VmRecord]:
+        """See the port."""
+        return [vm_of(row) for row in await self._do(lambda: self._all("vms_open"))]
+
+    # Challenges
+
+    async def put_instance(self, record: InstanceRecord) -> None:
+        """See the port."""
+        await self._do(lambda: self._run("instance_put", **instance_row(record)))
+
+    async def switch_instances(self, new: InstanceRecord, old: InstanceRecord | None) -> None:
+        """See the port."""
+
+        def work() -> None:
+            for record in (new, old):
+                if record is not None:
+                    self._run("instance_put", **instance_row(record))
+
+        await self._do(work)
+
+    async def instances(self) -> Sequence[InstanceRecord]:
+        """See the port."""
+        return [instance_of(row) for row in await self._do(lambda: self._all("instances_all"))]
+
+    async def remove_instance(self, key: str) -> None:
+        """See the port."""
+        await self._do(lambda: self._run("instance_delete", key=key))
+
+    # Values
+
+    async def values(
+        self, challenge_id: ChallengeId, prefix: str = "", limit: int = 1000
+    ) -> Sequence[ValueRecord]:
+        """See the port."""
+        rows = await self._do(
+            lambda: self._all("values_prefixed", challenge_id=challenge_id, prefix=prefix, limit=limit)
+        )
+        return [value_of(row) for row in rows]
+
+    async def value(self, challenge_id: ChallengeId, key: str) -> ValueRecord | None:
+        """See the port."""
+        row = await self._do(lambda: self._one("value_one", challenge_id=challenge_id, key=key))
+        return None if row is None else value_of(row)
+
+    async def change_value(
+        self,
+        challenge_id: ChallengeId,
+        key: str,
+        *,
+        change: Callable[[ValueRecord | None], tuple[str | None, str]],
+        session_id: str,
+        request_id: str,
+        at: datetime,
+    ) -> ValueReply:
+        """See the port."""
+
+        def work() -> ValueReply:
+            earlier = self._one("reply_one", session_id=session_id, request_id=request_id)
+            if earlier is not None:
+                return ValueReply(session_id, request_id, earlier["reply"])
+            row = self._one("value_one", challenge_id=challenge_id, key=key)
+            present = None if row is None else value_of(row)
+            value, reply = change(present)
+            if reply.startswith(_DELETE):
+                reply = reply.removeprefix(_DELETE)
+                self._run("value_delete", challenge_id=challenge_id, key=key)
+            elif value is not None:
+                version = 1 if present is None else present.version + 1
+                self._run(
+                    "value_put",
+                    challenge_id=challenge_id,
+                    key=key,
+                    value=value,
+                    version=version,
+                    at=stamp(at),
+                )
+            self._run("reply_put", session_id=session_id, request_id=request_id, reply=reply)
+            return ValueReply(session_id, request_id, reply)
+
+        return await self._do(work)
+
+    # The one thread
+
+    async def _do(self, work: Callable[[], T]) -> T:
+        """Run `work` as one transaction in the store's thread; shielded, so that it is done wholly or not begun."""
+        if self._closed:
+            raise StoreUnavailable("the store is closed")
+        running = asyncio.get_running_loop().run_in_executor(self._thread, self._transaction, work)
+        return await asyncio.shield(running)
+
+    def _transaction(self, work: Callable[[], T]) -> T:
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                found = work()
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+        except sqlite3.IntegrityError as error:
+            raise DuplicateRecord(str(error)) from error
+        except sqlite3.Error as error:
+            if self._connection.in_transaction:
+                self._connection.rollback()
+            raise StoreUnavailable(f"the database cannot be written: {error}") from error
+        return found
+
+    def _run(self, name: str, **values: Any) -> int:
+        return self._connection.execute(self._queries[name], values).rowcount
+
+    def _known(self, name: str, **values: Any) -> None:
+        if not self._run(name, **values):
+            raise UnknownRecord(f"{name}: no record {values.get('claim_id') or values.get('name')}")
+
+    def _one(self, name: str, **values: Any) -> sqlite3.Row | None:
+        found: sqlite3.Row | None = self._connection.execute(self._queries[name], values).fetchone()
+        return found
+
+    def _all(self, name: str, **values: Any) -> list[sqlite3.Row]:
+        return self._connection.execute(self._queries[name], values).fetchall()
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+    except (OSError, sqlite3.Error) as error:
+        raise StoreUnavailable(f"{path} cannot be opened: {error}") from error
+    try:
+        connection.row_factory = sqlite3.Row
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            connection.execute(f"PRAGMA {pragma}").fetchall()
+        migrate(connection, known_migrations())
+    except sqlite3.DatabaseError as error:
+        connection.close()
+        if "not a database" in str(error) or "malformed" in str(error):
+            raise StoreCorrupt(f"{path} is no database, or damaged: restore it from a backup") from error
+        raise StoreUnavailable(f"{path} cannot be used: {error}") from error
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _load_queries() -> Mapping[str, str]:
+    text = files("platform_validator.store").joinpath("queries.sql").read_text(encoding="utf-8")
+    parts = re.split(r"^-- name: (\w+)$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], (query.strip() for query in parts[2::2]), strict=True))
