@@ -412,6 +412,7 @@ async def test_losing_a_claim_to_another_validator_is_a_normal_event(house: Hous
 
 async def test_a_push_is_only_a_hint(house: House) -> None:
     """Forged, repeated and late pushes change nothing; without any push the poll finds the job."""
+    house.platform.term = timedelta(hours=1)
     quiet = house.platform.add_job(CHALLENGE, push=False)
     async with house.open():
         await house.ended(quiet)
@@ -433,6 +434,7 @@ async def test_a_push_is_only_a_hint(house: House) -> None:
         await running.wait()
         renewals = house.platform.calls.count("renew")
         house.platform.push_hint(JobCancelled(seq=5000, job_id=job_id))
+        # Its own renewal would be due in twenty minutes: the hint alone makes it ask.
         while house.platform.calls.count("renew") == renewals:
             await tick()
         go_on.set()
@@ -561,6 +563,26 @@ async def test_a_new_commit_is_proved_beside_the_old_one_before_it_serves(house:
     assert new.commit != old.commit
 
 
+async def test_an_old_instance_finishes_its_jobs_before_it_goes(house: House) -> None:
+    """An old instance finishes its jobs before it goes."""
+    async with house.open():
+        await house.state(InstanceState.ACTIVE)
+        held = house.challenges.acquire(CHALLENGE)
+        assert held is not None
+        second = new_commit(house.folder, TOML + "# two\n")
+        house.publish(second)
+        while not (old := house.challenges.views()[0].old):
+            await tick()
+        assert (old[0].commit, old[0].state, old[0].jobs) == (held.commit, InstanceState.RECYCLING, 1)
+        assert old[0].superseded_by is not None
+        assert second in old[0].superseded_by
+        states = {record.commit: record.state for record in await house.store.instances()}
+        assert states == {held.commit: InstanceState.RECYCLING, second: InstanceState.ACTIVE}
+        held.release()
+        while house.challenges.views()[0].old:
+            await tick()
+
+
 async def test_a_broken_new_commit_leaves_the_old_one_serving(house: House) -> None:
     """A broken new commit leaves the old one serving."""
     async with house.open():
@@ -662,6 +684,28 @@ async def test_what_a_crash_left_is_submitted_released_or_forgotten(house: House
     await house.outbox.deliver()
     assert house.platform.jobs[finished].outcome == "succeeded"
     assert not await house.store.open_jobs()
+
+
+async def test_a_job_that_the_journal_holds_is_not_claimed_again(house: House) -> None:
+    """Its result waits for delivery while the API, whose lease on it lapsed, offers it again."""
+    held = house.platform.add_job(CHALLENGE, push=False)
+    claim_id = await abandoned(house, held)
+    claim = await house.client.claim(held, claim_id)
+    at = SystemClock().now()
+    await house.store.claim_granted(claim_id, granted=b"{}", attempt=1, token=claim.lease.token, at=at)
+    await house.store.store_result(claim_id, JobOutcome.SUCCEEDED, a_result(claim), at=at)
+    for _ in range(50):
+        house.platform.fail_next("submit_result")
+    house.platform.lapse(held)
+    async with house.open():
+        house.platform.add_job(CHALLENGE)
+        while len(await house.store.outbox()) < 2:
+            await tick()
+        assert house.platform.jobs[held].attempt == 1
+        house.platform.clear_faults()
+        house.outbox.wake(retry=True)
+        await house.ended(held)
+    assert (house.platform.jobs[held].attempt, house.platform.jobs[held].outcome) == (1, "succeeded")
 
 
 async def abandoned(house: House, job_id: JobId) -> ClaimId:

@@ -177,6 +177,10 @@ class MemoryPlatform:
         failure = error or PlatformUnavailable(f"{call}: arranged to fail")
         self._faults.setdefault(call, []).append(Fault(failure, after))
 
+    def clear_faults(self) -> None:
+        """Arrange no more failures."""
+        self._faults.clear()
+
     def push_hint(self, notification: Notification) -> None:
         """Push anything at all, as a confused or hostile server would."""
         for _, queue in self._listeners:
