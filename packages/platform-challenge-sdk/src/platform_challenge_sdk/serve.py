@@ -96,7 +96,7 @@ class ChallengeServer:
     _session: ChallengeSession | None = None
     _live: ServerConnection | None = None
     _handshaking: bool = False
-    _validator: Hotkey = Hotkey("")
+    _validator: Hotkey | None = None
     _values: Values | None = None
     _challenge_id: ChallengeId | None = None
     _job: JobRun | None = None
@@ -145,7 +145,7 @@ class ChallengeServer:
         return connection.respond(HTTPStatus.NOT_FOUND, "not found\n")
 
     async def _watch(self, stop: asyncio.Event) -> None:
-        """Until stopped or the lifetime is over. Authenticated frames renew an idle VM's, never a busy one's."""
+        """Until stopped, or silent for too long: 15 min with a job, else the VM's lifetime."""
         while not stop.is_set():
             idle = time.monotonic() - self.last_frame
             limit = _SILENCE if self._job is not None else float(self.config.max_lifetime_s)
@@ -257,6 +257,9 @@ class ChallengeServer:
     def _execute(self, order: JobExecute) -> None:
         if self._job is not None and self._job.order.job_id == order.job_id:
             return
+        validator = self._validator
+        if validator is None:
+            return
         busy = self._job is not None and (self.per_job or self._job.phase != "done")
         if busy or self._values is None:
             why = "this VM has its one job" if busy else "not configured"
@@ -266,7 +269,7 @@ class ChallengeServer:
             order,
             challenge=self.challenge,
             agent=self.agent,
-            validator=self._validator,
+            validator=validator,
             values=self._values,
             send=self._send,
             max_result=self.max_result,

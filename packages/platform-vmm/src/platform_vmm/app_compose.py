@@ -121,7 +121,7 @@ def _check_mounts(name: str, volumes: Any) -> None:
         source = str(volume).split(":")[0]
         if source != USER_CONFIG and source not in AGENT_SOCKETS:
             raise ComposeUnsupported(
-                f"services.{name}.volumes: {source[:128]!r} may not be mounted; only user config and agent socket"
+                f"services.{name}.volumes: {source[:128]!r}: only user config and agent socket may be mounted"
             )
 
 

@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -114,6 +115,15 @@ async def _until_stopped(machines: Machines, ready: asyncio.Event, server: uvico
         server.should_exit = True
 
 
+class _Server(uvicorn.Server):
+    """Leaves signals to the VMM, which ends its guests first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+
 def _server(application: object, listen: str) -> uvicorn.Server:
     common = {"log_config": None, "access_log": False, "lifespan": "off", "timeout_graceful_shutdown": 2}
     if listen.startswith("unix:"):
@@ -127,8 +137,7 @@ def _server(application: object, listen: str) -> uvicorn.Server:
         if not host or not port.isdigit():
             raise VmmError(f"--listen: expected HOST:PORT or unix:/path, got {listen!r}")
         config = uvicorn.Config(application, host=host, port=int(port), **common)  # type: ignore[arg-type]  # as above
-    server = uvicorn.Server(config)
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]  # signals are ours
+    server = _Server(config)
     return server
 
 

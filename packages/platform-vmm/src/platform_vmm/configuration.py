@@ -1,4 +1,4 @@
-"""VmConfiguration: what CreateVm is given, by dstack's JSON rules (any field may be missing, bytes are hex)."""
+"""VmConfiguration: what CreateVm is given, by dstack's JSON rules (any field may be missing)."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import structlog
 from websockets.asyncio.client import ClientConnection, connect
@@ -407,7 +407,8 @@ class CvmSession:
             socket.transport.abort()
 
     async def _or_lost(self, wanted: asyncio.Future[_T]) -> _T:
-        await asyncio.wait([wanted, self._lost], return_when=asyncio.FIRST_COMPLETED)
+        either: list[asyncio.Future[Any]] = [wanted, self._lost]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if wanted.done():
             return wanted.result()
         raise self._lost.result()

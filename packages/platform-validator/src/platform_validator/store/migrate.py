@@ -1,4 +1,4 @@
-"""Brings a database to this program's version: numbered SQL files, each applied once, each with its checksum."""
+"""Brings a database to this version: numbered SQL files, each applied once, each with its checksum."""
 
 from __future__ import annotations
 

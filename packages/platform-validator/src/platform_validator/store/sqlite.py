@@ -1,4 +1,4 @@
-"""The Store over SQLite: one connection, one writer thread, WAL, every commit synced before a method returns."""
+"""The Store over SQLite: one writer thread, WAL, every commit synced before a method returns."""
 
 from __future__ import annotations
 
@@ -325,7 +325,7 @@ class SqliteStore:
     # The one thread
 
     async def _do(self, work: Callable[[], T]) -> T:
-        """Run `work` as one transaction in the store's thread; shielded, so that it is done wholly or not begun."""
+        """Run `work` as one transaction in the store's thread; shielded: done wholly, or not begun."""
         if self._closed:
             raise StoreUnavailable("the store is closed")
         running = asyncio.get_running_loop().run_in_executor(self._thread, self._transaction, work)
@@ -348,18 +348,18 @@ class SqliteStore:
             raise StoreUnavailable(f"the database cannot be written: {error}") from error
         return found
 
-    def _run(self, name: str, **values: Any) -> int:
+    def _run(self, name: str, /, **values: Any) -> int:
         return self._connection.execute(self._queries[name], values).rowcount
 
-    def _known(self, name: str, **values: Any) -> None:
+    def _known(self, name: str, /, **values: Any) -> None:
         if not self._run(name, **values):
             raise UnknownRecord(f"{name}: no record {values.get('claim_id') or values.get('name')}")
 
-    def _one(self, name: str, **values: Any) -> sqlite3.Row | None:
+    def _one(self, name: str, /, **values: Any) -> sqlite3.Row | None:
         found: sqlite3.Row | None = self._connection.execute(self._queries[name], values).fetchone()
         return found
 
-    def _all(self, name: str, **values: Any) -> list[sqlite3.Row]:
+    def _all(self, name: str, /, **values: Any) -> list[sqlite3.Row]:
         return self._connection.execute(self._queries[name], values).fetchall()
 
 

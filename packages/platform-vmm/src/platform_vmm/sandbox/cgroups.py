@@ -129,10 +129,11 @@ def _hierarchies(name: str, root: Path) -> list[tuple[str, Path]]:
             (base / "cgroup.subtree_control").write_text("+memory +cpu +pids")
             return [("v2", base)]
         return []
-    found = []
-    for controller in _V1_CONTROLLERS:
-        if os.access(root / controller, os.W_OK):
-            found.append((controller, _own_group(root / controller, controller) / name))
+    found = [
+        (controller, _own_group(root / controller, controller) / name)
+        for controller in _V1_CONTROLLERS
+        if os.access(root / controller, os.W_OK)
+    ]
     if os.access(root / "unified", os.W_OK):
         found.append(("kill", root / "unified" / name))
     return found

@@ -13,7 +13,6 @@ from platform_protocol.event_log import (
     replay,
     runtime_digest,
 )
-
 from platform_vmm.app_compose import AppCompose
 from platform_vmm.simulation.quote import Measurements
 

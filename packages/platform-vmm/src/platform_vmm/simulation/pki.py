@@ -63,7 +63,7 @@ class Pki:
 
 
 def load_pki(state: Path, now: datetime | None = None) -> Pki:
-    """The hierarchy under `state/simulation`, made at the first call; the root also as `state/simulated-root.pem`."""
+    """The hierarchy under `state/simulation`, made at the first call; its root as `simulated-root.pem`."""
     folder = state / "simulation"
     folder.mkdir(mode=0o700, exist_ok=True)
     names = ("root", "platform_ca", "pck", "signer")
@@ -184,7 +184,7 @@ def _pem(certificate: x509.Certificate) -> bytes:
 
 
 def _pck_extension() -> bytes:
-    """SEQUENCE of (OID, value): PPID .1, TCB .2 (16 SVNs, PCESVN .17, CPUSVN .18), PCEID .3, FMSPC .4, type .5."""
+    """(OID, value): PPID .1, TCB .2 (16 SVNs, PCESVN .17, CPUSVN .18), PCEID .3, FMSPC .4, type .5."""
     svns = [_pair([2, index], _integer(1)) for index in range(1, 17)]
     tcb = _sequence(b"".join([*svns, _pair([2, 17], _integer(11)), _pair([2, 18], _octets(bytes([1]) * 16))]))
     fields = [

@@ -1,0 +1,137 @@
+"""Submissions: kept as uploaded, one job for each of the challenge's templates."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from platform_api.challenges import get_challenge
+from platform_api.database import now_ms
+from platform_api.errors import ApiError
+from platform_api.push import record_change
+from platform_api.tables import jobs, submissions
+from platform_protocol.canonical import sha256_hex
+
+MAX_BYTES = 64 * 1024 * 1024
+_MAX_NAME = 255
+
+
+async def add_submission(
+    connection: AsyncConnection, challenge_id: str, miner: str, filename: str, data: bytes
+) -> dict[str, Any]:
+    """Keep an upload and make its jobs; the same bytes of the same miner again make nothing new.
+
+    Raises:
+        ApiError: 404 `unknown_challenge`; 409 `challenge_not_active`; 422 `bad_filename`, `empty`.
+    """
+    challenge = await get_challenge(connection, challenge_id)
+    if challenge["status"] != "active":
+        raise ApiError(409, "challenge_not_active", f"challenge {challenge['name']} is {challenge['status']}")
+    _check_name(filename)
+    if not data:
+        raise ApiError(422, "empty", "expected the submission's bytes as the body")
+    digest = sha256_hex(data)
+    same = sa.and_(
+        submissions.c.challenge_id == challenge_id,
+        submissions.c.miner_hotkey == miner,
+        submissions.c.sha256 == digest,
+    )
+    earlier = await connection.scalar(sa.select(submissions.c.id).where(same))
+    if earlier is not None:
+        query = sa.select(jobs.c.id).where(jobs.c.submission_id == earlier)
+        before = list((await connection.execute(query)).scalars())
+        return {"id": earlier, "sha256": digest, "size": len(data), "jobs": before, "duplicate": True}
+    identity, now = str(uuid.uuid4()), now_ms()
+    await connection.execute(
+        sa.insert(submissions).values(
+            id=identity,
+            challenge_id=challenge_id,
+            miner_hotkey=miner,
+            sha256=digest,
+            size=len(data),
+            filename=filename,
+            data=data,
+            created_at=now,
+        )
+    )
+    made = [
+        await add_job(connection, challenge, template, submission_id=identity, miner=miner)
+        for template in challenge["jobs"]
+    ]
+    return {"id": identity, "sha256": digest, "size": len(data), "jobs": made, "duplicate": False}
+
+
+async def add_job(
+    connection: AsyncConnection,
+    challenge: dict[str, Any],
+    template: dict[str, Any],
+    *,
+    submission_id: str | None,
+    miner: str | None,
+) -> str:
+    """Queue one job; validators are told. Returns its id."""
+    identity = str(uuid.uuid4())
+    await connection.execute(
+        sa.insert(jobs).values(
+            id=identity,
+            challenge_id=challenge["id"],
+            submission_id=submission_id,
+            miner_hotkey=miner,
+            status="pending",
+            created_at=now_ms(),
+            priority=template.get("priority") or 0,
+            resources=challenge["resources"],
+            timeout_s=template.get("timeout_s") or challenge["timeout_s"],
+            job_name=template.get("job_name"),
+            payload=template.get("payload") or {},
+        )
+    )
+    await record_change(connection, "new_job", identity, challenge["id"])
+    return identity
+
+
+async def get_submission(connection: AsyncConnection, identity: str) -> dict[str, Any]:
+    """One submission's row.
+
+    Raises:
+        ApiError: 404 `unknown_submission`.
+    """
+    row = (
+        (await connection.execute(sa.select(submissions).where(submissions.c.id == identity)))
+        .mappings()
+        .one_or_none()
+    )
+    if row is None:
+        raise ApiError(404, "unknown_submission", f"no submission {identity[:64]}")
+    return dict(row)
+
+
+async def bundle_for(connection: AsyncConnection, identity: str, hotkey: str) -> bytes:
+    """The bytes, for the validator that holds a lease on one of its jobs.
+
+    Raises:
+        ApiError: 404 `unknown_submission`; 403 `no_lease`.
+    """
+    row = await get_submission(connection, identity)
+    held = await connection.scalar(
+        sa.select(sa.func.count())
+        .select_from(jobs)
+        .where(
+            jobs.c.submission_id == identity,
+            jobs.c.holder == hotkey,
+            jobs.c.token.is_not(None),
+            jobs.c.status.in_(("pending", "claimed")),
+        )
+    )
+    if not held:
+        raise ApiError(403, "no_lease", "only the validator that holds a job of this submission may read it")
+    return bytes(row["data"])
+
+
+def _check_name(filename: str) -> None:
+    bad = not filename or len(filename.encode()) > _MAX_NAME or not filename.isprintable()
+    if bad or "/" in filename or "\\" in filename or filename in (".", ".."):
+        raise ApiError(422, "bad_filename", "X-Filename: expected a plain file name of 1 to 255 bytes")
