@@ -251,7 +251,7 @@ async def test_a_job_goes_from_pending_to_its_accepted_result(house: House) -> N
     seen: list[bytes | None] = []
 
     async def looking(session: MemorySession, order: JobOrder, submission: Path | None) -> GuestResult:
-        seen.append(submission.read_bytes() if submission else None)  # noqa: ASYNC240 - a few bytes
+        seen.append(submission.read_bytes() if submission else None)
         assert order.payload == {"k": 1}
         return await good(session, order, submission)
 
