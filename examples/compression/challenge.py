@@ -9,7 +9,7 @@ from platform_challenge_sdk import Context, SubmissionFailed, challenge, run
 from platform_challenge_sdk.submission import require_ok
 
 CORPUS = Path(__file__).parent / "data" / "genesis-exodus.txt"
-TIME_LIMIT = 5.0
+TIME_LIMIT = 8.0
 MEMORY = 256 * 1024 * 1024
 PROGRAM_BYTES = 16 * 1024
 SCORE_MAX = 8.0

@@ -14,6 +14,7 @@ from platform_challenge_sdk.submission import require_ok
 DATA = Path(__file__).parent / "data" / "digits.csv.gz"
 SEED = "digits-1"
 TEST_DIGITS = 500
+TRAIN_FILE = "train.csv"
 TIME_LIMIT = 5.0
 MEMORY = 256 * 1024 * 1024
 ACCURACY_SHARE = 0.9
@@ -50,7 +51,7 @@ def questions(test: list[Digit]) -> str:
 
 
 def lesson(train: list[Digit]) -> bytes:
-    """What the submission finds in /work/train.csv: pixels, then the label."""
+    """What the submission finds in the file named by its argument: pixels, then the label."""
     return "".join(",".join(map(str, (*digit.pixels, digit.label))) + "\n" for digit in train).encode()
 
 
@@ -84,11 +85,11 @@ async def evaluate(ctx: Context, payload: dict[str, Any]) -> dict[str, Any]:  # 
     ctx.progress(10, f"{len(train)} digits to learn from, {len(test)} to classify")
     outcome = require_ok(
         await ctx.submission.run(
-            ["python3", "main.py"],
+            ["python3", "main.py", f"/work/{TRAIN_FILE}"],
             stdin=questions(test),
             timeout=TIME_LIMIT,
             memory=MEMORY,
-            files={"train.csv": lesson(train)},
+            files={TRAIN_FILE: lesson(train)},
         )
     )
     answers = parse_answers(outcome.text, len(test))
