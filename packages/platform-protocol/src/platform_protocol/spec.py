@@ -7,7 +7,7 @@ import re
 import tomllib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from platform_protocol.errors import ProtocolError
 
@@ -16,7 +16,6 @@ MAX_RESULT_BYTES = 16 * 1024 * 1024
 _MIB = 1024 * 1024
 _MODULE = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"
 _HOST = r"^(\*\.)?[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*$"
-_TREE_PATH = r"^(?!/)(?!.*(^|/)\.\.(/|$))[^\x00]+$"
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Host = Annotated[str, Field(pattern=_HOST, max_length=253)]
@@ -28,6 +27,12 @@ class SpecInvalid(ProtocolError):
     def __init__(self, faults: list[str]) -> None:
         super().__init__("platform.toml: " + "; ".join(faults))
         self.faults = faults
+
+
+def _inside_tree(path: str) -> str:
+    if path.startswith("/") or ".." in path.split("/") or "\0" in path or not path:
+        raise ValueError("expected a relative path inside the tree")
+    return path
 
 
 class _Table(BaseModel):
@@ -45,7 +50,7 @@ class CvmSpec(_Table):
     memory_mb: Annotated[int, Field(ge=128, le=16 * 1024 * 1024)] | None = None
     disk_mb: Annotated[int, Field(ge=64, le=64 * 1024 * 1024)] | None = None
     gpu_count: Annotated[int, Field(ge=0, le=64)] | None = None
-    compose: Annotated[str, Field(pattern=_TREE_PATH, max_length=255)] | None = None
+    compose: Annotated[str, AfterValidator(_inside_tree), Field(max_length=255)] | None = None
 
 
 class ExecutionSpec(_Table):

@@ -10,7 +10,6 @@ from typing import Protocol
 from platform_protocol.ids import VmId, VmName
 from platform_protocol.platform_messages import IsolationLevel
 from platform_protocol.resources import Resources
-
 from platform_validator.errors import ValidatorError
 
 

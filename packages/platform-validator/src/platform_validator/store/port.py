@@ -11,7 +11,6 @@ from datetime import datetime
 from typing import Protocol
 
 from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
-
 from platform_validator.errors import ValidatorError
 from platform_validator.store.records import (
     InstanceRecord,

@@ -1,0 +1,164 @@
+"""`validator check`: everything that the daemon needs, one line each, with what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import aiohttp
+import psutil
+
+from platform_protocol.platform_messages import IsolationLevel
+from platform_protocol.signing import Keypair
+from platform_validator.challenges.resolve import Unfit, choose_image
+from platform_validator.config import ConfigFaults, Settings, load_settings
+from platform_validator.cvm.vmm import VmmClient, VmmError, VmmFacts
+from platform_validator.daemon.parts import make_connections
+from platform_validator.errors import ValidatorError
+from platform_validator.keys import find_hotkey
+from platform_validator.platform_client.port import NotAuthorized, PlatformClient, PlatformError
+
+_GUEST_HOST = "10.0.2.2"
+_SKEW_WARNED = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding: ok, warn or fail."""
+
+    name: str
+    result: str
+    detail: str
+
+
+def run_checks(environment: Mapping[str, str], config: Path | None, *, home: Path) -> list[Check]:
+    """All checks, in the order in which the daemon needs things; what depends on a failed one is left out."""
+    try:
+        settings = load_settings(environment, flag_file=config)
+    except ConfigFaults as error:
+        return [Check("configuration", "fail", fault) for fault in error.faults]
+    found = [Check("configuration", "ok", f"state in {settings.db_path.parent}"), *_limits(settings)]
+    file, credentials = settings["keys.hotkey_file"], environment.get("CREDENTIALS_DIRECTORY")
+    try:
+        keypair = find_hotkey(
+            settings["validator.hotkey"],
+            passphrase=settings["keys.passphrase"],
+            hotkey_file=Path(file) if file else None,
+            home=home,
+            credentials=Path(credentials) if credentials else None,
+        )
+    except ValidatorError as error:
+        return [*found, Check("key", "fail", str(error))]
+    found.append(Check("key", "ok", f"the private key of {keypair.address} is there"))
+    return found + asyncio.run(_outside(settings, keypair))
+
+
+async def _outside(settings: Settings, keypair: Keypair) -> list[Check]:
+    instance = "00000000-0000-4000-8000-000000000000"
+    connections = make_connections(settings, keypair, instance)
+    try:
+        found = await check_platform(connections.client)
+        offset = connections.signer.offset.total_seconds()
+        found.append(
+            Check("clock", "ok", "within the Platform API's tolerance")
+            if abs(offset) < _SKEW_WARNED
+            else Check(
+                "clock", "warn", f"{offset:+.0f} s off the Platform API's: set this machine's clock (NTP)"
+            )
+        )
+        found += await check_vmm(connections.vmm, settings.level)
+        found += await check_open_vmm(settings["dstack.vmm_url"])
+        return [*found, check_base_url(settings)]
+    finally:
+        await connections.client.close()
+        await connections.vmm.close()
+
+
+async def check_platform(client: PlatformClient) -> list[Check]:
+    """Whether the Platform API answers and knows us."""
+    try:
+        await client.health()
+        active = await client.active_challenges()
+    except NotAuthorized as error:
+        return [Check("platform api", "fail", str(error))]
+    except PlatformError as error:
+        return [Check("platform api", "fail", f"{error}: is PLATFORM_BASE_API right, and the server up?")]
+    return [Check("platform api", "ok", f"registered; {len(active.challenges)} active challenges")]
+
+
+async def check_vmm(vmm: VmmClient, level: IsolationLevel) -> list[Check]:
+    """Whether the VMM answers and has an image for the level."""
+    try:
+        facts = await vmm.facts()
+    except VmmError as error:
+        return [Check("vmm", "fail", f"{error}: is DSTACK_VMM_URL right, and the VMM up?")]
+    return [Check("vmm", "ok", f"version {facts.version}"), check_image(facts, level)]
+
+
+def check_image(facts: VmmFacts, level: IsolationLevel) -> Check:
+    """Whether there is an image at or above the level."""
+    try:
+        image = choose_image(facts.images, named=None, level=level)
+    except Unfit as error:
+        return Check("image", "fail", str(error))
+    return Check("image", "ok", f"{image.name} gives {image.level.value}, {level.value} is asked for")
+
+
+async def check_open_vmm(url: str) -> list[Check]:
+    """Guests of a dstack host reach its loopback: a VMM there must ask for credentials."""
+    if url.startswith("unix:"):
+        return []
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as http,
+            http.post(f"{url}/prpc/Version?json", json={}) as response,
+        ):
+            is_open = response.status == 200  # noqa: PLR2004 - HTTP: OK
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return []
+    if not is_open:
+        return []
+    detail = "it answers without credentials, and guests reach its host's loopback: use unix: or a token"
+    return [Check("vmm access", "fail", detail)]
+
+
+def check_base_url(settings: Settings) -> Check:
+    """Whether the base URL leads, as a guest sees it, to our listener."""
+    url = urlsplit(settings["validator.base_url"])
+    host, port = settings["validator.http_listen"]
+    asked = url.port or (443 if url.scheme == "https" else 80)
+    if url.hostname != _GUEST_HOST:
+        return Check(
+            "base url", "warn", f"{url.geturl()} must reach {host}:{port} from inside a CVM: a proxy of yours"
+        )
+    if asked != port:
+        return Check(
+            "base url",
+            "fail",
+            f"a guest's {_GUEST_HOST}:{asked} is the VMM host's port {asked}, and we listen on {port}: "
+            "set VALIDATOR_BASE_URL or VALIDATOR_HTTP_LISTEN",
+        )
+    return Check(
+        "base url", "ok", f"a guest's {_GUEST_HOST}:{asked} is {host}:{port} here, if the VMM is on this host"
+    )
+
+
+def _limits(settings: Settings) -> list[Check]:
+    found = []
+    cores, memory = os.cpu_count() or 1, psutil.virtual_memory().total // 1024**2
+    limits = settings.limits
+    if limits.cpu_cores > cores:
+        detail = (
+            f"cpu_cores = {limits.cpu_cores}, this machine has {cores}: right only if the VMM is elsewhere"
+        )
+        found.append(Check("limits", "warn", detail))
+    if limits.memory_mb > memory:
+        detail = (
+            f"memory_mb = {limits.memory_mb}, this machine has {memory}: right only if the VMM is elsewhere"
+        )
+        found.append(Check("limits", "warn", detail))
+    return found

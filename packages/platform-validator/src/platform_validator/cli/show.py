@@ -1,0 +1,102 @@
+"""What commands print for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+class CheckLine(Protocol):
+    """One line of `validator check`."""
+
+    @property
+    def name(self) -> str:
+        """What was checked."""
+
+    @property
+    def result(self) -> str:
+        """ok, warn or fail."""
+
+    @property
+    def detail(self) -> str:
+        """What was found, and what to do."""
+
+
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red", "degraded": "yellow"}
+
+
+def checks(found: Sequence[CheckLine], console: Console) -> None:
+    """A line for each check."""
+    for one in found:
+        colour = _COLOURS[one.result]
+        console.print(f"[{colour}]{one.result:>5}[/]  {one.name:<14} {escape(one.detail)}", soft_wrap=True)
+
+
+def status(found: dict[str, Any], console: Console) -> None:
+    """The daemon in short."""
+    word = found["status"]
+    console.print(f"[bold]validator[/] [{_COLOURS.get(word, 'cyan')}]{word}[/]")
+    for name, reason in found.get("reasons", {}).items():
+        console.print(f"  [yellow]{escape(name)}[/]: {escape(str(reason))}", soft_wrap=True)
+    for key in ("hotkey", "platform_api", "vmm", "vmm_version", "isolation_level", "claiming", "outbox"):
+        if key in found:
+            console.print(f"  {key:<16} {escape(str(found[key]))}", soft_wrap=True)
+    if found.get("simulated_attestation"):
+        console.print("  [yellow]attestation is simulated: nothing here is proved by hardware[/]")
+    slots, quota = found.get("slots"), found.get("quota")
+    if slots:
+        console.print(f"  {'job slots':<16} {slots['used']} of {slots['total']}")
+    for kind, share in (quota or {}).items():
+        console.print(f"  {kind:<16} {share['used']} of {share['limit']}")
+    refused = {reason: count for reason, count in found.get("refused", {}).items() if count}
+    if refused:
+        console.print(
+            f"  {'refused':<16} " + ", ".join(f"{name} {count}x" for name, count in refused.items())
+        )
+
+
+def jobs(found: list[dict[str, Any]], console: Console) -> None:
+    """Claims, newest first."""
+    _table(found, ("job_id", "stage", "outcome", "attempt", "claimed_at", "reason"), console, "no jobs yet")
+
+
+def cvms(found: list[dict[str, Any]], console: Console) -> None:
+    """CVMs."""
+    _table(found, ("name", "stage", "purpose", "attestation", "since", "last_error"), console, "no CVMs")
+
+
+def challenges(found: list[dict[str, Any]], console: Console) -> None:
+    """Challenges with their serving instance."""
+    rows = []
+    for one in found:
+        shown = one.get("serving") or one.get("candidate") or {}
+        candidate = one.get("candidate") if one.get("serving") else None
+        rows.append(
+            {
+                "name": one["name"],
+                "state": one["state"],
+                "commit": str(shown.get("commit", ""))[:12],
+                "reason": shown.get("reason") or (candidate or {}).get("reason"),
+                "candidate": (candidate or {}).get("state"),
+            }
+        )
+    _table(rows, ("name", "state", "commit", "candidate", "reason"), console, "no challenges")
+
+
+def config(rows: list[dict[str, Any]], console: Console) -> None:
+    """Settings with their origins."""
+    _table(rows, ("setting", "value", "from", "meaning"), console, "")
+
+
+def _table(rows: list[dict[str, Any]], columns: tuple[str, ...], console: Console, empty: str) -> None:
+    if not rows:
+        console.print(empty)
+        return
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(escape("" if row.get(name) is None else str(row[name])) for name in columns))
+    console.print(table)

@@ -1,0 +1,222 @@
+"""The table of settings. One row each: TOML key, environment, default, what it means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from platform_protocol.platform_messages import IsolationLevel
+from platform_protocol.resources import Resources
+from platform_validator.config import parse
+from platform_validator.config.parse import Parser
+
+REQUIRED = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One setting. `secret`: never shown; `later`: read and checked, and named as not in force yet."""
+
+    key: str
+    parser: Parser
+    default: Any
+    meaning: str
+    env: tuple[str, ...] = ()
+    secret: bool = False
+    later: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a value came from: `flag --x`, `environment X`, `config.toml`, or `default`."""
+
+    where: str
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The whole configuration, checked. Read it with the properties; `origins` says where each came from."""
+
+    values: Mapping[str, Any] = field(repr=False)
+    origins: Mapping[str, Origin] = field(repr=False)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    @property
+    def db_path(self) -> Path:
+        """The validator's database; its folder is the state directory."""
+        return Path(self["validator.db_path"]).absolute()
+
+    @property
+    def level(self) -> IsolationLevel:
+        """The least isolation."""
+        level: IsolationLevel = self["sandbox_config.isolation_level"]
+        return level
+
+    @property
+    def limits(self) -> Resources:
+        """Totals for all CVMs."""
+        names = ("cpu_cores", "memory_mb", "disk_mb", "gpu_count")
+        return Resources(**{name: self[f"resource_limits.{name}"] for name in names})
+
+    def seconds(self, key: str) -> float:
+        """A duration's seconds."""
+        duration: timedelta = self[key]
+        return duration.total_seconds()
+
+
+def _o(key: str, parser: Parser, default: Any, meaning: str, *env: str, **more: bool) -> Option:
+    return Option(key, parser, default, meaning, env, **more)
+
+
+_POSITIVE = parse.whole(1)
+_POLICY, _FILES = "sandbox_config.network_policy", "sandbox_config.filesystem_policy"
+
+OPTIONS: tuple[Option, ...] = (
+    _o("validator.hotkey", parse.hotkey, REQUIRED, "SS58 address of the validator", "VALIDATOR_HOTKEY"),
+    _o(
+        "validator.db_path",
+        parse.text,
+        "./validator.db",
+        "its folder is the state directory",
+        "VALIDATOR_DB_PATH",
+    ),
+    _o(
+        "validator.base_url",
+        parse.web_url,
+        "http://10.0.2.2:18080",
+        "this validator, as a CVM reaches it",
+        "VALIDATOR_BASE_URL",
+    ),
+    _o(
+        "validator.http_listen",
+        parse.listen,
+        "127.0.0.1:18080",
+        "the listener for CVMs and probes",
+        "VALIDATOR_HTTP_LISTEN",
+    ),
+    _o(
+        "validator.admin_listen",
+        parse.listen,
+        "127.0.0.1:18081",
+        "the operator's API",
+        "VALIDATOR_ADMIN_LISTEN",
+    ),
+    _o(
+        "validator.log",
+        parse.text,
+        "info",
+        "log level and directives: info, platform_validator=debug",
+        "VALIDATOR_LOG",
+        "RUST_LOG",
+    ),
+    _o("validator.log_format", parse.text, "auto", "auto, json or people", "VALIDATOR_LOG_FORMAT"),
+    _o("platform.base_api", parse.web_url, REQUIRED, "the Platform API", "PLATFORM_BASE_API"),
+    _o(
+        "dstack.vmm_url",
+        parse.vmm_url,
+        "http://localhost:11530",
+        "the VMM: http, https or unix:",
+        "DSTACK_VMM_URL",
+    ),
+    _o(
+        "dstack.token",
+        parse.text,
+        None,
+        "the VMM's token (environment only)",
+        "DSTACK_VMM_TOKEN",
+        secret=True,
+    ),
+    _o("dstack.auth_user", parse.text, None, "Basic authentication at the VMM", "DSTACK_VMM_AUTH_USER"),
+    _o(
+        "dstack.auth_password",
+        parse.text,
+        None,
+        "its password (environment only)",
+        "DSTACK_VMM_AUTH_PASSWORD",
+        secret=True,
+    ),
+    _o("dstack.port_range", parse.port_range, "10000-19999", "host ports for CVMs"),
+    _o("dstack.port_address", parse.text, "127.0.0.1", "the host under which mapped ports are reached"),
+    _o("resource_limits.cpu_cores", _POSITIVE, 4, "CPU cores of all CVMs together", "VALIDATOR_CPU_CORES"),
+    _o(
+        "resource_limits.memory_mb", _POSITIVE, 2048, "memory of all CVMs together, MB", "VALIDATOR_MEMORY_MB"
+    ),
+    _o("resource_limits.disk_mb", _POSITIVE, 10240, "disk of all CVMs together, MB", "VALIDATOR_DISK_MB"),
+    _o("resource_limits.gpu_count", parse.whole(0), 0, "GPUs of all CVMs together", "VALIDATOR_GPU_COUNT"),
+    _o("resource_limits.max_cvms", _POSITIVE, 16, "CVMs at once"),
+    _o("jobs.max_concurrent", _POSITIVE, 4, "active jobs at once", "VALIDATOR_MAX_CONCURRENT_JOBS"),
+    _o("jobs.outage_grace", parse.duration, "1h", "how long work goes on with unanswered renewals"),
+    _o("jobs.stall_limit", parse.duration, "10min", "how long a job's own task may be silent"),
+    _o("jobs.drain_timeout", parse.duration, "15min", "how long a drain may take"),
+    _o("http.metrics", parse.boolean, True, "serve /metrics", "VALIDATOR_METRICS"),
+    _o(
+        "sources.allow",
+        parse.listing(parse.text),
+        ("https",),
+        "how challenges may be fetched: https, ssh, file",
+    ),
+    _o("cvm.runtime", parse.text, None, "runtime for dstack images: repository@sha256:…"),
+    _o(
+        "sandbox_config.isolation_level",
+        parse.choice(IsolationLevel),
+        IsolationLevel.TEE,
+        "the least isolation",
+    ),
+    _o("sandbox_config.unsafe_no_isolation", parse.boolean, False, "allow level None"),
+    _o("sandbox_config.resource_monitoring", parse.boolean, True, "sample what CVMs use", later=True),
+    _o(
+        f"{_POLICY}.allow_outbound", parse.boolean, False, "let CVMs out through the egress proxy", later=True
+    ),
+    _o(f"{_POLICY}.allowed_hosts", parse.listing(parse.text), (), "hosts that CVMs may reach", later=True),
+    _o(
+        f"{_POLICY}.allowed_ports",
+        parse.listing(parse.whole(1, 65535)),
+        (443, 80),
+        "ports that CVMs may reach",
+        later=True,
+    ),
+    _o(f"{_POLICY}.dns_servers", parse.listing(parse.text), (), "the egress proxy's resolvers", later=True),
+    _o(f"{_FILES}.read_only", parse.boolean, True, "the system in a CVM is read-only", later=True),
+    _o(f"{_FILES}.allowed_paths", parse.listing(parse.text), (), "writable paths", later=True),
+    _o(f"{_FILES}.denied_paths", parse.listing(parse.text), (), "hidden paths", later=True),
+    _o(f"{_FILES}.tmpfs_size", parse.size, None, "size of /tmp", later=True),
+    _o("scoring_config.algorithm", parse.text, "Linear", "Linear, Logarithmic or Exponential"),
+    _o("scoring_config.normalization", parse.text, "MinMax", "None, MinMax, ZScore or Robust"),
+    _o("attestation.allow_simulated", parse.boolean, False, "accept simulated quotes, below Tee"),
+    _o("attestation.simulated_root_file", parse.text, None, "the root that simulated quotes must have (PEM)"),
+    _o(
+        "attestation.allow_session_v1",
+        parse.boolean,
+        None,
+        "speak session version 1 (default: as allow_simulated)",
+        later=True,
+    ),
+    _o(
+        "attestation.pccs_url",
+        parse.web_url,
+        "https://api.trustedservices.intel.com",
+        "the collateral service",
+        "PCCS_URL",
+    ),
+    _o(
+        "keys.hotkey_file",
+        parse.text,
+        None,
+        "a Bittensor keyfile, a mnemonic or a 0x seed",
+        "VALIDATOR_HOTKEY_FILE",
+    ),
+    _o(
+        "keys.passphrase",
+        parse.text,
+        None,
+        "a mnemonic with an optional derivation path (environment only)",
+        "HOTKEY_PASSPHRASE",
+        secret=True,
+    ),
+)

@@ -1,0 +1,150 @@
+"""What the web and the command line see of the daemon: one place that reads all components."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from platform_validator.config import Settings
+from platform_validator.daemon.parts import Components
+from platform_validator.platform_client.notifications import NotificationLoop
+from platform_validator.telemetry.metrics import Metrics
+from platform_validator.web.views import Health
+
+_KINDS = ("cpu_cores", "memory_mb", "disk_mb", "gpu_count")
+
+
+class Board:
+    """The Views of a daemon; grows as the startup sequence goes on."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self.phase = "starting"
+        self.vmm_error: str | None = "not asked yet"
+        self.vmm_version = ""
+        self.components: Components | None = None
+        self.notifications: NotificationLoop | None = None
+        self.extra: dict[str, Any] = {}
+
+    def health(self) -> Health:
+        """See the port."""
+        reasons = self._reasons()
+        words = {name: "fails" if reason else "ok" for name, reason in reasons.items()}
+        return Health(self.phase, words, {name: reason for name, reason in reasons.items() if reason})
+
+    def metrics(self) -> tuple[bytes, str] | None:
+        """See the port."""
+        if not self._settings["http.metrics"]:
+            return None
+        self._measure()
+        return self._metrics.text(), self._metrics.content_type
+
+    def bundle(self, sha256: str, authorization: str) -> Path | None:
+        """See the port."""
+        parts = self.components
+        if parts is None or not parts.fleet.may_fetch_bundle(authorization, sha256):
+            return None
+        path = parts.source.bundle_path(sha256)
+        return path if path.exists() else None
+
+    def status(self) -> dict[str, Any]:
+        """See the port."""
+        health = self.health()
+        shown: dict[str, Any] = {
+            "status": health.status,
+            "reasons": health.reasons,
+            "hotkey": self._settings["validator.hotkey"],
+            "platform_api": self._settings["platform.base_api"],
+            "vmm": self._settings["dstack.vmm_url"],
+            "vmm_version": self.vmm_version,
+            "isolation_level": self._settings.level.value,
+            "simulated_attestation": bool(self._settings["attestation.allow_simulated"]),
+            **self.extra,
+        }
+        parts = self.components
+        if parts is None:
+            return shown
+        quota = parts.quota.view()
+        active = parts.jobs.views()
+        shown |= {
+            "claiming": parts.jobs.claiming,
+            "slots": {"used": len(active), "total": self._settings["jobs.max_concurrent"]},
+            "quota": {
+                kind: {"used": getattr(quota.used, kind), "limit": getattr(quota.limits.resources, kind)}
+                for kind in _KINDS
+            }
+            | {"cvms": {"used": quota.cvms, "limit": quota.max_cvms}},
+            "refused": quota.refused,
+            "outbox": parts.outbox.depth,
+            "active_jobs": plain(active),
+            "challenges": self.challenges(),
+            "cvms": self.cvms(),
+            "strays": list(parts.fleet.strays),
+        }
+        if self.notifications is not None:
+            shown["notifications"] = plain(self.notifications.view())
+        return shown
+
+    async def jobs(self, limit: int) -> list[dict[str, Any]]:
+        """See the port."""
+        if self.components is None:
+            return []
+        rows: list[dict[str, Any]] = plain(await self.components.jobs.recent(limit))
+        return rows
+
+    def cvms(self) -> list[dict[str, Any]]:
+        """See the port."""
+        rows: list[dict[str, Any]] = plain(self.components.fleet.views()) if self.components else []
+        return rows
+
+    def challenges(self) -> list[dict[str, Any]]:
+        """See the port."""
+        rows: list[dict[str, Any]] = plain(self.components.challenges.views()) if self.components else []
+        return rows
+
+    def _reasons(self) -> dict[str, str | None]:
+        parts = self.components
+        platform = None if parts is None else parts.challenges.last_error or parts.jobs.last_error
+        notifications = self.notifications.view() if self.notifications is not None else None
+        push = None
+        if notifications is not None and not notifications.connected:
+            push = notifications.last_error or "not connected yet"
+        return {
+            "platform_api": platform,
+            "notifications": push,
+            "vmm": self.vmm_error,
+            "fleet": None if parts is None else parts.fleet.last_error,
+        }
+
+    def _measure(self) -> None:
+        for name, reason in self._reasons().items():
+            self._metrics.degraded(name, fails=reason is not None)
+        parts = self.components
+        if parts is None:
+            return
+        quota = parts.quota.view()
+        for kind in _KINDS:
+            self._metrics.quota(kind, getattr(quota.used, kind), getattr(quota.limits.resources, kind))
+        self._metrics.quota("cvms", quota.cvms, quota.max_cvms)
+        self._metrics.cvms(dict(Counter(view.stage for view in parts.fleet.views())))
+        self._metrics.challenges(dict(Counter(view.state.value for view in parts.challenges.views())))
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, enums and times as JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, datetime):
+        return value.isoformat().replace("+00:00", "Z")
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(one) for one in value]
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

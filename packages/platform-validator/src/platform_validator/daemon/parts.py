@@ -1,0 +1,189 @@
+"""Builds the daemon's components from settings. Nothing here runs; nothing here leaves the process."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from platform_protocol.signing import Keypair
+from platform_validator.attestation.collateral import from_pccs, from_vmm
+from platform_validator.attestation.policy import AttestationPolicy
+from platform_validator.attestation.quote import QuoteChecker
+from platform_validator.challenges.manager import ChallengeManager
+from platform_validator.challenges.resolve import HostRules
+from platform_validator.challenges.source import GitSource
+from platform_validator.clock import Clock, SystemClock
+from platform_validator.config import Settings
+from platform_validator.cvm.dstack import DstackVmm
+from platform_validator.cvm.fleet import Fleet, FleetRules
+from platform_validator.cvm.host_ports import HostPorts
+from platform_validator.cvm.probe import HttpProbe
+from platform_validator.cvm.quota import Limits, Quota
+from platform_validator.jobs.executor import JobExecutor
+from platform_validator.jobs.lease import LeaseRules, ThreadRenewer
+from platform_validator.jobs.manager import JobManager
+from platform_validator.jobs.outbox import Outbox
+from platform_validator.keyring import Keyring
+from platform_validator.platform_client.http import HttpPlatformClient
+from platform_validator.platform_client.renewals import BlockingRenewals
+from platform_validator.platform_client.signer import RequestSigner
+from platform_validator.scoring import ScoringRule
+from platform_validator.state import StateUnusable
+from platform_validator.store.port import Store
+from platform_validator.store.records import StateIdentity
+from platform_validator.telemetry.metrics import Metrics
+from platform_validator.values import DynamicValues
+
+
+@dataclass(frozen=True, slots=True)
+class Connections:
+    """Step 2: the clients of what is outside."""
+
+    clock: Clock
+    signer: RequestSigner
+    client: HttpPlatformClient
+    vmm: DstackVmm
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """Step 4: what does the work."""
+
+    quota: Quota
+    fleet: Fleet
+    source: GitSource
+    challenges: ChallengeManager
+    outbox: Outbox
+    jobs: JobManager
+
+
+def make_vmm(settings: Settings) -> DstackVmm:
+    """The VMM's client."""
+    return DstackVmm(
+        settings["dstack.vmm_url"],
+        token=settings["dstack.token"],
+        user=settings["dstack.auth_user"],
+        password=settings["dstack.auth_password"],
+        port_address=settings["dstack.port_address"],
+    )
+
+
+def make_connections(settings: Settings, keypair: Keypair, instance: str) -> Connections:
+    """The clients."""
+    clock = SystemClock()
+    base = settings["platform.base_api"]
+    signer = RequestSigner(keypair=keypair, base_url=base, instance=instance, clock=clock)
+    client = HttpPlatformClient(base_url=base, signer=signer, clock=clock)
+    return Connections(clock, signer, client, make_vmm(settings))
+
+
+def make_policy(settings: Settings, connections: Connections) -> AttestationPolicy:
+    """What the level in force accepts.
+
+    Raises:
+        StateUnusable: The simulated root's file cannot be read.
+    """
+    simulated = bool(settings["attestation.allow_simulated"])
+    if simulated:
+        path = Path(settings["attestation.simulated_root_file"])
+        try:
+            root = x509.load_pem_x509_certificate(path.read_bytes()).public_bytes(Encoding.DER)
+        except (OSError, ValueError) as error:
+            raise StateUnusable(f"attestation.simulated_root_file {path} cannot be used: {error}") from error
+        fetch = from_vmm(connections.vmm.collateral)
+        checker = QuoteChecker(fetch=fetch, clock=connections.clock, root=root)
+    else:
+        fetch = from_pccs(settings["attestation.pccs_url"])
+        checker = QuoteChecker(fetch=fetch, clock=connections.clock, root=None)
+    return AttestationPolicy(level=settings.level, allow_simulated=simulated, checker=checker)
+
+
+def make_components(
+    settings: Settings,
+    keypair: Keypair,
+    connections: Connections,
+    *,
+    store: Store,
+    identity: StateIdentity,
+    keyring: Keyring,
+    metrics: Metrics,
+    cache: Path,
+    on_active: Callable[[], None],
+) -> Components:
+    """Quota, fleet, challenges, outbox, executor, job manager.
+
+    Raises:
+        StateUnusable: A file that the settings name cannot be read.
+    """
+    clock, client, vmm = connections.clock, connections.client, connections.vmm
+    rng = random.SystemRandom()
+    quota = Quota(Limits(settings.limits, settings["resource_limits.max_cvms"]))
+    fleet = Fleet(
+        vmm=vmm,
+        probe=HttpProbe(vmm=vmm, clock=clock),
+        store=store,
+        keyring=keyring,
+        quota=quota,
+        ports=HostPorts(*settings["dstack.port_range"]),
+        policy=make_policy(settings, connections),
+        values=DynamicValues(store=store, clock=clock),
+        clock=clock,
+        identity=identity,
+        validator=keypair.address,
+        rules=FleetRules(
+            level=settings.level,
+            allow_simulated=settings["attestation.allow_simulated"],
+            base_url=settings["validator.base_url"],
+        ),
+    )
+    source = GitSource(cache=cache, allow=frozenset(settings["sources.allow"]))
+    challenges = ChallengeManager(
+        client=client,
+        store=store,
+        source=source,
+        vmm=vmm,
+        fleet=fleet,
+        quota=quota,
+        rules=HostRules(level=settings.level, limits=settings.limits, runtime=settings["cvm.runtime"]),
+        clock=clock,
+        rng=rng,
+        on_active=on_active,
+    )
+    outbox = Outbox(client=client, store=store, clock=clock, rng=rng, metrics=metrics)
+    renewals = BlockingRenewals(
+        base_url=settings["platform.base_api"], signer=connections.signer, clock=clock
+    )
+    rules = LeaseRules(outage_grace=settings["jobs.outage_grace"], stall_limit=settings["jobs.stall_limit"])
+    executor = JobExecutor(
+        client=client,
+        store=store,
+        fleet=fleet,
+        quota=quota,
+        renewer=ThreadRenewer(renew=renewals.renew, clock=clock, rules=rules),
+        outbox=outbox,
+        scoring=ScoringRule.named(
+            settings["scoring_config.algorithm"], settings["scoring_config.normalization"]
+        ),
+        cache=cache,
+        clock=clock,
+        metrics=metrics,
+    )
+    jobs = JobManager(
+        client=client,
+        store=store,
+        challenges=challenges,
+        quota=quota,
+        executor=executor,
+        clock=clock,
+        rng=rng,
+        new_id=lambda: str(uuid.uuid4()),
+        max_concurrent=settings["jobs.max_concurrent"],
+        metrics=metrics,
+    )
+    return Components(quota, fleet, source, challenges, outbox, jobs)

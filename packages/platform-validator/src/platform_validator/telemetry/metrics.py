@@ -1,0 +1,124 @@
+"""Prometheus metrics of the daemon. No job id and no hotkey is ever a label."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+_PREFIX = "platform_validator"
+_STAGES = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
+
+
+class Metrics:
+    """One registry a daemon; satisfies the port that jobs report to."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._stage = self._histogram("job_stage_seconds", "Time that jobs spend in a stage", "stage")
+        self._jobs = self._counter("jobs", "Jobs that ended here, by outcome", "outcome")
+        self._claims = self._counter("claims", "Claims by the API's answer", "answer")
+        self._passes = self._counter("passes", "Passes of the job loop, by what woke it", "source")
+        self._passed_over = self._counter("jobs_passed_over", "Pending jobs not claimed, by reason", "reason")
+        self._deliveries = self._counter("deliveries", "Results sent, by the API's answer", "answer")
+        self._slots = self._gauge("job_slots", "Job slots", "state")
+        self._outbox = self._gauge("outbox_results", "Results not yet acknowledged")
+        self._oldest = self._gauge("outbox_oldest_seconds", "Age of the oldest of them")
+        self._quota = self._gauge("quota", "Resources reserved and allowed", "resource", "state")
+        self._cvms = self._gauge("cvms", "CVMs by stage", "stage")
+        self._challenges = self._gauge("challenges", "Challenges by state", "state")
+        self._degraded = self._gauge("degraded", "1 while a component fails", "component")
+        self._contact = self._gauge("platform_last_contact_seconds", "Since the Platform API last answered")
+        self._lag = self._gauge("loop_lag_seconds", "How late the event loop runs")
+        self._restarts = self._counter("background_restarts", "Loops that died and were restarted", "loop")
+        self._reconnects = self._counter("notification_connections", "WebSocket connections opened")
+
+    def text(self) -> bytes:
+        """The exposition."""
+        return generate_latest(self.registry)
+
+    # What jobs report
+
+    def stage_took(self, stage: str, seconds: float) -> None:
+        """A job left a stage."""
+        self._stage.labels(str(stage)).observe(seconds)
+
+    def job_ended(self, challenge_id: str, outcome: str) -> None:
+        """A job ended here."""
+        del challenge_id
+        self._jobs.labels(str(outcome)).inc()
+
+    def claim_answered(self, answer: str) -> None:
+        """A claim was answered."""
+        self._claims.labels(answer).inc()
+
+    def pass_made(self, source: str) -> None:
+        """The job loop made a pass."""
+        self._passes.labels(source).inc()
+
+    def passed_over(self, reason: str) -> None:
+        """A pending job was not claimed."""
+        self._passed_over.labels(str(reason)).inc()
+
+    def slots(self, used: int, total: int) -> None:
+        """Job slots now."""
+        self._slots.labels("used").set(used)
+        self._slots.labels("total").set(total)
+
+    def outbox(self, depth: int, oldest_s: float) -> None:
+        """Undelivered results now."""
+        self._outbox.set(depth)
+        self._oldest.set(oldest_s)
+
+    def delivery(self, answer: str) -> None:
+        """A result was sent."""
+        self._deliveries.labels(answer).inc()
+
+    # What the daemon reports
+
+    def quota(self, resource: str, used: int, limit: int) -> None:
+        """A resource's account now."""
+        self._quota.labels(resource, "used").set(used)
+        self._quota.labels(resource, "limit").set(limit)
+
+    def cvms(self, by_stage: dict[str, int]) -> None:
+        """CVMs now."""
+        self._cvms.clear()
+        for stage, count in by_stage.items():
+            self._cvms.labels(stage).set(count)
+
+    def challenges(self, by_state: dict[str, int]) -> None:
+        """Challenges now."""
+        self._challenges.clear()
+        for state, count in by_state.items():
+            self._challenges.labels(state).set(count)
+
+    def degraded(self, component: str, *, fails: bool) -> None:
+        """A component's health now."""
+        self._degraded.labels(component).set(int(fails))
+
+    def last_contact(self, seconds: float) -> None:
+        """Since the Platform API last answered."""
+        self._contact.set(seconds)
+
+    def loop_lag(self, seconds: float) -> None:
+        """How late the loop woke a sleeper."""
+        self._lag.set(seconds)
+
+    def restarted(self, loop: str) -> None:
+        """A background loop died and was started again."""
+        self._restarts.labels(loop).inc()
+
+    def connected(self) -> None:
+        """A notification WebSocket was opened."""
+        self._reconnects.inc()
+
+    def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
+        return Counter(f"{_PREFIX}_{name}", meaning, labels, registry=self.registry)
+
+    def _gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
+        return Gauge(f"{_PREFIX}_{name}", meaning, labels, registry=self.registry)
+
+    def _histogram(self, name: str, meaning: str, *labels: str) -> Histogram:
+        return Histogram(f"{_PREFIX}_{name}", meaning, labels, registry=self.registry, buckets=_STAGES)
