@@ -137,8 +137,7 @@ def _server(application: object, listen: str) -> uvicorn.Server:
         if not host or not port.isdigit():
             raise VmmError(f"--listen: expected HOST:PORT or unix:/path, got {listen!r}")
         config = uvicorn.Config(application, host=host, port=int(port), **common)  # type: ignore[arg-type]  # as above
-    server = _Server(config)
-    return server
+    return _Server(config)
 
 
 def _state(path: Path) -> Path:

@@ -1,13 +1,10 @@
-"""Where collateral comes from: a PCCS at a URL, or the local VMM's own below `/pccs`."""
+"""Collateral from a PCCS at a URL: Intel's own service, or a cache of it."""
 
 from __future__ import annotations
-
-from collections.abc import Awaitable, Callable, Mapping
 
 import aiohttp
 
 from platform_validator.attestation.quote import CollateralUnavailable, Fetch
-from platform_validator.cvm.vmm import VmmError
 
 _TIMEOUT = 20.0
 _MAX = 4 * 1024 * 1024
@@ -30,18 +27,5 @@ def from_pccs(url: str) -> Fetch:
                 return body, dict(response.headers)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise CollateralUnavailable(f"no answer from the collateral service {url}: {error}") from error
-
-    return fetch
-
-
-def from_vmm(collateral: Callable[[str], Awaitable[tuple[bytes, Mapping[str, str]]]]) -> Fetch:
-    """The local VMM's, for its simulated quotes."""
-
-    async def fetch(path: str) -> tuple[bytes, dict[str, str]]:
-        try:
-            body, headers = await collateral(path)
-        except VmmError as error:
-            raise CollateralUnavailable(str(error)) from error
-        return body, dict(headers)
 
     return fetch

@@ -13,6 +13,7 @@ import json
 from dataclasses import dataclass
 
 from platform_protocol.platform_messages import AttestationKind, IsolationLevel
+from platform_validator.attestation.errors import AttestationRefused, AttestationUnavailable
 from platform_validator.attestation.event_log import EventLogRefused, check_event_log
 from platform_validator.attestation.quote import (
     CollateralUnavailable,
@@ -20,7 +21,6 @@ from platform_validator.attestation.quote import (
     QuoteInvalid,
     VerifiedQuote,
 )
-from platform_validator.cvm.errors import AttestationRefused, AttestationUnavailable
 
 _ACCEPTED = frozenset({"UpToDate", "SWHardeningNeeded"})
 _CONFIG_V1 = 0x01

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from platform_validator.errors import ValidatorError
+from platform_validator.attestation.errors import AttestationRefused, AttestationUnavailable
+from platform_validator.errors import CvmError
 
-
-class CvmError(ValidatorError):
-    """A CVM could not be made, or was lost. It is on its way to destruction when this is raised."""
+__all__ = [
+    "AttestationRefused",
+    "AttestationUnavailable",
+    "BootFailed",
+    "BootTimedOut",
+    "CreateFailed",
+    "CvmError",
+    "NoCapacity",
+    "SessionLost",
+    "SessionRefused",
+]
 
 
 class NoCapacity(CvmError):
@@ -23,19 +32,6 @@ class BootFailed(CvmError):
 
 class BootTimedOut(BootFailed):
     """It did not come up within its deadline."""
-
-
-class AttestationRefused(CvmError):
-    """What it showed does not meet the policy of the level in force."""
-
-    def __init__(self, check: str, detail: str) -> None:
-        super().__init__(f"attestation refused by check {check}: {detail}")
-        self.check = check
-        self.detail = detail
-
-
-class AttestationUnavailable(CvmError):
-    """It could not be judged: no quote where one is needed, or no collateral. Says nothing about the CVM."""
 
 
 class SessionRefused(CvmError):

@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from platform_protocol.signing import Keypair
-from platform_validator.attestation.collateral import from_pccs, from_vmm
+from platform_validator.attestation.collateral import from_pccs
 from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.attestation.quote import QuoteChecker
 from platform_validator.challenges.manager import ChallengeManager
@@ -20,6 +20,7 @@ from platform_validator.challenges.resolve import HostRules
 from platform_validator.challenges.source import GitSource
 from platform_validator.clock import Clock, SystemClock
 from platform_validator.config import Settings
+from platform_validator.cvm.collateral import from_vmm
 from platform_validator.cvm.dstack import DstackVmm
 from platform_validator.cvm.fleet import Fleet, FleetRules
 from platform_validator.cvm.host_ports import HostPorts
