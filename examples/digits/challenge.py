@@ -100,11 +100,7 @@ async def evaluate(ctx: Context, payload: dict[str, Any]) -> dict[str, Any]:  # 
     ctx.log.info(summary)
     return {
         "score": score(accuracy, latency_ms / 1000),
-        "metrics": {
-            "accuracy": accuracy,
-            "latency_ms": latency_ms,
-            "cpu_time_ms": outcome.usage.cpu_time_ms,
-        },
+        "metrics": {"accuracy": accuracy, "latency_ms": latency_ms},
     }
 
 
