@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from platform_challenge_sdk import Context, SubmissionFailed, challenge, run
-from platform_challenge_sdk.submission import require_ok
+from platform_challenge_sdk import Context, SubmissionFailed, challenge, require_ok, run
 
 CORPUS = Path(__file__).parent / "data" / "genesis-exodus.txt"
 TIME_LIMIT = 8.0
@@ -27,7 +26,7 @@ def score(original: bytes, compressed: bytes, restored: bytes) -> float:
     return min(SCORE_MAX, len(original) / max(1, len(compressed)))
 
 
-@challenge.on_job()  # type: ignore[untyped-decorator] # on_job serves two call forms and returns Any
+@challenge.on_job()
 async def evaluate(ctx: Context, payload: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001 - takes no options
     """Two contained runs that share nothing but the compressed bytes."""
     size = program_bytes(ctx.submission.path)

@@ -8,8 +8,7 @@ import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from platform_challenge_sdk import Context, SubmissionFailed, challenge, run
-from platform_challenge_sdk.submission import require_ok
+from platform_challenge_sdk import Context, SubmissionFailed, challenge, require_ok, run
 
 DATA = Path(__file__).parent / "data" / "digits.csv.gz"
 SEED = "digits-1"
@@ -78,7 +77,7 @@ def score(accuracy: float, seconds: float) -> float:
     return ACCURACY_SHARE * accuracy + (1.0 - ACCURACY_SHARE) * accuracy * speed
 
 
-@challenge.on_job()  # type: ignore[untyped-decorator] # on_job serves two call forms and returns Any
+@challenge.on_job()
 async def evaluate(ctx: Context, payload: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001 - takes no options
     """Train and classify in one contained run; the labels of the test part stay here."""
     train, test = split(load_digits())

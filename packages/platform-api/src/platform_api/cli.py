@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Annotated, Any
 
 import sqlalchemy as sa
@@ -82,10 +84,22 @@ def serve(
         timeout_graceful_shutdown=5,
         ws_max_size=64 * 1024,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
     server.run()
     if not server.started:
         _fail(f"the server did not start: is {settings.listen} in use, or the database out of reach?")
+
+
+class _Server(uvicorn.Server):
+    """Ends with exit code 0 on SIGTERM, instead of raising the signal again."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the server in an orderly way."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
 
 
 @admin.command("init")

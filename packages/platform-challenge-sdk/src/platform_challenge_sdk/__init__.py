@@ -19,7 +19,7 @@ from platform_challenge_sdk.errors import (
     ValueRefused,
 )
 from platform_challenge_sdk.serve import run
-from platform_challenge_sdk.submission import Submission
+from platform_challenge_sdk.submission import Submission, require_ok
 
 __all__ = [
     "Challenge",
@@ -34,5 +34,6 @@ __all__ = [
     "Usage",
     "ValueRefused",
     "challenge",
+    "require_ok",
     "run",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from platform_challenge_sdk.errors import SdkError
 
@@ -28,22 +28,26 @@ class Challenge:
         self._jobs: dict[str | None, Handler] = {}
         self._hooks: dict[str, Handler] = {}
 
-    def on_startup(self, handler: F | None = None) -> Any:
+    def on_startup(self, handler: F) -> F:
         """Before anything else, with the operator's environment in place."""
         return self._hook("startup", handler)
 
-    def on_ready(self, handler: F | None = None) -> Any:
+    def on_ready(self, handler: F) -> F:
         """After on_startup; then jobs may come."""
         return self._hook("ready", handler)
 
-    def on_cleanup(self, handler: F | None = None) -> Any:
+    def on_cleanup(self, handler: F) -> F:
         """When the CVM ends in an orderly way."""
         return self._hook("cleanup", handler)
 
-    def on_weights(self, handler: F | None = None) -> Any:
+    def on_weights(self, handler: F) -> F:
         """When the validator asks for weights over results."""
         return self._hook("weights", handler)
 
+    @overload
+    def on_job(self, name: F) -> F: ...
+    @overload
+    def on_job(self, name: str | None = None) -> Callable[[F], F]: ...
     def on_job(self, name: str | Handler | None = None) -> Any:
         """The handler of jobs named `name`, or of every job that no other handler takes."""
         if callable(name):
@@ -87,12 +91,9 @@ class Challenge:
         """Run the handler of a job."""
         return await call(self.job_handler(name), ctx, payload)
 
-    def _hook(self, kind: str, handler: Handler | None) -> Any:
-        def register(function: Handler) -> Handler:
-            self._hooks[kind] = function
-            return function
-
-        return register if handler is None else register(handler)
+    def _hook(self, kind: str, handler: F) -> F:
+        self._hooks[kind] = handler
+        return handler
 
     def _job(self, name: str | None, handler: Handler) -> Handler:
         if name in self._jobs:

@@ -33,11 +33,11 @@ _SIGNALLED = 128
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a run used: milliseconds and bytes. The memory peak is that of its largest process."""
+    """What a run used: milliseconds and bytes. None: not measured here."""
 
     wall_ms: int
-    cpu_time_ms: int
-    memory_peak_bytes: int
+    cpu_time_ms: int | None
+    memory_peak_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +121,8 @@ def run_contained(order: Order, cancelled: threading.Event | None = None) -> Out
         pump.run()
     finally:
         with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        _, status, used = os.wait4(process.pid, 0)
+            os.kill(process.pid, signal.SIGKILL)
+        _, status = os.waitpid(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         pump.close()
         with os.fdopen(status_read, "rb") as told:
@@ -141,8 +141,8 @@ def run_contained(order: Order, cancelled: threading.Event | None = None) -> Out
         killed_by=killed_by,
         usage=Usage(
             wall_ms=int((time.monotonic() - began) * 1000),
-            cpu_time_ms=int((used.ru_utime + used.ru_stime) * 1000),
-            memory_peak_bytes=used.ru_maxrss * 1024,
+            cpu_time_ms=None,
+            memory_peak_bytes=None,
         ),
     )
 
@@ -176,7 +176,7 @@ class _Pump:
         while outputs:
             now = time.monotonic()
             if self._must_end(now):
-                self._process.kill()
+                os.kill(self._process.pid, signal.SIGKILL)
                 return
             if ended is None and self._exited():
                 ended = now
@@ -200,7 +200,7 @@ class _Pump:
     def _wait_for_exit(self) -> None:
         while not self._exited():
             if self._must_end(time.monotonic()):
-                self._process.kill()
+                os.kill(self._process.pid, signal.SIGKILL)
                 return
             time.sleep(0.005)
 

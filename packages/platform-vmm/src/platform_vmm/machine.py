@@ -63,6 +63,8 @@ class Machine:
     boot_error: str = ""
     shutdown_progress: str = ""
     instance_id: str | None = None
+    alive: bool = False
+    """Whether its process is there, or being made."""
     began: float | None = None
     ended: float | None = None
     sandbox: Sandbox | None = None
@@ -84,7 +86,7 @@ class Machine:
         """running, stopping, stopped, exited or removing."""
         if self.removing:
             return "removing"
-        if self.sandbox is not None:
+        if self.alive:
             return "running" if self.started else "stopping"
         return "exited" if self.started else "stopped"
 
@@ -161,6 +163,7 @@ class Machine:
         self.note("boot.progress", text)
 
     async def _boot_and_wait(self) -> None:
+        self.alive = True
         uid = self.host.claim_uid()
         agent: GuestAgent | None = None
         forwards: list[tuple[socket.socket, int]] = []
@@ -195,7 +198,7 @@ class Machine:
             if agent is not None:
                 await agent.close()
             self.host.free_uid(uid)
-            self.ended = time.monotonic()
+            self.ended, self.alive = time.monotonic(), False
             log.info("vm_ended", vm=self.id, name=self.configuration.name, state=self.state)
 
     async def _wait_for_end(self, sandbox: Sandbox) -> None:

@@ -116,6 +116,7 @@ class Machines:
             host=self._host,
             created_at=time.time(),
             started=not configuration.stopped,
+            alive=not configuration.stopped,
         )
         machine.save()
         self._machines[identity] = machine
