@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections.abc import Awaitable
 from dataclasses import replace
 from datetime import timedelta
@@ -29,7 +30,8 @@ from platform_validator.jobs.observe import JobMetrics
 from platform_validator.jobs.outbox import Outbox
 from platform_validator.jobs.result import Finding, judge, result_body
 from platform_validator.jobs.work import ClaimedJob
-from platform_validator.platform_client.port import LeaseRefused, PlatformClient, PlatformError
+from platform_validator.platform_client.backoff import Backoff
+from platform_validator.platform_client.port import PlatformClient, PlatformError, PlatformUnavailable
 from platform_validator.scoring import ScoringRule, UnknownScoring
 from platform_validator.store.port import Store, StoreUnavailable
 from platform_validator.store.records import JobOutcome, Purpose, Stage
@@ -39,7 +41,8 @@ ACKNOWLEDGED_WITHIN = timedelta(minutes=2)
 COLLECTED_WITHIN = timedelta(seconds=30)
 MAX_LOG_LINES = 10_000
 _STORE_RETRY = 2.0
-_RELEASE_TRIES = 3
+_FETCH_RETRY = Backoff(timedelta(milliseconds=500), timedelta(seconds=10))
+_JITTER = random.SystemRandom()
 _ORDER = list(Stage)
 
 _log = structlog.get_logger(__name__)
@@ -169,8 +172,17 @@ class JobExecutor:
             return None
         await asyncio.to_thread(self._submissions.mkdir, parents=True, exist_ok=True, mode=0o700)
         target = self._submission_path(job)
-        await self._client.fetch_submission(submission, target)
-        return target
+        failures = 0
+        while True:
+            try:
+                await self._client.fetch_submission(submission, target)
+            except PlatformUnavailable as error:
+                # The lease lives through an outage, and so does the fetch; a refused renewal ends both.
+                failures += 1
+                _log.warning("submission_not_fetched", tries=failures, error=str(error))
+                await self._clock.sleep(_FETCH_RETRY.wait(failures, _JITTER, error.retry_after))
+            else:
+                return target
 
     async def create_vm(self, job: ClaimedJob) -> Guest:
         """A CVM for this job alone: the ready one that was set aside for it, or one that boots now."""
@@ -342,15 +354,21 @@ class JobExecutor:
             _log.error("job_end_not_stored", error=str(error))
 
     async def _release(self, job: ClaimedJob, reason: ReleaseReason) -> None:
-        for tried in range(1, _RELEASE_TRIES + 1):
+        """Until it is answered, or the lease has lapsed by itself: an absent API gives out no jobs anyway."""
+        gives_up_at = self._clock.monotonic() + job.claim.lease.term_s
+        failures = 0
+        while True:
             try:
                 await self._client.release(job.job_id, job.claim.lease.token, reason)
-            except LeaseRefused:
-                return
+            except PlatformUnavailable as error:
+                failures += 1
+                _log.warning("not_released", error=str(error), tries=failures)
+                if self._clock.monotonic() >= gives_up_at:
+                    return
+                await self._clock.sleep(_FETCH_RETRY.wait(failures, _JITTER, error.retry_after))
             except PlatformError as error:
-                _log.warning("not_released", error=str(error), tries=tried)
-                if tried < _RELEASE_TRIES:
-                    await self._clock.sleep(tried)
+                _log.info("release_refused", error=str(error))
+                return
             else:
                 return
 
