@@ -10,11 +10,11 @@ from pathlib import Path
 import aiohttp
 import pytest
 import uvicorn
+from running_api import Api, Server
 
 from platform_api.app import make_app, make_token
 from platform_api.config import ApiSettings
 from platform_api.database import Database
-from running_api import Api, Server
 
 
 @pytest.fixture

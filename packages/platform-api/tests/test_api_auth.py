@@ -6,9 +6,9 @@ import time
 from typing import Any
 
 import pytest
+from running_api import Api
 
 from platform_protocol.signing import Keypair
-from running_api import Api
 
 
 async def test_a_signed_request_of_a_registered_validator_is_answered(api: Api) -> None:
@@ -91,8 +91,8 @@ async def test_unknown_paths_and_methods_are_problems_too(api: Api) -> None:
 async def test_the_active_list_has_an_etag(api: Api) -> None:
     await api.challenge()
     first = await api.signed("GET", "/challenges/active")
-    again = await api.signed("GET", "/challenges/active", extra={"If-None-Match": first.headers["ETag"]})
+    again = await api.signed("GET", "/challenges/active", extra={"If-None-Match": first.headers["etag"]})
     assert (first.status, again.status) == (200, 304)
     await api.challenge(name="second")
-    changed = await api.signed("GET", "/challenges/active", extra={"If-None-Match": first.headers["ETag"]})
+    changed = await api.signed("GET", "/challenges/active", extra={"If-None-Match": first.headers["etag"]})
     assert len(changed.body["challenges"]) == 2

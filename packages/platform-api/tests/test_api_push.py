@@ -9,11 +9,11 @@ import time
 from typing import Any
 
 import pytest
+from running_api import INSTANCE, Api
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from platform_protocol.signing import Keypair, sign_request
-from running_api import INSTANCE, Api
 
 
 def _dial(api: Api, by: Keypair, path: str | None = None, instance: str = INSTANCE) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +48,18 @@ class GuestAgent:
     async def start(self, path: Path) -> None:
         """Listen at `path`, connectable by the guest's uid."""
         path.unlink(missing_ok=True)
-        self._server = await asyncio.start_unix_server(self._connected, path, limit=2 * _MAX_BODY)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+        try:
+            # By way of the folder's descriptor: a socket's path has at most 107 bytes.
+            listener.bind(f"/proc/self/fd/{folder}/{path.name}")
+        except OSError:
+            listener.close()
+            raise
+        finally:
+            os.close(folder)
         path.chmod(0o666)
+        self._server = await asyncio.start_unix_server(self._connected, sock=listener, limit=2 * _MAX_BODY)
 
     async def close(self) -> None:
         """Stop and drop connections."""

@@ -1,0 +1,171 @@
+"""VMs as dstack's API shows them: states, boot errors, removal, restarts, and what a crash leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from running_vmm import Vmm, compose
+
+from platform_vmm.errors import VmmError
+
+
+async def test_create_stop_remove(vmm: Vmm) -> None:
+    machine = vmm.create()
+    shown = await vmm.until(machine.id, status="running", boot_progress="done")
+    assert (shown["name"], shown["boot_error"], shown["exited_at"]) == ("pv-test", "", "never")
+    assert len(shown["instance_id"]) == 40
+    vmm.prpc.call("StopVm", {"id": machine.id})
+    await vmm.until(machine.id, status="stopped")
+    assert vmm.prpc.call("RemoveVm", {"id": machine.id}) is None
+    await vmm.until(machine.id, found=False)
+    assert not machine.folder.exists()
+
+
+async def test_a_running_vm_is_removed_in_the_background(vmm: Vmm) -> None:
+    machine = vmm.create()
+    await vmm.until(machine.id, boot_progress="done")
+    vmm.prpc.call("RemoveVm", {"id": machine.id})
+    assert vmm.info(machine.id)["info"]["status"] == "removing"
+    vmm.prpc.call("RemoveVm", {"id": machine.id})
+    await vmm.until(machine.id, found=False)
+
+
+async def test_a_guest_that_exits_is_exited_and_started_again(vmm: Vmm) -> None:
+    machine = vmm.create(["sh", "-c", "echo crashed; exit 3"])
+    await vmm.until(machine.id, status="exited")
+    assert "crashed" in machine.console.read_text()
+    assert any(event["body"] == "exit code 3" for event in vmm.info(machine.id)["info"]["events"])
+
+
+async def test_a_stopped_vm_is_created_and_not_started(vmm: Vmm) -> None:
+    machine = vmm.create(stopped=True)
+    assert vmm.info(machine.id)["info"]["status"] == "stopped"
+    vmm.prpc.call("StartVm", {"id": machine.id})
+    await vmm.until(machine.id, boot_progress="done", status="running")
+
+
+@pytest.mark.parametrize(
+    ("service", "key"),
+    [
+        ({"privileged": True}, "services.challenge.privileged"),
+        ({"volumes": ["/etc:/etc"]}, "services.challenge.volumes"),
+        ({"image": "python:3"}, "services.challenge.image"),
+        ({"command": None}, "services.challenge.command"),
+    ],
+)
+async def test_outside_the_compose_subset_is_a_boot_error_that_names_the_key(
+    vmm: Vmm, service: dict[str, Any], key: str
+) -> None:
+    machine = vmm.create(
+        compose_file=compose(vmm.runtime, ["true"], **service)
+        if "image" not in service and "command" not in service
+        else _with(vmm, service)
+    )
+    async with asyncio.timeout(10):
+        while key not in vmm.info(machine.id)["info"]["boot_error"]:
+            await asyncio.sleep(0.02)
+
+
+def _with(vmm: Vmm, service: dict[str, Any]) -> str:
+    document = json.loads(compose(vmm.runtime, ["true"]))
+    inner = json.loads(document["docker_compose_file"])
+    inner["services"]["challenge"] |= service
+    return json.dumps(document | {"docker_compose_file": json.dumps(inner)})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"no_tee": False}, "makes no TEE"),
+        ({"image": "other"}, "Failed to load image"),
+        ({"compose_file": "{}"}, "missing field"),
+        ({"vcpu": "2"}, "vcpu"),
+        ({"memory": 0}, "memory"),
+        ({"name": "a/b"}, "name"),
+        ({"ports": [{"host_port": 80, "vm_port": 80, "host_address": "0.0.0.0"}]}, "127.0.0.1 only"),
+        ({"simulated_tee": "dstack-amd-sev-snp"}, "simulates dstack-tdx only"),
+    ],
+)
+async def test_what_it_does_not_do_is_refused_at_once(vmm: Vmm, change: dict[str, Any], told: str) -> None:
+    with pytest.raises(VmmError, match=told):
+        vmm.create(**change)
+    assert vmm.prpc.call("Status", {})["total"] == 0
+
+
+async def test_two_vms_cannot_map_one_host_port(vmm: Vmm) -> None:
+    ports = [{"protocol": "tcp", "host_port": 19_321, "vm_port": 10_000}]
+    vmm.create(ports=ports)
+    with pytest.raises(VmmError, match="conflicts"):
+        vmm.create(ports=ports)
+
+
+async def test_a_hard_lifetime_ends_the_vm_for_good(vmm: Vmm) -> None:
+    machine = vmm.create(user_config=json.dumps({"hard_lifetime_s": 1}))
+    await vmm.until(machine.id, boot_progress="done")
+    await vmm.until(machine.id, status="stopped")
+
+
+async def test_status_filters_and_pages(vmm: Vmm) -> None:
+    for number in range(3):
+        vmm.create(name=f"pv-a-{number}", stopped=True)
+    vmm.create(name="other", stopped=True)
+    found = vmm.prpc.call("Status", {"keyword": "pv-a", "page": 2, "page_size": 2, "brief": True})
+    assert (found["total"], [vm["name"] for vm in found["vms"]]) == (3, ["pv-a-2"])
+    assert found["vms"][0]["configuration"] is None
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="looks at uids that need root; CI runs as root")
+def test_after_kill_9_of_the_vmm_nothing_runs_and_the_next_start_reclaims(tmp_path: Path) -> None:
+    """The guest dies with its VMM; its control groups are swept at the next start, which starts it again."""
+    program = """
+import asyncio, json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from platform_vmm.images import RuntimeTable, build_runtime
+from platform_vmm.machines import Machines
+from platform_vmm.prpc import Prpc
+from platform_vmm.simulation.pki import load_pki
+from running_vmm import Vmm
+
+async def main():
+    state = Path(sys.argv[1])
+    table = RuntimeTable([runtime := build_runtime(state)])
+    machines = Machines(state, runtimes=table, pki=load_pki(state), guest_ports=())
+    ready = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(machines.run(ready))
+        await ready.wait()
+        vmm = Vmm(machines, Prpc(machines, table), runtime)
+        machine = machines.all()[0] if machines.all() else vmm.create(["sleep", "600"])
+        await vmm.until(machine.id, boot_progress="done", status="running")
+        print('pid', machine.sandbox.pid, flush=True)
+        await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+    command = [sys.executable, "-c", program, str(tmp_path), str(Path(__file__).parent / "lib")]
+    pids = []
+    for _ in range(2):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            told = next(line for line in process.stdout if line.startswith("pid "))
+            pids.append(int(told.split()[1]))
+            process.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
+    assert alive == []
+    name = (tmp_path / "id").read_text()
+    for group in Path("/sys/fs/cgroup").glob(f"**/platform-vmm-{name}/*"):
+        if group.is_dir():
+            assert (group / "cgroup.procs").read_text() == ""
+            group.rmdir()
+    for base in Path("/sys/fs/cgroup").glob(f"**/platform-vmm-{name}"):
+        base.rmdir()
