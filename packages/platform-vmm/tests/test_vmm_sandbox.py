@@ -55,7 +55,13 @@ for path in ('/x', '/usr/x', '/etc/x', '/opt/platform/x', '/dev/x', '/tmp/x', '/
 
 async def test_nothing_is_reachable_but_the_relayed_ports(bench: Bench) -> None:
     """The reachability table: host loopback, other ports, the internet, IPv6, raw sockets, metadata."""
-    server = await asyncio.start_server(lambda _, writer: writer.write(b"hello"), "127.0.0.1", 0)
+
+    async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"hello")
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(greet, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     script = f"""
 import socket

@@ -6,7 +6,7 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ class Answer:
 
     status: int
     body: Any
-    headers: dict[str, str]
+    headers: Mapping[str, str]
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Api:
         ) as response:
             raw = await response.read()
             body = json.loads(raw) if raw and "json" in response.headers.get("Content-Type", "") else raw
-            return Answer(response.status, body, dict(response.headers))
+            return Answer(response.status, body, response.headers)
 
     async def challenge(self, **more: Any) -> str:
         new = {"name": "demo", "github_repo": "owner/name", "github_commit": "a" * 40, **more}

@@ -100,7 +100,7 @@ class Vmm:
 
     async def until(self, identity: str, **wanted: Any) -> dict[str, Any]:
         """Wait until GetInfo shows these; an absent VM has found False."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(40):
             while True:
                 found = self.info(identity)
                 shown = (found["info"] or {}) | {"found": found["found"]}

@@ -82,10 +82,13 @@ class SandboxDriver:
                 env={"PATH": os.defpath},
                 cwd="/",
             )
-        except OSError as error:
+        except BaseException as error:
             ours.close()
+            os.close(log_end)
             await console.close()
-            raise SandboxFailed(f"the sandbox's stage could not be started: {error}") from error
+            if isinstance(error, OSError):
+                raise SandboxFailed(f"the sandbox's stage could not be started: {error}") from error
+            raise
         finally:
             os.close(theirs)
         control = Control(ours)
