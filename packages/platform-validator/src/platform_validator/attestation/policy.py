@@ -11,16 +11,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Protocol
 
 from platform_protocol.platform_messages import AttestationKind, IsolationLevel
 from platform_validator.attestation.errors import AttestationRefused, AttestationUnavailable
 from platform_validator.attestation.event_log import EventLogRefused, check_event_log
-from platform_validator.attestation.quote import (
-    CollateralUnavailable,
-    QuoteChecker,
-    QuoteInvalid,
-    VerifiedQuote,
-)
+from platform_validator.attestation.quote import CollateralUnavailable, QuoteInvalid, VerifiedQuote
 
 _ACCEPTED = frozenset({"UpToDate", "SWHardeningNeeded"})
 _CONFIG_V1 = 0x01
@@ -42,6 +38,13 @@ class Accepted:
     instance: str | None
 
 
+class Checker(Protocol):
+    """Verifies a quote's chain: `QuoteChecker`, or what a simulation puts in its place."""
+
+    async def verify(self, raw: bytes) -> VerifiedQuote:
+        """Raises QuoteInvalid or CollateralUnavailable."""
+
+
 class AttestationPolicy:
     """Judges what a CVM shows in its handshake.
 
@@ -51,7 +54,7 @@ class AttestationPolicy:
         checker: Verifies chains under the root that the level asks for; None where no quote is asked for.
     """
 
-    def __init__(self, *, level: IsolationLevel, allow_simulated: bool, checker: QuoteChecker | None) -> None:
+    def __init__(self, *, level: IsolationLevel, allow_simulated: bool, checker: Checker | None) -> None:
         self._level = level
         self._simulated = allow_simulated and level is not IsolationLevel.TEE
         self._checker = checker
@@ -69,7 +72,7 @@ class AttestationPolicy:
             AttestationUnavailable: No quote at Tee, or no collateral.
         """
         # 1. Nothing is asked for: below Tee the VMM is trusted, and the launch secret authenticates.
-        if not self.asks_for_quotes or self._checker is None:
+        if not self.asks_for_quotes:
             return Accepted(AttestationKind.NONE, None)
         # 2. Asked for, and not there.
         if quote is None:
@@ -79,6 +82,8 @@ class AttestationPolicy:
                 )
             raise AttestationUnavailable("the level is Tee and the CVM showed no quote")
         # 3. There: the chain, then what it binds.
+        if self._checker is None:
+            raise AttestationUnavailable("a quote is asked for, and nothing here can verify one")
         try:
             verified = await self._checker.verify(quote)
         except QuoteInvalid as error:
@@ -93,13 +98,14 @@ def check_quote(quote: VerifiedQuote, event_log: str, expected: Expected) -> str
     """What a verified quote must say besides; returns the instance id (hex).
 
     Raises:
-        AttestationRefused: `tcb_status`, `debug`, `seam_signer`, `report_data`, `rtmr…`, `event_log`,
-            `event_order`, `compose_hash`, `app_id` or `mr_config_id`.
+        AttestationRefused: `tcb_status`, `debug`, `seam_signer`, `service_td`, `report_data`, `rtmr…`,
+            `event_log`, `event_order`, `compose_hash`, `app_id`, `instance_id` or `mr_config_id`.
     """
     compose = bytes.fromhex(expected.compose_hash)
     _require(quote.status in _ACCEPTED, "tcb_status", f"the platform's TCB is {quote.status}")
     _require(not quote.debug, "debug", "the TD runs in debug mode: its memory can be read")
     _require(not any(quote.mr_signer_seam), "seam_signer", "the TDX module is not signed by Intel")
+    _require(not any(quote.mr_service_td), "service_td", "a service TD is bound to it, which we do not know")
     _require(quote.report_data == expected.report_data, "report_data", "the quote binds another handshake")
     try:
         identity = check_event_log(event_log, quote.rtmrs)
@@ -115,6 +121,7 @@ def check_quote(quote: VerifiedQuote, event_log: str, expected: Expected) -> str
         "app_id",
         f"expected {expected.compose_hash[:40]}, the CVM measured {identity.app_id}",
     )
+    _require(bool(identity.instance_id), "instance_id", "the event log names no instance")
     if quote.mr_config_id[0] == _CONFIG_V1:
         _require(quote.mr_config_id[1:33] == compose, "mr_config_id", "it binds another compose hash")
     return identity.instance_id

@@ -28,7 +28,10 @@ class CollateralUnavailable(ValidatorError):
 
 @dataclass(frozen=True, slots=True)
 class VerifiedQuote:
-    """A quote whose chain verified. Registers are 48 bytes, report data 64. `status` is Intel's word."""
+    """A quote whose chain verified. Registers are 48 bytes, report data 64. `status` is Intel's word.
+
+    `mr_service_td` is zero where no service TD is bound, and in quotes that cannot say (TD 1.0).
+    """
 
     status: str
     advisories: tuple[str, ...]
@@ -38,6 +41,7 @@ class VerifiedQuote:
     mr_signer_seam: bytes
     report_data: bytes
     debug: bool
+    mr_service_td: bytes = bytes(48)
 
 
 class QuoteChecker:
@@ -108,6 +112,7 @@ def verify_quote(raw: bytes, collateral: str, now: int, root: bytes | None) -> V
         mr_signer_seam=bytes(body.mr_signer_seam),
         report_data=bytes(body.report_data),
         debug=bool(bytes(body.td_attributes)[0] & _DEBUG_BIT),
+        mr_service_td=bytes(getattr(body, "mr_service_td", bytes(48))),
     )
 
 

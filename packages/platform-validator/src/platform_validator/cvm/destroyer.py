@@ -50,14 +50,15 @@ class Destroyer:
         self._clock = clock
         self._on_gone = on_gone
         self._doomed: dict[VmName, Doomed] = {}
-        self._fresh: asyncio.Queue[VmName] = asyncio.Queue()
+        self._begun: set[VmName] = set()
+        self._fresh = asyncio.Event()
         self.destroyed = 0
 
     def give(self, name: VmName, reason: str | None = None) -> None:
         """Take a CVM over. Giving it twice changes nothing."""
         if name not in self._doomed:
             self._doomed[name] = Doomed(name, last_error=reason)
-            self._fresh.put_nowait(name)
+            self._fresh.set()
 
     @property
     def names(self) -> set[VmName]:
@@ -69,10 +70,15 @@ class Destroyer:
         return list(self._doomed.values())
 
     async def run(self) -> None:
-        """Until cancelled; what is then unfinished stays in the journal for the next start."""
+        """Until cancelled; what is then unfinished goes on when it is run again, or at the next start."""
+        self._begun.clear()
         async with asyncio.TaskGroup() as tasks:
             while True:
-                tasks.create_task(self._destroy(self._doomed[await self._fresh.get()]))
+                for name in self._doomed.keys() - self._begun:
+                    self._begun.add(name)
+                    tasks.create_task(self._destroy(self._doomed[name]))
+                self._fresh.clear()
+                await self._fresh.wait()
 
     async def finish(self) -> None:
         """Wait until nothing is on its way out."""
@@ -83,7 +89,7 @@ class Destroyer:
         pause = _FIRST
         while True:
             try:
-                await self._store.vm_phase(doomed.name, VmPhase.DESTROYING, at=self._clock.now())
+                await self._note(doomed)
                 await self._once(doomed.name)
                 await self._store.vm_phase(doomed.name, VmPhase.GONE, at=self._clock.now())
                 break
@@ -98,9 +104,19 @@ class Destroyer:
                 await self._clock.sleep(pause)
                 pause = min(_MOST, pause * 2)
         del self._doomed[doomed.name]
+        self._begun.discard(doomed.name)
         self.destroyed += 1
         self._on_gone(doomed.name)
         _log.info("cvm_destroyed", vm=doomed.name, tries=doomed.tries + 1)
+
+    async def _note(self, doomed: Doomed) -> None:
+        """Journal that it ends. A store that cannot be written delays no end: the record stays open."""
+        try:
+            await self._store.vm_phase(
+                doomed.name, VmPhase.DESTROYING, at=self._clock.now(), reason=doomed.last_error
+            )
+        except StoreUnavailable as error:
+            _log.warning("destruction_not_journaled", vm=doomed.name, reason=str(error))
 
     async def _once(self, name: VmName) -> None:
         for vm_id in await self._ids(name):
@@ -114,8 +130,11 @@ class Destroyer:
 
     async def _ids(self, name: VmName) -> set[VmId]:
         """Every VM of exactly that name: a create that was answered late may have made a second one."""
-        record = await self._store.vm(name)
         found = {vm.id for vm in await self._vmm.list(name) if vm.name == name}
+        try:
+            record = await self._store.vm(name)
+        except StoreUnavailable:
+            return found
         if record is not None and record.vm_id is not None:
             found.add(record.vm_id)
         return found

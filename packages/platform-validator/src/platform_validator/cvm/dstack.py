@@ -36,11 +36,22 @@ _CREATE = 60.0
 _MAX_ANSWER = 32 * 1024 * 1024
 _MAX_LOGS = 2 * 1024 * 1024
 _NO_TEE_SINCE = (0, 5, 6)
-_CAPACITY = ("no cid available", "cid pool", "not enough", "insufficient", "out of memory", "no space left")
+_CAPACITY = (
+    "no cid available",
+    "cid pool",
+    "not enough",
+    "insufficient",
+    "out of memory",
+    "cannot allocate memory",
+    "no space left",
+    "gpu is not available",
+    "gpu is in use",
+    "device or resource busy",
+)
 _MISSING = ("vm not found", "failed to remove vm directory", "no such vm")
-_BAD_GATEWAY = 500
+_ERROR_LINES = 5
+_OK, _REFUSED, _NOT_FOUND = 200, 400, 404
 _UNAUTHORIZED = (401, 403)
-_OK = 200
 
 
 class DstackVmm:
@@ -133,12 +144,10 @@ class DstackVmm:
         await self._call("RemoveVm", {"id": vm_id})
 
     async def logs(self, vm_id: VmId, lines: int) -> str:
-        """The serial console."""
-        path = f"/logs?id={quote(vm_id)}&follow=false&ansi=false&lines={lines}&ch=serial"
-        status, body = await self._request("GET", path, None, _CALL, _MAX_LOGS)
-        if status == 404:  # noqa: PLR2004 - HTTP: not found
-            raise VmNotFound(f"the VMM has no VM {vm_id}")
-        return body.decode("utf-8", "replace")
+        """The serial console, then what its process said last (QEMU's own errors are only there)."""
+        serial = await self._channel(vm_id, lines, "serial")
+        errors = await self._channel(vm_id, _ERROR_LINES, "stderr")
+        return f"{serial}\n{errors}".strip()
 
     async def collateral(self, path: str) -> tuple[bytes, Mapping[str, str]]:
         """GET below `/pccs` (a local VMM's own collateral): body and headers.
@@ -157,6 +166,13 @@ class DstackVmm:
             await self._client.close()
             self._client = None
 
+    async def _channel(self, vm_id: VmId, lines: int, channel: str) -> str:
+        path = f"/logs?id={quote(vm_id)}&follow=false&ansi=false&lines={lines}&ch={channel}"
+        status, body = await self._request("GET", path, None, _CALL, _MAX_LOGS)
+        if status == _NOT_FOUND:
+            raise VmNotFound(f"the VMM has no VM {vm_id}")
+        return body.decode("utf-8", "replace") if status == _OK else ""
+
     async def _require_no_tee(self) -> None:
         if self._version is None:
             self._version = str((await self._call("Version", {})).get("version", ""))
@@ -170,6 +186,8 @@ class DstackVmm:
     async def _call(self, method: str, message: Mapping[str, Any], timeout: float = _CALL) -> dict[str, Any]:
         body = json.dumps(message).encode()
         status, data = await self._request("POST", f"/prpc/{method}?json", body, timeout, _MAX_ANSWER)
+        if status not in (_OK, _REFUSED):
+            raise VmmUnavailable(f"{method}: expected HTTP 200 or 400, got {status}: is this a VMM?")
         if status == _OK and not data.strip():
             return {}
         try:
@@ -216,8 +234,6 @@ class DstackVmm:
             raise VmmUnauthorized(
                 f"the VMM answered {status}: set DSTACK_VMM_TOKEN, or DSTACK_VMM_AUTH_USER and _PASSWORD"
             )
-        if status >= _BAD_GATEWAY:
-            raise VmmUnavailable(f"{path}: the VMM answered {status}")
         return status, data, headers
 
     def _session(self) -> aiohttp.ClientSession:

@@ -4,101 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 
 import structlog
 
-from platform_protocol.compose import SDK_PORT
-from platform_protocol.ids import ChallengeId, ClaimId, Hotkey, VmId, VmName
-from platform_protocol.platform_messages import AttestationKind, IsolationLevel
-from platform_protocol.session.v2 import Offer
+from platform_protocol.ids import ClaimId, Hotkey, VmName
 from platform_protocol.tokens import bundle_vm, check_bundle_authorization
-from platform_protocol.user_config import UserConfig
-from platform_validator.attestation.policy import Accepted, AttestationPolicy, Expected
+from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.clock import Clock
+from platform_validator.cvm.booting import Booter, FleetRules, lifetimes_of
 from platform_validator.cvm.destroyer import Destroyer
-from platform_validator.cvm.errors import (
-    AttestationRefused,
-    BootFailed,
-    BootTimedOut,
-    CreateFailed,
-    CvmError,
-    NoCapacity,
-    SessionLost,
-)
+from platform_validator.cvm.errors import BootFailed, CreateFailed, NoCapacity, SessionLost
 from platform_validator.cvm.host_ports import HostPorts, NoHostPort
+from platform_validator.cvm.members import Cvm, CvmView, Member
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.probe import Probe
 from platform_validator.cvm.quota import Quota, Refusal, Reservation
 from platform_validator.cvm.reclaim import plan_reclaim
-from platform_validator.cvm.session import CvmSession, ValuesHandler
-from platform_validator.cvm.vmm import VmmAtCapacity, VmmClient, VmmError, VmmRefused, VmmUnavailable, VmSpec
+from platform_validator.cvm.session import ValuesHandler
+from platform_validator.cvm.vmm import VmmClient, VmmError
 from platform_validator.keyring import Keyring
-from platform_validator.store.port import DuplicateRecord, Store, StoreUnavailable
+from platform_validator.store.port import Store, StoreUnavailable
 from platform_validator.store.records import Purpose, StateIdentity, VmPhase, VmRecord
 
-BOOT = timedelta(seconds=300)
-ATTEST = timedelta(seconds=60)
+__all__ = ["Cvm", "CvmView", "Fleet", "FleetRules"]
+
 SWEEP = timedelta(seconds=60)
-_MARGIN = timedelta(hours=1)
-_IDLE = timedelta(hours=24)
-_HARD = timedelta(days=7)
 _PORT_TRIES = 5
-_LOOK_AGAIN = 3
+_GONE_POLLS, _GONE_POLL = 100, 0.1
 _STARTING = frozenset({"creating", "booting"})
+_PORT_WORDS = ("conflict", "in use", "bind")
+_FORWARDING = "host forwarding rule"
 
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class FleetRules:
-    """The operator's side. `base_url` is the validator as a CVM reaches it."""
-
-    level: IsolationLevel
-    allow_simulated: bool
-    base_url: str
-
-
-@dataclass(frozen=True, slots=True)
-class Cvm:
-    """A booted, attested and configured CVM."""
-
-    name: VmName
-    vm_id: VmId
-    plan: CvmPlan
-    attestation: AttestationKind
-    isolation_level: IsolationLevel
-    session: CvmSession
-
-
-@dataclass(frozen=True, slots=True)
-class CvmView:
-    """A CVM as status, CLI and pages show it."""
-
-    name: VmName
-    challenge_id: ChallengeId
-    purpose: Purpose
-    stage: str
-    attestation: str | None
-    since: datetime
-    tries: int = 0
-    last_error: str | None = None
-
-
-@dataclass(slots=True)
-class _Member:
-    """What the fleet holds of one CVM until it is gone."""
-
-    record: VmRecord
-    plan: CvmPlan
-    secret: bytes = field(repr=False)
-    stage: str = "creating"
-    session: CvmSession | None = None
-    attestation: AttestationKind | None = None
 
 
 class Fleet:
@@ -136,22 +76,27 @@ class Fleet:
         rules: FleetRules,
     ) -> None:
         self._vmm = vmm
-        self._probe = probe
         self._store = store
         self._keyring = keyring
         self._quota = quota
         self._ports = ports
-        self._policy = policy
-        self._values = values
         self._clock = clock
-        self._identity = identity
-        self._validator = validator
-        self._rules = rules
-        self._members: dict[VmName, _Member] = {}
+        self._prefix = f"pv-{identity.state_id}-"
+        self._state_id = identity.state_id
+        self._booter = Booter(
+            vmm=vmm,
+            probe=probe,
+            store=store,
+            policy=policy,
+            values=values,
+            clock=clock,
+            validator=validator,
+            rules=rules,
+        )
+        self._members: dict[VmName, Member] = {}
+        self._restored: dict[VmName, Member] = {}
         self._reservations: dict[VmName, Reservation] = {}
-        self._old_ports: dict[VmName, int] = {}
         self._tasks: asyncio.TaskGroup | None = None
-        self._levels: dict[str, IsolationLevel] = {}
         self.destroyer = Destroyer(vmm=vmm, store=store, clock=clock, on_gone=self._gone)
         self.strays: tuple[VmName, ...] = ()
         self.last_error: str | None = None
@@ -165,7 +110,7 @@ class Fleet:
         for record in await self._store.open_vms():
             [self._reservations[record.name]] = self._quota.rebuild([(record.name, record.resources)])
             self._ports.hold(record.host_port)
-            self._old_ports[record.name] = record.host_port
+            self._restored[record.name] = Member(record, stage="destroying")
 
     async def run(self) -> None:
         """Destruction and the periodic sweep, until cancelled."""
@@ -174,7 +119,7 @@ class Fleet:
             tasks.create_task(self.destroyer.run())
             while True:
                 await self._clock.sleep(SWEEP.total_seconds())
-                await self._sweep()
+                await self.sweep()
 
     async def boot(
         self,
@@ -198,13 +143,17 @@ class Fleet:
             SessionRefused: The SDK refused.
             SessionLost: It broke off.
             VmmUnavailable: The VMM does not answer.
-            StoreUnavailable: The journal cannot be written: nothing was made.
+            StoreUnavailable: The journal cannot be written; what was made is on its way out.
         """
+        tasks = self._tasks
+        if tasks is None:
+            self._quota.release(reservation)
+            raise SessionLost("the fleet is not running")
         for _ in range(_PORT_TRIES):
-            member = await self._intend(plan, purpose, reservation, claim_id)
+            member, secret = await self._intend(plan, purpose, reservation, claim_id)
             name = member.record.name
             try:
-                return await self._boot(member, on_stage)
+                return await self._booter.boot(member, plan, secret, tasks=tasks, on_stage=on_stage)
             except (CreateFailed, BootFailed) as error:
                 self.destroy(name, reason=str(error))
                 if not _is_port_conflict(error):
@@ -213,7 +162,8 @@ class Fleet:
             except BaseException as error:
                 self.destroy(name, reason=str(error) or type(error).__name__)
                 raise
-            # The one being destroyed keeps its share until it is gone; the next try takes another.
+            # The one being destroyed keeps its share until it is gone; the next try takes that or another.
+            await self._until_gone(name)
             again = self._quota.reserve(plan.resources, owner=name)
             if isinstance(again, Refusal):
                 raise NoCapacity(f"a host port was in use, and for another try there is no room: {again}")
@@ -233,44 +183,59 @@ class Fleet:
     def views(self) -> list[CvmView]:
         """Every CVM that is not gone."""
         doomed = {one.name: one for one in self.destroyer.views()}
-        shown = []
-        for name, member in self._members.items():
-            record, end = member.record, doomed.pop(name, None)
-            shown.append(
-                CvmView(
-                    name,
-                    record.challenge_id,
-                    record.purpose,
-                    member.stage,
-                    member.attestation.value if member.attestation else None,
-                    record.intended_at,
-                    end.tries if end else 0,
-                    end.last_error if end else None,
-                )
-            )
-        now = self._clock.now()
-        for name, end in doomed.items():
-            shown.append(
-                CvmView(
-                    name, ChallengeId(""), Purpose.JOB, "destroying", None, now, end.tries, end.last_error
-                )
-            )
-        return shown
+        held = [*self._restored.values(), *self._members.values()]
+        return [member.view(doomed.get(member.record.name)) for member in held]
 
     def may_fetch_bundle(self, authorization: str, sha256: str) -> bool:
         """Whether the header is one of a CVM that is creating or booting, for the bundle of its own plan."""
         name = bundle_vm(authorization)
         member = self._members.get(name) if name is not None else None
-        if member is None or member.stage not in _STARTING or member.plan.bundle_sha256 != sha256:
+        if member is None or member.secret is None or member.plan is None:
+            return False
+        if member.stage not in _STARTING or member.plan.bundle_sha256 != sha256:
             return False
         return check_bundle_authorization(authorization, member.secret, member.record.name, sha256)
 
-    # Booting
+    async def sweep(self) -> None:
+        """Compare journal and VMM once; never raises for what the VMM or the store cannot do now."""
+        try:
+            records = await self._store.open_vms()
+            seen = {vm.name: vm for vm in await self._vmm.list(self._prefix)}
+            ended = await self._ended(records, seen)
+        except (VmmError, StoreUnavailable) as error:
+            self.last_error = str(error)
+            return
+        self.last_error = None
+        plan = plan_reclaim(
+            records,
+            seen,
+            set(self._members) | self.destroyer.names,
+            ended=ended,
+            state_id=self._state_id,
+            now=self._clock.now(),
+        )
+        for name in plan.destroy:
+            _log.warning("cvm_reclaimed", vm=name)
+            self.destroy(name, reason="reclaimed by the sweep")
+        if plan.strays != self.strays:
+            _log.warning("vms_not_in_our_journal", vms=plan.strays, remedy="validator cvms reclaim")
+            self.strays = plan.strays
+
+    async def _ended(self, records: Sequence[VmRecord], seen: Iterable[VmName]) -> set[VmName]:
+        """Of what the VMM shows, what our journal holds as gone: a create that was done after all."""
+        unknown = set(seen) - {record.name for record in records}
+        return {name for name in sorted(unknown) if await self._store.vm(name) is not None}
+
+    async def _until_gone(self, name: VmName) -> None:
+        for _ in range(_GONE_POLLS):
+            if name not in self.destroyer.names:
+                return
+            await self._clock.sleep(_GONE_POLL)
 
     async def _intend(
         self, plan: CvmPlan, purpose: Purpose, reservation: Reservation, claim_id: ClaimId | None
-    ) -> _Member:
-        name = VmName(f"pv-{self._identity.state_id}-{uuid.uuid4()}")
+    ) -> tuple[Member, bytes]:
+        name = VmName(f"{self._prefix}{uuid.uuid4()}")
         secret = secrets.token_bytes(32)
         now = self._clock.now()
         try:
@@ -290,7 +255,7 @@ class Fleet:
             host_port=port,
             session_id=str(uuid.uuid4()),
             intended_at=now,
-            hard_deadline=now + self._lifetimes(plan, purpose)[1],
+            hard_deadline=now + lifetimes_of(plan, purpose).hard,
             claim_id=claim_id,
         )
         try:
@@ -299,159 +264,20 @@ class Fleet:
             self._ports.give_back(port)
             self._quota.release(reservation)
             raise
-        member = _Member(record, plan, secret)
-        self._members[name] = member
+        self._members[name] = member = Member(record, plan, secret)
         self._reservations[name] = reservation
-        return member
-
-    async def _boot(self, member: _Member, on_stage: Callable[[str], None]) -> Cvm:
-        name = member.record.name
-        deadline = time.monotonic() + BOOT.total_seconds()
-        self._enter(member, "creating", on_stage)
-        vm_id = await self._create(member)
-        await self._store.vm_created(name, vm_id)
-        self._enter(member, "booting", on_stage)
-        try:
-            async with asyncio.timeout(BOOT.total_seconds()):
-                address = await self._probe.until_ready(vm_id)
-        except TimeoutError as error:
-            raise BootTimedOut(f"{name} was not ready within {BOOT.total_seconds():.0f} s") from error
-        self._enter(member, "attesting", on_stage)
-        found: list[Accepted] = []
-        member.session = session = CvmSession(
-            address=address,
-            vm=name,
-            launch_secret=member.secret,
-            session_id=member.record.session_id,
-            validator=self._validator,
-            challenge_id=member.plan.challenge_id,
-            env=member.plan.env,
-            judge=lambda offer: self._judge(member, offer, found),
-            values=self._values,
-        )
-        if self._tasks is None:
-            raise SessionLost("the fleet is not running")
-        self._tasks.create_task(session.run())
-        limit = max(ATTEST.total_seconds(), deadline - time.monotonic())
-        try:
-            async with asyncio.timeout(limit):
-                await session.ready()
-        except TimeoutError as error:
-            raise BootTimedOut(f"{name} was not attested and ready within {limit:.0f} s") from error
-        await self._store.vm_phase(name, VmPhase.READY, at=self._clock.now())
-        member.stage = "ready"
-        return Cvm(name, vm_id, member.plan, found[0].kind, await self._level_of(member.plan.image), session)
-
-    async def _create(self, member: _Member) -> VmId:
-        record, plan = member.record, member.plan
-        max_lifetime, hard_lifetime = self._lifetimes(plan, record.purpose)
-        config = UserConfig(
-            vm=record.name,
-            launch_secret=UserConfig.encode_secret(member.secret),
-            validator_base_url=self._rules.base_url,
-            proxy_url=None,
-            max_lifetime_s=int(max_lifetime.total_seconds()),
-            hard_lifetime_s=int(hard_lifetime.total_seconds()),
-        )
-        tee = self._rules.level is IsolationLevel.TEE
-        spec = VmSpec(
-            name=record.name,
-            image=plan.image,
-            compose=plan.compose,
-            user_config=config.model_dump_json(),
-            resources=plan.resources,
-            host_port=record.host_port,
-            guest_port=SDK_PORT,
-            tee=tee,
-            simulated_tee=self._rules.allow_simulated and not tee,
-        )
-        try:
-            return await self._vmm.create(spec)
-        except VmmAtCapacity as error:
-            raise NoCapacity(str(error)) from error
-        except VmmRefused as error:
-            raise CreateFailed(str(error)) from error
-        except VmmUnavailable as error:
-            # Not idempotent: it may have been made. Its name tells.
-            _log.warning("create_unanswered", vm=record.name, reason=str(error))
-            for _ in range(_LOOK_AGAIN):
-                await self._clock.sleep(1)
-                found = [vm for vm in await self._vmm.list(record.name) if vm.name == record.name]
-                if found:
-                    return found[0].id
-            raise
-
-    async def _judge(self, member: _Member, offer: Offer, found: list[Accepted]) -> None:
-        expected = Expected(member.plan.compose_hash, offer.report_data)
-        accepted = await self._policy.judge(offer.quote, offer.event_log, expected)
-        if found:
-            if accepted.instance != found[0].instance:
-                raise AttestationRefused("instance_id", "a resumed session shows another instance")
-            return
-        try:
-            await self._store.vm_attested(
-                member.record.name, attestation=accepted.kind.value, vm_instance=accepted.instance
-            )
-        except DuplicateRecord as error:
-            raise AttestationRefused(
-                "instance_id", "another CVM of ours has shown this instance id"
-            ) from error
-        member.attestation = accepted.kind
-        found.append(accepted)
-
-    async def _level_of(self, image: str) -> IsolationLevel:
-        if self._rules.level is IsolationLevel.TEE:
-            return IsolationLevel.TEE
-        if image not in self._levels:
-            facts = await self._vmm.facts()
-            self._levels |= {one.name: one.level for one in facts.images}
-        level = self._levels.get(image, self._rules.level)
-        return IsolationLevel.VM if level is IsolationLevel.TEE else level
-
-    def _lifetimes(self, plan: CvmPlan, purpose: Purpose) -> tuple[timedelta, timedelta]:
-        if purpose is Purpose.JOB:
-            lifetime = plan.timeout + BOOT + _MARGIN
-            return lifetime, lifetime
-        return _IDLE, _HARD
-
-    def _enter(self, member: _Member, stage: str, on_stage: Callable[[str], None]) -> None:
-        member.stage = stage
-        on_stage(stage)
-
-    # Ending
+        return member, secret
 
     def _gone(self, name: VmName) -> None:
         reservation = self._reservations.pop(name, None)
         if reservation is not None:
             self._quota.release(reservation)
-        member = self._members.pop(name, None)
-        port = member.record.host_port if member is not None else self._old_ports.pop(name, None)
-        if port is not None:
-            self._ports.give_back(port)
-
-    async def _sweep(self) -> None:
-        try:
-            records = await self._store.open_vms()
-            seen = {vm.name: vm for vm in await self._vmm.list(f"pv-{self._identity.state_id}-")}
-        except (CvmError, VmmError, StoreUnavailable) as error:
-            self.last_error = str(error)
-            return
-        self.last_error = None
-        plan = plan_reclaim(
-            records,
-            seen,
-            set(self._members) | self.destroyer.names,
-            state_id=self._identity.state_id,
-            now=self._clock.now(),
-        )
-        for name in plan.destroy:
-            _log.warning("cvm_reclaimed", vm=name)
-            self.destroy(name, reason="reclaimed by the sweep")
-        if plan.strays != self.strays:
-            _log.warning("vms_not_in_our_journal", vms=plan.strays, remedy="validator cvms reclaim")
-            self.strays = plan.strays
+        member = self._members.pop(name, None) or self._restored.pop(name, None)
+        if member is not None:
+            self._ports.give_back(member.record.host_port)
 
 
 def _is_port_conflict(error: Exception) -> bool:
+    """By the words of QEMU and of dstack: no version says it in another way."""
     text = str(error).lower()
-    return "port" in text and any(word in text for word in ("conflict", "in use", "forward", "bind"))
+    return _FORWARDING in text or ("port" in text and any(word in text for word in _PORT_WORDS))

@@ -67,6 +67,10 @@ class MemoryVmm:
         limits: How much it can host; None: no end.
         level: The isolation that its one image claims.
         removes_at_once: False: removal waits for `finish_removals`, as a slow dstack's would.
+
+    Attributes:
+        asked: The spec of every `create`, also of those that failed.
+        calls: The port's methods in the order in which they were called.
     """
 
     def __init__(
@@ -77,7 +81,7 @@ class MemoryVmm:
         level: IsolationLevel = IsolationLevel.CONTAINER,
         removes_at_once: bool = True,
     ) -> None:
-        self.created: list[VmSpec] = []
+        self.asked: list[VmSpec] = []
         self.calls: list[str] = []
         self.removes_at_once = removes_at_once
         self._script = script
@@ -160,6 +164,7 @@ class MemoryVmm:
 
     async def create(self, spec: VmSpec) -> VmId:
         """See the port."""
+        self.asked.append(spec)
         fault = self._note("create")
         self._check(spec)
         machine = self._make(spec)
@@ -237,7 +242,6 @@ class MemoryVmm:
             raise VmmAtCapacity(f"not enough {refusal}")
 
     def _make(self, spec: VmSpec) -> Machine:
-        self.created.append(spec)
         machine = Machine(VmId(f"memory-{next(self._numbers)}"), spec)
         self._machines[machine.id] = machine
         self._boot(machine)

@@ -28,10 +28,20 @@ def plan_reclaim(
     seen: Mapping[VmName, Vm],
     held: Collection[VmName],
     *,
+    ended: Collection[VmName] = (),
     state_id: str,
     now: datetime,
 ) -> Reclaim:
-    """Compare journal and VMM. `held`: CVMs that a boot, a job or the ready pool holds now."""
+    """Compare journal and VMM.
+
+    Args:
+        records: The journal's CVMs that are not gone.
+        seen: What the VMM shows, by name.
+        held: CVMs that a boot, a job or the ready pool holds now, and those on their way out.
+        ended: Names among `seen` that the journal holds as gone.
+        state_id: In the names of ours.
+        now: For hard deadlines.
+    """
     destroy: list[VmName] = []
     for record in records:
         # 1. On its way already.
@@ -41,7 +51,9 @@ def plan_reclaim(
         # 3. Held past its hard deadline.
         if record.name not in held or now >= record.hard_deadline:
             destroy.append(record.name)
-    known = {record.name for record in records}
+    # 4. Gone by the journal, and there: its creation was answered late, after we had looked for it.
+    destroy.extend(sorted(name for name in ended if name in seen and name not in held))
+    known = {record.name for record in records} | set(ended)
     ours = f"pv-{state_id}-"
     strays = sorted(name for name in seen if name.startswith(ours) and name not in known)
     return Reclaim(tuple(destroy), tuple(strays))

@@ -6,23 +6,22 @@ Reading, pinging and answering values happen in `run`, a task of the fleet; whoe
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import structlog
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import WebSocketException
 
-from platform_protocol.ids import ChallengeId, Hotkey, JobId, VmName
+from platform_protocol.ids import ChallengeId, JobId
 from platform_protocol.session.channel import SealedChannel
 from platform_protocol.session.ends import ValidatorSession
 from platform_protocol.session.errors import SessionError
 from platform_protocol.session.messages import (
-    CHUNK_BYTES,
     Configure,
     GuestError,
     GuestHello,
@@ -38,36 +37,25 @@ from platform_protocol.session.messages import (
     Ready,
     SubmissionChunk,
     ValidatorMessage,
-    ValuesCas,
-    ValuesDelete,
-    ValuesGet,
-    ValuesIncrement,
-    ValuesList,
+    ValuesRequest,
     ValuesResult,
-    ValuesSet,
+    WeightsRequest,
+    WeightsResponse,
 )
-from platform_protocol.session.v2 import Offer, ValidatorHandshake
-from platform_validator.cvm.errors import (
-    AttestationRefused,
-    AttestationUnavailable,
-    SessionLost,
-    SessionRefused,
-)
+from platform_protocol.session.v1 import EnvelopeChannel
+from platform_validator.cvm.connection import Callee, Judge, SessionPace, abandon, bytes_of, dial
+from platform_validator.cvm.errors import SessionLost, SessionRefused
 from platform_validator.cvm.jobs import GuestResult, JobOrder
+from platform_validator.cvm.running import RunningJob
+from platform_validator.cvm.session_v1 import SessionV1
+from platform_validator.errors import ValidatorError
 
 __all__ = ["CvmSession", "GuestResult", "JobOrder", "ValuesHandler"]
 
-Values = ValuesGet | ValuesSet | ValuesDelete | ValuesList | ValuesIncrement | ValuesCas
-Judge = Callable[[Offer], Awaitable[None]]
-"""Accepts an offer, or raises AttestationRefused or AttestationUnavailable."""
-
-_DIAL = 10.0
-_HANDSHAKE = 60.0
-_SEND = 30.0
-_PING = 30.0
 _UNANSWERED = 3
-_RESUME_FOR = 60.0
-_MAX_FRAME = 64 * 1024 * 1024
+_ANSWERS = 64
+_NOW = (SessionError, WebSocketException, TimeoutError, OSError)
+"""What ends a connection and not the session."""
 
 _log = structlog.get_logger(__name__)
 _T = TypeVar("_T")
@@ -76,72 +64,53 @@ _T = TypeVar("_T")
 class ValuesHandler(Protocol):
     """Answers a challenge's values requests; refusals are answers."""
 
-    async def answer(self, challenge_id: ChallengeId, session_id: str, request: Values) -> ValuesResult:
+    async def answer(
+        self, challenge_id: ChallengeId, session_id: str, request: ValuesRequest
+    ) -> ValuesResult:
         """Answer one; durable when it returns."""
-
-
-@dataclass(slots=True)
-class _Running:
-    """The job that the session carries."""
-
-    order: JobOrder
-    submission: Path | None
-    on_started: Callable[[], None]
-    on_progress: Callable[[float, str], None]
-    on_log: Callable[[str, str], None]
-    result: asyncio.Future[GuestResult]
-    began: float = 0.0
-    logs: list[str] = field(default_factory=list)
-
-    def started(self) -> None:
-        """The SDK acknowledged it."""
-        if not self.began:
-            self.began = time.monotonic()
-            self.on_started()
 
 
 class CvmSession:
     """One session with one CVM.
 
     Args:
-        address: (host, port) of the mapped SDK port. Never trusted.
-        vm: The name that we gave.
-        launch_secret: L of this VM.
-        session_id: Journaled with the VM, so that a later process can resume.
-        validator: Our address.
+        callee: The CVM.
         challenge_id: Whose values the session may touch.
         env: Sent in `configure`, after the CVM was accepted.
         judge: The policy, over the handshake's offer.
         values: Answers values requests.
+        pace: How long things may take.
     """
 
     def __init__(
         self,
+        callee: Callee,
         *,
-        address: tuple[str, int],
-        vm: VmName,
-        launch_secret: bytes,
-        session_id: str,
-        validator: Hotkey,
         challenge_id: ChallengeId,
         env: Mapping[str, str],
         judge: Judge,
         values: ValuesHandler,
+        pace: SessionPace | None = None,
     ) -> None:
-        self._address = address
-        self._vm = vm
-        self._secret = launch_secret
-        self._end = ValidatorSession(session_id)
-        self._validator = validator
+        self._callee = callee
+        self._vm = callee.vm
+        self._end = ValidatorSession(callee.session_id)
         self._challenge_id = challenge_id
         self._env = env
         self._judge = judge
         self._values = values
+        self._pace = pace or SessionPace()
         self._socket: ClientConnection | None = None
+        self._picked_up = False
+        self._old: SessionV1 | None = None
         self._first = True
         self._closing = False
-        self._running: _Running | None = None
+        self._running: RunningJob | None = None
         self._unanswered = 0
+        self._tasks: asyncio.TaskGroup | None = None
+        self._due: list[int] = []
+        self._answers: OrderedDict[str, ValuesResult] = OrderedDict()
+        self._asked: dict[str, tuple[WeightsRequest, asyncio.Future[dict[str, float]]]] = {}
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         self.reconnects = 0
@@ -154,6 +123,7 @@ class CvmSession:
             AttestationUnavailable: It could not be judged.
             SessionRefused: The SDK refused, or its start-up handlers failed.
             SessionLost: It cannot be reached.
+            StoreUnavailable: The finding could not be journaled.
         """
         await self._or_lost(self._ready)
 
@@ -173,12 +143,31 @@ class CvmSession:
             SessionLost: The session cannot be resumed.
         """
         result: asyncio.Future[GuestResult] = asyncio.get_running_loop().create_future()
-        self._running = _Running(order, submission, on_started, on_progress, on_log, result)
+        self._running = running = RunningJob(order, submission, on_started, on_progress, on_log, result)
         try:
-            await self._give_job(GuestState(configured=True))
+            if self._old is not None:
+                await self._over_v1(self._old, running)
+            elif self._picked_up:
+                await self._give_job(GuestState(configured=True))
             return await self._or_lost(result)
         finally:
             self._running = None
+
+    async def weights(self, results: list[dict[str, Any]]) -> dict[str, float]:
+        """Ask the challenge for weights over results.
+
+        Raises:
+            SessionRefused: It has none, and says why.
+            SessionLost: The session cannot be resumed.
+        """
+        request = WeightsRequest(request_id=str(uuid.uuid4()), results=results)
+        answer: asyncio.Future[dict[str, float]] = asyncio.get_running_loop().create_future()
+        self._asked[request.request_id] = request, answer
+        try:
+            await self._send(request)
+            return await self._or_lost(answer)
+        finally:
+            del self._asked[request.request_id]
 
     async def cancel(self, job_id: JobId, reason: str) -> None:
         """Have the SDK end a job; a lost connection is no error."""
@@ -186,7 +175,8 @@ class CvmSession:
 
     async def acknowledge(self, result: GuestResult) -> None:
         """The result is durable here: the SDK may forget it."""
-        await self._send_frame(self._end.done(result.seq))
+        if result.seq:
+            await self._ack(result.seq)
 
     def close(self) -> None:
         """End `run`; the CVM is about to be destroyed."""
@@ -197,77 +187,62 @@ class CvmSession:
 
     async def run(self) -> None:
         """Keep a connection until closed or lost. Never raises; what it finds goes to whoever waits."""
-        silent_since = time.monotonic()
-        pause = 0.1
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                try:
+                    await self._keep_connected()
+                except ValidatorError as error:
+                    self._give_up(error)
+        except Exception as error:  # noqa: BLE001 - a fault over one guest's words ends its session, loudly
+            _log.exception("session_fault", vm=self._vm)
+            self._give_up(SessionLost(f"the session with {self._vm} failed: {error!r}"[:500]))
+        finally:
+            self._give_up(SessionLost(f"the session with {self._vm} has ended"))
+
+    async def _keep_connected(self) -> None:
+        reached = time.monotonic()
+        pause = self._pace.retry
         while not self._closing:
             try:
-                async with asyncio.timeout(_DIAL + _HANDSHAKE):
-                    socket, hello = await self._dial()
-            except (AttestationRefused, AttestationUnavailable, SessionRefused) as error:
-                self._give_up(error)
-                return
-            except (SessionError, WebSocketException, TimeoutError, OSError) as error:
-                if time.monotonic() - silent_since > _RESUME_FOR:
-                    self._give_up(
-                        SessionLost(f"{self._vm} cannot be reached for {_RESUME_FOR:.0f} s: {error!r}"[:500])
-                    )
-                    return
+                socket, hello = await self._connect()
+            except _NOW as error:
+                if time.monotonic() - reached >= self._pace.resume_for:
+                    raise SessionLost(f"{self._vm} cannot be reached any more: {error!r}"[:500]) from error
                 await asyncio.sleep(pause)
-                pause = min(2.0, pause * 2)
+                pause = min(self._pace.retry_most, pause * 2)
                 continue
+            if hello is None:
+                await self._converse_v1(socket)
+                raise SessionLost(f"the connection to {self._vm} broke, and version 1 cannot resume")
             if not hello.known and not self._first:
-                await self._abandon(socket)
-                self._give_up(SessionLost(f"{self._vm} rebooted: it does not know the session"))
-                return
-            self._first = False
-            pause = 0.1
+                await abandon(socket)
+                raise SessionLost(f"{self._vm} rebooted: it does not know the session")
+            self._first, pause = False, self._pace.retry
             await self._converse(socket, hello)
-            silent_since = time.monotonic()
+            reached = time.monotonic()
             self.reconnects += 1
 
-    async def _dial(self) -> tuple[ClientConnection, GuestHello]:
-        host, port = self._address
-        socket = await connect(
-            f"ws://{host}:{port}/sdk/ws",
-            open_timeout=_DIAL,
-            close_timeout=2,
-            ping_interval=None,
-            compression=None,
-            max_size=_MAX_FRAME,
-            proxy=None,
-        )
+    async def _connect(self) -> tuple[ClientConnection, GuestHello | None]:
+        """A greeted connection; its hello is None in version 1."""
+        socket, channel = await dial(self._callee, resume=not self._first, judge=self._judge, pace=self._pace)
+        if isinstance(channel, EnvelopeChannel):
+            self._old = SessionV1(socket, channel, self._vm)
+            return socket, None
         try:
-            channel = await self._handshake(socket)
-            self._end.connected(channel)
-            hello = self._end.receive(_binary(await socket.recv()))
-            await socket.send(self._end.hello())
+            async with asyncio.timeout(self._pace.dial):
+                return socket, await self._greet(socket, channel)
         except BaseException:
             self._end.disconnected()
-            await self._abandon(socket)
+            await abandon(socket)
             raise
-        return socket, _greeting(hello)
 
-    async def _handshake(self, socket: ClientConnection) -> SealedChannel:
-        handshake = ValidatorHandshake(
-            launch_secret=self._secret,
-            vm=self._vm,
-            validator=self._validator,
-            session_id=self._end.session_id,
-            resume=not self._first,
-        )
-        await socket.send(handshake.begin())
-        offer = handshake.receive(_text(await socket.recv()))
-        try:
-            await self._judge(offer)
-        except (AttestationRefused, AttestationUnavailable) as error:
-            with contextlib.suppress(WebSocketException):
-                await socket.send(handshake.reject(type(error).__name__))
-            raise
-        accepted, channel = handshake.accept()
-        await socket.send(accepted)
-        if not isinstance(channel, SealedChannel):
-            raise SessionRefused("session version 1 is not offered here")
-        return channel
+    async def _greet(self, socket: ClientConnection, channel: SealedChannel) -> GuestHello:
+        self._end.connected(channel)
+        hello = self._end.receive(bytes_of(await socket.recv()))
+        if not isinstance(hello, GuestHello):
+            raise SessionError("expected the SDK's hello first")
+        await socket.send(self._end.hello())
+        return hello
 
     async def _converse(self, socket: ClientConnection, hello: GuestHello) -> None:
         self._socket, self._unanswered = socket, 0
@@ -276,26 +251,59 @@ class CvmSession:
                 pinging = tasks.create_task(self._ping(socket))
                 tasks.create_task(self._pick_up(hello.state))
                 async for frame in socket:
-                    message = self._end.receive(_binary(frame))
+                    message = self._end.receive(bytes_of(frame))
                     if message is not None:
-                        self._take(message, tasks)
+                        self._take(message)
                 pinging.cancel()
-        except* (SessionError, WebSocketException, TimeoutError, OSError) as errors:
+        except* _NOW as errors:
             _log.info("session_broke", vm=self._vm, reason=repr(errors.exceptions[0])[:300])
         finally:
-            self._socket = None
+            self._socket, self._picked_up = None, False
             self._end.disconnected()
-            await self._abandon(socket)
+            await abandon(socket)
+
+    async def _converse_v1(self, socket: ClientConnection) -> None:
+        old = self._old
+        _log.warning("session_v1", vm=self._vm, why="the challenge speaks version 1 of the session")
+        try:
+            if old is not None and not self._closing:
+                self._socket = socket
+                await old.begin()
+                if not self._ready.done():
+                    self._ready.set_result(None)
+                await old.listen()
+        except _NOW as error:
+            _log.info("session_broke", vm=self._vm, reason=repr(error)[:300])
+        finally:
+            self._socket = self._old = None
+            await abandon(socket)
+
+    async def _over_v1(self, old: SessionV1, running: RunningJob) -> None:
+        try:
+            async with asyncio.timeout(self._pace.send):
+                await old.give(running)
+        except _NOW as error:
+            raise SessionLost(f"the connection to {self._vm} broke: {error!r}"[:500]) from error
 
     async def _pick_up(self, state: GuestState) -> None:
         """Go on where the SDK is."""
         if not state.configured:
             await self._send(Configure(env=dict(self._env), challenge_id=self._challenge_id))
+        # What was sent before may have been lost on the way: answers and requests go by their ids, once.
+        for answer in list(self._answers.values()):
+            await self._send(answer)
+        for request, _ in list(self._asked.values()):
+            await self._send(request)
+        due, self._due = self._due, []
+        for seq in due:
+            await self._ack(seq)
+        # From here on `execute` gives its job itself; one that is waiting already is given now.
+        self._picked_up = True
         if self._running is not None:
             await self._give_job(state)
 
     async def _give_job(self, state: GuestState) -> None:
-        running = self._running
+        running, socket = self._running, self._socket
         if running is None:
             return
         order = running.order
@@ -314,75 +322,98 @@ class CvmSession:
                     submission_sha256=order.submission_sha256,
                 )
             )
-        if running.submission is not None:
-            await self._send_submission(running, state.submission_bytes if ours else 0)
-
-    async def _send_submission(self, running: _Running, offset: int) -> None:
-        path = running.submission
-        if path is None:
-            return
-        size = (await asyncio.to_thread(path.stat)).st_size
-        while True:
-            data = await asyncio.to_thread(_read_chunk, path, offset)
-            last = offset + len(data) >= size
-            sent = await self._send(
-                SubmissionChunk(job_id=running.order.job_id, offset=offset, last=last, data=data)
-            )
-            if last or not sent:
-                return
+        offset, last = state.submission_bytes if ours else 0, running.submission is None
+        # A new connection picks up by itself, at the offset that the SDK tells.
+        while not last and self._socket is socket:
+            data, last = await running.chunk(offset)
+            await self._send(SubmissionChunk(job_id=order.job_id, offset=offset, last=last, data=data))
             offset += len(data)
 
-    def _take(self, message: GuestMessage, tasks: asyncio.TaskGroup) -> None:
-        if isinstance(message, Pong):
-            self._unanswered = 0
-        elif isinstance(message, Ready):
-            if not self._ready.done():
-                self._ready.set_result(None)
-            tasks.create_task(self._send_frame(self._end.done(message.seq)))
-        elif isinstance(message, Values):
-            tasks.create_task(self._answer(message))
-        elif isinstance(message, GuestError):
-            self._refused(message)
-            tasks.create_task(self._send_frame(self._end.done(message.seq)))
-        elif isinstance(message, JobResult):
-            self._finished(message)
-        elif self._running is not None:
-            _told(self._running, message)
+    def _take(self, message: GuestMessage) -> None:
+        match message:
+            case Pong():
+                self._unanswered = 0
+            case JobProgress() | Log():
+                self._told(message)
+            case Ready():
+                if not self._ready.done():
+                    self._ready.set_result(None)
+                self._do(self._ack(message.seq))
+            case GuestError():
+                self._refused(message)
+                self._do(self._ack(message.seq))
+            case WeightsResponse():
+                self._weighed(message)
+                self._do(self._ack(message.seq))
+            case JobResult():
+                self._finished(message)
+            case GuestHello():
+                raise SessionError("expected one hello, first")
+            case _:
+                self._do(self._answer(message))
+
+    def _told(self, message: JobProgress | Log) -> None:
+        running = self._running
+        if running is None:
+            return
+        if message.job_id == running.order.job_id:
+            running.started()
+        if isinstance(message, Log):
+            running.on_log(message.level, message.message)
+        elif message.job_id == running.order.job_id:
+            running.on_progress(message.percent, message.message)
 
     def _finished(self, message: JobResult) -> None:
         running = self._running
         if running is None or message.job_id != running.order.job_id or running.result.done():
+            # Nobody waits for it (cancelled, timed out, a second one): it must not hold up the others.
+            _log.info("result_unwanted", vm=self._vm, job_id=message.job_id)
+            self._do(self._ack(message.seq))
             return
-        running.started()
-        running.result.set_result(
-            GuestResult(
-                job_id=message.job_id,
-                attempt=running.order.attempt,
-                result=message.result,
-                error=message.error,
-                evidence=message.evidence,
-                execution_time_ms=int((time.monotonic() - running.began) * 1000),
-                seq=message.seq,
-            )
-        )
+        running.finish(result=message.result, error=message.error, evidence=message.evidence, seq=message.seq)
 
     def _refused(self, message: GuestError) -> None:
         error = SessionRefused(f"the SDK in {self._vm} says {message.code}: {message.message}"[:1000])
         if not self._ready.done():
             self._ready.set_exception(error)
-            return
-        running = self._running
-        if running is not None and not running.result.done():
-            running.result.set_exception(error)
+        elif self._running is not None:
+            self._running.fail(error)
 
-    async def _answer(self, request: Values) -> None:
+    def _weighed(self, message: WeightsResponse) -> None:
+        _, answer = self._asked.get(message.request_id, (None, None))
+        if answer is None or answer.done():
+            return
+        if message.error is not None or message.weights is None:
+            said = message.error.message if message.error is not None else "no weights"
+            answer.set_exception(SessionRefused(f"the challenge gives no weights: {said}"[:1000]))
+        else:
+            answer.set_result(message.weights)
+
+    async def _answer(self, request: ValuesRequest) -> None:
         answer = await self._values.answer(self._challenge_id, self._end.session_id, request)
+        self._answers[request.request_id] = answer
+        if len(self._answers) > _ANSWERS:
+            self._answers.popitem(last=False)
         await self._send(answer)
-        await self._send_frame(self._end.done(request.seq))
+        await self._ack(request.seq)
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        """Work that outlives the connection that asked for it."""
+        if self._tasks is None:
+            work.close()
+            return
+        self._tasks.create_task(work)
+
+    async def _ack(self, seq: int) -> None:
+        """Its effect is durable. Without a connection it waits: a frame that is not sent costs a number."""
+        if self._socket is None:
+            self._due.append(seq)
+            return
+        await self._send_frame(self._end.done(seq))
 
     async def _ping(self, socket: ClientConnection) -> None:
         for number in range(2**31):
-            await asyncio.sleep(_PING)
+            await asyncio.sleep(self._pace.ping)
             if self._unanswered >= _UNANSWERED:
                 socket.transport.abort()
                 return
@@ -401,7 +432,7 @@ class CvmSession:
         if frame is None or socket is None:
             return
         try:
-            async with asyncio.timeout(_SEND):
+            async with asyncio.timeout(self._pace.send):
                 await socket.send(frame)
         except (WebSocketException, TimeoutError, OSError):
             socket.transport.abort()
@@ -416,43 +447,3 @@ class CvmSession:
     def _give_up(self, error: Exception) -> None:
         if not self._lost.done():
             self._lost.set_result(error)
-
-    @staticmethod
-    async def _abandon(socket: ClientConnection) -> None:
-        socket.transport.abort()
-        with contextlib.suppress(WebSocketException, TimeoutError, OSError):
-            async with asyncio.timeout(2):
-                await socket.wait_closed()
-
-
-def _told(running: _Running, message: GuestMessage) -> None:
-    """A line about the job that runs."""
-    if isinstance(message, JobProgress) and message.job_id == running.order.job_id:
-        running.started()
-        running.on_progress(message.percent, message.message)
-    elif isinstance(message, Log):
-        running.on_log(message.level, message.message)
-
-
-def _read_chunk(path: Path, offset: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(CHUNK_BYTES)
-
-
-def _greeting(message: GuestMessage | None) -> GuestHello:
-    if not isinstance(message, GuestHello):
-        raise SessionError("expected the SDK's hello first")
-    return message
-
-
-def _text(frame: str | bytes) -> str:
-    if isinstance(frame, bytes):
-        raise SessionError("expected a text frame")
-    return frame
-
-
-def _binary(frame: str | bytes) -> bytes:
-    if isinstance(frame, str):
-        raise SessionError("expected a binary frame")
-    return frame

@@ -1,0 +1,251 @@
+"""Brings one journaled CVM up: created, booted, attested under the policy, configured, ready."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import structlog
+
+from platform_protocol.compose import SDK_PORT
+from platform_protocol.ids import Hotkey, VmId
+from platform_protocol.platform_messages import AttestationKind, IsolationLevel
+from platform_protocol.session import v1
+from platform_protocol.session.v2 import Offer
+from platform_protocol.user_config import UserConfig
+from platform_validator.attestation.policy import Accepted, AttestationPolicy, Expected
+from platform_validator.clock import Clock
+from platform_validator.cvm.connection import Callee, SessionPace
+from platform_validator.cvm.errors import (
+    AttestationRefused,
+    AttestationUnavailable,
+    BootTimedOut,
+    CreateFailed,
+    NoCapacity,
+)
+from platform_validator.cvm.members import Cvm, Member
+from platform_validator.cvm.plan import CvmPlan
+from platform_validator.cvm.probe import Probe
+from platform_validator.cvm.session import CvmSession, ValuesHandler
+from platform_validator.cvm.vmm import VmmAtCapacity, VmmClient, VmmError, VmmRefused, VmmUnavailable, VmSpec
+from platform_validator.store.port import DuplicateRecord, Store
+from platform_validator.store.records import Purpose, VmPhase
+
+BOOT = timedelta(seconds=300)
+ATTEST = timedelta(seconds=60)
+_MARGIN = timedelta(hours=1)
+_IDLE = timedelta(hours=24)
+_HARD = timedelta(days=7)
+_LOOK_AGAIN = 3
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FleetRules:
+    """The operator's side. `base_url` is the validator as a CVM reaches it.
+
+    `allow_session_v1`: challenges that speak only version 1 of the session are talked to as well.
+    `boot` and `attest` are the deadlines of those two stages, `pace` the session's.
+    """
+
+    level: IsolationLevel
+    allow_simulated: bool
+    base_url: str
+    allow_session_v1: bool = False
+    boot: timedelta = BOOT
+    attest: timedelta = ATTEST
+    pace: SessionPace | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetimes:
+    """`idle` is renewed by authenticated frames, `hard` never."""
+
+    idle: timedelta
+    hard: timedelta
+
+
+def lifetimes_of(plan: CvmPlan, purpose: Purpose) -> Lifetimes:
+    """How long a CVM may run, whatever becomes of the validator."""
+    if purpose is Purpose.JOB:
+        lifetime = plan.timeout + BOOT + _MARGIN
+        return Lifetimes(lifetime, lifetime)
+    return Lifetimes(_IDLE, _HARD)
+
+
+class Booter:
+    """Boots members of a fleet. Arguments as `Fleet`'s."""
+
+    def __init__(
+        self,
+        *,
+        vmm: VmmClient,
+        probe: Probe,
+        store: Store,
+        policy: AttestationPolicy,
+        values: ValuesHandler,
+        clock: Clock,
+        validator: Hotkey,
+        rules: FleetRules,
+    ) -> None:
+        self._vmm = vmm
+        self._probe = probe
+        self._store = store
+        self._policy = policy
+        self._values = values
+        self._clock = clock
+        self._validator = validator
+        self._rules = rules
+        self._levels: dict[str, IsolationLevel] = {}
+
+    async def boot(
+        self,
+        member: Member,
+        plan: CvmPlan,
+        secret: bytes,
+        *,
+        tasks: asyncio.TaskGroup,
+        on_stage: Callable[[str], None],
+    ) -> Cvm:
+        """See `Fleet.boot`; the member's intent is in the journal, and its end is the caller's affair."""
+        name, rules = member.record.name, self._rules
+        deadline = self._clock.monotonic() + rules.boot.total_seconds()
+
+        def enter(stage: str) -> None:
+            member.stage = stage
+            on_stage(stage)
+
+        enter("creating")
+        vm_id = await self._create(member, plan, secret)
+        await self._store.vm_created(name, vm_id)
+        enter("booting")
+        try:
+            async with asyncio.timeout(rules.boot.total_seconds()):
+                address = await self._probe.until_ready(vm_id)
+        except TimeoutError as error:
+            raise BootTimedOut(f"{name} was not ready within {rules.boot.total_seconds():.0f} s") from error
+        enter("attesting")
+        found: list[Accepted] = []
+        callee = Callee(
+            address, name, secret, member.record.session_id, self._validator, rules.allow_session_v1
+        )
+        member.session = session = CvmSession(
+            callee,
+            challenge_id=plan.challenge_id,
+            env=plan.env,
+            judge=lambda offer: self._judge(member, plan, vm_id, offer, found),
+            values=self._values,
+            pace=rules.pace,
+        )
+        tasks.create_task(session.run())
+        await self._until_ready(member, session, found, deadline)
+        await self._store.vm_phase(name, VmPhase.READY, at=self._clock.now())
+        member.stage = "ready"
+        return Cvm(name, vm_id, plan, found[0].kind, await self._level_of(plan.image), session)
+
+    async def _until_ready(
+        self, member: Member, session: CvmSession, found: list[Accepted], deadline: float
+    ) -> None:
+        limit = max(self._rules.attest.total_seconds(), deadline - self._clock.monotonic())
+        try:
+            async with asyncio.timeout(limit):
+                await session.ready()
+        except TimeoutError as error:
+            name = member.record.name
+            if not found:
+                raise AttestationUnavailable(f"{name} could not be judged within {limit:.0f} s") from error
+            raise BootTimedOut(f"{name} did not say ready within {limit:.0f} s") from error
+
+    async def _create(self, member: Member, plan: CvmPlan, secret: bytes) -> VmId:
+        record, rules = member.record, self._rules
+        lifetimes = lifetimes_of(plan, record.purpose)
+        config = UserConfig(
+            vm=record.name,
+            launch_secret=UserConfig.encode_secret(secret),
+            validator_base_url=rules.base_url,
+            proxy_url=None,
+            max_lifetime_s=int(lifetimes.idle.total_seconds()),
+            hard_lifetime_s=int(lifetimes.hard.total_seconds()),
+        )
+        tee = rules.level is IsolationLevel.TEE
+        spec = VmSpec(
+            name=record.name,
+            image=plan.image,
+            compose=plan.compose,
+            user_config=config.model_dump_json(),
+            resources=plan.resources,
+            host_port=record.host_port,
+            guest_port=SDK_PORT,
+            tee=tee,
+            simulated_tee=rules.allow_simulated and not tee,
+        )
+        try:
+            return await self._vmm.create(spec)
+        except VmmAtCapacity as error:
+            raise NoCapacity(str(error)) from error
+        except VmmRefused as error:
+            raise CreateFailed(str(error)) from error
+        except VmmUnavailable as error:
+            return await self._look_for(spec, error)
+
+    async def _look_for(self, spec: VmSpec, error: VmmUnavailable) -> VmId:
+        """CreateVm is not idempotent, and may have been done all the same: the exact name tells."""
+        _log.warning("create_unanswered", vm=spec.name, reason=str(error))
+        for _ in range(_LOOK_AGAIN):
+            await self._clock.sleep(1)
+            try:
+                found = [vm for vm in await self._vmm.list(spec.name) if vm.name == spec.name]
+            except VmmError:
+                continue
+            if found:
+                return found[0].id
+        raise error
+
+    async def _judge(
+        self, member: Member, plan: CvmPlan, vm_id: VmId, offer: Offer, found: list[Accepted]
+    ) -> None:
+        accepted = await self._accept(plan, offer)
+        if found:
+            if accepted != found[0]:
+                raise AttestationRefused("instance_id", "a resumed session shows another instance or kind")
+            return
+        if accepted.instance is not None:
+            await self._check_instance(vm_id, accepted.instance)
+        try:
+            await self._store.vm_attested(
+                member.record.name, attestation=accepted.kind.value, vm_instance=accepted.instance
+            )
+        except DuplicateRecord as error:
+            raise AttestationRefused(
+                "instance_id", "another CVM of ours has shown this instance id"
+            ) from error
+        member.attestation = accepted.kind
+        found.append(accepted)
+
+    async def _accept(self, plan: CvmPlan, offer: Offer) -> Accepted:
+        if offer.version == v1.VERSION and self._rules.level is not IsolationLevel.TEE:
+            # Their development quotes are signed by nobody, and nothing binds version 1's keys to a quote.
+            return Accepted(AttestationKind.NONE, None)
+        expected = Expected(plan.compose_hash, offer.report_data)
+        return await self._policy.judge(offer.quote, offer.event_log, expected)
+
+    async def _check_instance(self, vm_id: VmId, shown: str) -> None:
+        """The VMM tells a VM's instance late in its boot, or never; what it tells must be the same."""
+        try:
+            vm = await self._vmm.get(vm_id)
+        except VmmError as error:
+            raise AttestationUnavailable(f"the VMM cannot be asked for the instance: {error}") from error
+        if vm is not None and vm.instance and vm.instance.lower() != shown.lower():
+            raise AttestationRefused("instance_id", f"the VMM says {vm.instance[:64]}, the log says {shown}")
+
+    async def _level_of(self, image: str) -> IsolationLevel:
+        if self._rules.level is IsolationLevel.TEE:
+            return IsolationLevel.TEE
+        if image not in self._levels:
+            facts = await self._vmm.facts()
+            self._levels |= {one.name: one.level for one in facts.images}
+        level = self._levels.get(image, self._rules.level)
+        return IsolationLevel.VM if level is IsolationLevel.TEE else level

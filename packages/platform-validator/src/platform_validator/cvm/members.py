@@ -1,0 +1,69 @@
+"""The CVMs that a fleet holds, and how they are shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from platform_protocol.ids import ChallengeId, VmId, VmName
+from platform_protocol.platform_messages import AttestationKind, IsolationLevel
+from platform_validator.cvm.destroyer import Doomed
+from platform_validator.cvm.plan import CvmPlan
+from platform_validator.cvm.session import CvmSession
+from platform_validator.store.records import Purpose, VmRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Cvm:
+    """A booted, attested and configured CVM."""
+
+    name: VmName
+    vm_id: VmId
+    plan: CvmPlan
+    attestation: AttestationKind
+    isolation_level: IsolationLevel
+    session: CvmSession
+
+    @property
+    def compose_hash(self) -> str:
+        """SHA-256 of the app-compose bytes that it was made of, hex."""
+        return self.plan.compose_hash
+
+
+@dataclass(frozen=True, slots=True)
+class CvmView:
+    """A CVM as status, CLI and pages show it."""
+
+    name: VmName
+    challenge_id: ChallengeId
+    purpose: Purpose
+    stage: str
+    attestation: str | None
+    since: datetime
+    tries: int = 0
+    last_error: str | None = None
+
+
+@dataclass(slots=True)
+class Member:
+    """What the fleet holds of a CVM until it is gone. `secret` None: it is from before a restart."""
+
+    record: VmRecord
+    plan: CvmPlan | None = None
+    secret: bytes | None = field(default=None, repr=False)
+    stage: str = "creating"
+    session: CvmSession | None = None
+    attestation: AttestationKind | None = None
+
+    def view(self, end: Doomed | None) -> CvmView:
+        """As it is shown; `end`: it is on its way out."""
+        return CvmView(
+            self.record.name,
+            self.record.challenge_id,
+            self.record.purpose,
+            self.stage,
+            self.attestation.value if self.attestation else self.record.attestation,
+            self.record.intended_at,
+            end.tries if end else 0,
+            end.last_error if end else None,
+        )

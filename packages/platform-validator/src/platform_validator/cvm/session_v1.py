@@ -1,0 +1,103 @@
+"""Version 1 of the session, as deployed challenges speak it: one connection, one job, nothing resumed.
+
+No pings (their synchronous handlers block for minutes), no `configure`, no `ready`; an ORM query is answered
+that there is none; a submission goes into the payload.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from typing import Any
+
+import structlog
+from websockets.asyncio.client import ClientConnection
+
+from platform_protocol.session.messages import JobError
+from platform_protocol.session.v1 import EnvelopeChannel
+from platform_validator.cvm.connection import text_of
+from platform_validator.cvm.running import RunningJob
+
+_MAX_ERROR = 16_384
+
+_log = structlog.get_logger(__name__)
+
+
+class SessionV1:
+    """One version 1 connection after its handshake."""
+
+    def __init__(self, socket: ClientConnection, channel: EnvelopeChannel, vm: str) -> None:
+        self._socket = socket
+        self._channel = channel
+        self._vm = vm
+        self._running: RunningJob | None = None
+        self.ignored = 0
+
+    async def begin(self) -> None:
+        """Say that we are here, once."""
+        await self._send({"type": "orm_ready"})
+
+    async def give(self, running: RunningJob) -> None:
+        """Have it run a job. It acknowledges nothing: the job counts as started once it is sent."""
+        self._running = running
+        order, payload = running.order, dict(running.order.payload)
+        if running.submission is not None:
+            data = await asyncio.to_thread(running.submission.read_bytes)
+            payload["submission"] = {
+                "filename": running.submission.name,
+                "sha256": order.submission_sha256,
+                "data": base64.b64encode(data).decode("ascii"),
+            }
+        job = {"job_id": order.job_id, "job_name": order.job_name, "payload": payload}
+        await self._send({"type": "job_execute"} | job)
+        running.started()
+
+    async def listen(self) -> None:
+        """Until the connection ends.
+
+        Raises:
+            SessionError: A frame that does not open.
+            WebSocketException: The connection broke.
+        """
+        async for frame in self._socket:
+            plaintext = self._channel.open(text_of(frame))
+            message = _object(plaintext)
+            if message.get("type") == "job_result":
+                self._finished(message)
+            elif message.get("type") == "orm_query":
+                await self._refuse_query(message)
+            else:
+                self.ignored += 1
+                _log.debug("session_v1_message_ignored", vm=self._vm, count=self.ignored)
+
+    async def _refuse_query(self, message: dict[str, Any]) -> None:
+        text = "this validator offers no ORM"
+        answer = {"type": "error", "error": "unsupported", "message": text}
+        kept = {key: message[key] for key in ("message_id", "query_id") if key in message}
+        await self._send(answer | kept)
+
+    def _finished(self, message: dict[str, Any]) -> None:
+        running = self._running
+        if running is None or message.get("job_id") != running.order.job_id or running.result.done():
+            return
+        result, failure = message.get("result"), None
+        if "error" in message and message["error"] is not None:
+            text = message["error"] if isinstance(message["error"], str) else json.dumps(message["error"])
+            failure = JobError(code="handler_error", message=text[:_MAX_ERROR])
+        elif not isinstance(result, dict):
+            failure = JobError(code="no_result", message="expected an object as result")
+        answer = result if failure is None and isinstance(result, dict) else None
+        running.finish(result=answer, error=failure, evidence=None, seq=0)
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        await self._socket.send(self._channel.seal(json.dumps(message).encode()))
+
+
+def _object(plaintext: bytes | None) -> dict[str, Any]:
+    """A message; an empty one for whatever is none."""
+    try:
+        value = json.loads(plaintext) if plaintext is not None else None
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
