@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from platform_protocol.event_log import Event, EventLogInvalid, parse_event_log, replay
+from platform_protocol.event_log import RUNTIME_IMR, Event, EventLogInvalid, parse_event_log, replay
 from platform_validator.errors import ValidatorError
 
 _ONCE = (
@@ -49,14 +49,27 @@ def check_event_log(text: str, rtmrs: tuple[bytes, bytes, bytes, bytes]) -> Iden
                 raise EventLogRefused(f"rtmr{imr}", f"the event log does not replay to the quote's RTMR{imr}")
     except EventLogInvalid as error:
         raise EventLogRefused("event_log", str(error)) from error
-    boot = _until_ready([event for event in events if event.is_runtime])
+    boot = _until_ready(_runtime_events(events))
     payloads = {
         name: _only(boot, name).event_payload.lower() for name in ("app-id", "compose-hash", "instance-id")
     }
+    _only(boot, "boot-mr-done")
     names = [event.event for event in boot]
     if names.index("boot-mr-done") < max(names.index(name) for name in payloads):
         raise EventLogRefused("event_order", "identity events after boot-mr-done")
     return Identity(payloads["app-id"], payloads["compose-hash"], payloads["instance-id"])
+
+
+def _runtime_events(events: list[Event]) -> list[Event]:
+    """The events of RTMR3, each of which must be read as what was measured.
+
+    An event of another type would count in the replay by its digest alone: under it the true identity could
+    be hidden, and another one extended behind it.
+    """
+    found = [event for event in events if event.imr == RUNTIME_IMR]
+    if not all(event.is_runtime for event in found):
+        raise EventLogRefused("event_order", "RTMR3 has an event that no runtime measured")
+    return found
 
 
 def _until_ready(events: list[Event]) -> list[Event]:
@@ -65,6 +78,11 @@ def _until_ready(events: list[Event]) -> list[Event]:
     if "system-ready" not in names:
         raise EventLogRefused("event_order", "no system-ready event")
     last = names.index("system-ready")
+    if "system-ready" in names[last + 1 :]:
+        raise EventLogRefused("event_order", "system-ready is there twice")
+    # A digest covers `name:payload`: with a colon in the name, part of a payload can pass for the name.
+    if any(":" in name for name in names[:last]):
+        raise EventLogRefused("event_order", "an event before system-ready has a colon in its name")
     for name in _ONCE[:-1]:
         if name in names[last:]:
             raise EventLogRefused("event_order", f"{name} after system-ready")
