@@ -6,6 +6,7 @@ RemoveVm became asynchronous in v0.5.7; versions before v0.5.6 ignore `no_tee` s
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
@@ -80,7 +81,8 @@ class DstackVmm:
         if token is not None:
             self._headers |= {"X-Admin-Token": token, "Authorization": f"Bearer {token}"}
         elif user is not None:
-            self._headers["Authorization"] = aiohttp.BasicAuth(user, password or "").encode()
+            pair = base64.b64encode(f"{user}:{password or ''}".encode()).decode("ascii")
+            self._headers["Authorization"] = f"Basic {pair}"
         self._address = port_address
         self._client: aiohttp.ClientSession | None = None
         self._version: str | None = None
