@@ -35,7 +35,9 @@ demo: setup system ## run the whole job on this machine; ARGS=--keep, ARGS="--ou
 	@$(BIN)/python -m examples.demo $(ARGS)
 
 test: setup system $(WS16)/.stamp ## all tests; ARGS="-k lease" narrows them
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --ignore tests/e2e/test_demo.py $(ARGS)
+	@echo "test: the whole system, one run at a time"
+	@$(BIN)/python -m pytest -q tests/e2e/test_demo.py
 	@echo "test: the session tests once more, with websockets 16"
 	@PYTHONPATH=$(WS16) $(BIN)/python -m pytest -q tests/interop/session
 
@@ -47,6 +49,13 @@ lint: setup ## ruff, mypy strict, import contracts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/mypy packages tests bench examples
 	@$(BIN)/lint-imports
+
+bench: setup system ## measure, beside something real in the same run
+	@$(BIN)/python -m bench.sandbox_start $(ARGS)
+
+docs: setup ## check the pages' links and commands; write docs/openapi.json
+	@$(BIN)/python scripts/openapi.py docs/openapi.json
+	@$(BIN)/python -m pytest -q tests/e2e/test_docs.py
 
 lock: ## make requirements.lock anew (needs uv)
 	uv pip compile --universal --generate-hashes --no-emit-index-url --no-header --no-annotate --python-version 3.11 \

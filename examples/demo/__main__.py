@@ -26,7 +26,6 @@ from platform_protocol.signing import Keypair
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-OUTPUT = ROOT / ".demo"
 _PATIENCE = 240.0
 _FINISHED = ("completed", "failed", "cancelled")
 
@@ -38,17 +37,22 @@ def main() -> int:
     parser.add_argument(
         "--outage", type=float, default=0, metavar="SECONDS", help="kill the Platform API for so long"
     )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / ".demo", metavar="DIR", help="where report.json goes"
+    )
     arguments = parser.parse_args()
     console = Console()
-    OUTPUT.mkdir(exist_ok=True)
-    clean_up_earlier(console)
+    output: Path = arguments.output
+    output.mkdir(exist_ok=True)
+    clean_up_earlier(output, console)
     state = Path(tempfile.mkdtemp(prefix="platform-demo-"))
     state.chmod(0o711)
-    (OUTPUT / "state").write_text(str(state))
+    (output / "state").write_text(str(state))
     before = look(state)
     stack = make_stack(state)
     try:
-        return Demo(stack, console, before, keep=arguments.keep, outage=arguments.outage).run()
+        demo = Demo(stack, console, before, output, keep=arguments.keep, outage=arguments.outage)
+        return demo.run()
     except DemoFailed as error:
         console.print(f"[red]demo: {error}[/]", soft_wrap=True, highlight=False)
         return 1
@@ -57,12 +61,12 @@ def main() -> int:
             stack.stop()
             end_all(state)
             shutil.rmtree(state, ignore_errors=True)
-            (OUTPUT / "state").unlink(missing_ok=True)
+            (output / "state").unlink(missing_ok=True)
 
 
-def clean_up_earlier(console: Console) -> None:
+def clean_up_earlier(output: Path, console: Console) -> None:
     """End and remove what an earlier run left, whatever became of it."""
-    note = OUTPUT / "state"
+    note = output / "state"
     if not note.exists():
         return
     state = Path(note.read_text().strip())
@@ -88,10 +92,13 @@ def _reclaim(state: Path) -> None:
 class Demo:
     """One run."""
 
-    def __init__(self, stack: Stack, console: Console, before: Machine, *, keep: bool, outage: float) -> None:
+    def __init__(
+        self, stack: Stack, console: Console, before: Machine, output: Path, *, keep: bool, outage: float
+    ) -> None:
         self._stack = stack
         self._console = console
         self._before = before
+        self._output = output
         self._keep = keep
         self._outage = outage
         self._began = time.monotonic()
@@ -232,7 +239,7 @@ class Demo:
 
     def _finish(self, report: dict[str, Any], faults: list[str]) -> None:
         report["wall_s"] = round(time.monotonic() - self._began, 1)
-        (OUTPUT / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        (self._output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         display.summary(report, faults, self._console)
         print(json.dumps(report))
 

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from running_vmm import Bench, Vmm
 
 from platform_vmm.images import Runtime, RuntimeTable, build_runtime
 from platform_vmm.machines import Machines
 from platform_vmm.prpc import Prpc
 from platform_vmm.sandbox.cgroups import ControlGroups
 from platform_vmm.simulation.pki import Pki, load_pki
-from running_vmm import Bench, Vmm
 
 
 @pytest.fixture(scope="session")

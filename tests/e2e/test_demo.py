@@ -1,0 +1,69 @@
+"""The demo as a test: the whole job on one machine, through an outage, and after a `kill -9` of itself."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _command(output: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "examples.demo", "--output", str(output), *arguments]
+
+
+@pytest.mark.slow(reason="starts the whole system and evaluates twelve submissions")
+@pytest.mark.timeout(240)
+def test_every_submission_ends_as_expected_although_the_platform_api_is_killed_for_ten_seconds(
+    tmp_path: Path,
+) -> None:
+    done = subprocess.run(
+        _command(tmp_path, "--outage", "10"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=230,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report == json.loads((tmp_path / "report.json").read_text())
+    assert (report["jobs"], report["scored"], report["failed_submissions"]) == (12, 6, 6)
+    for name in ("infra_errors", "results_lost", "vms_left", "processes_left"):
+        assert report[name] == 0, name
+
+
+@pytest.mark.slow(reason="starts the whole system twice")
+@pytest.mark.timeout(240)
+def test_after_a_kill_9_of_the_demo_the_next_one_cleans_up_and_holds(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        _command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as first:
+        assert first.stdout is not None
+        next(line for line in first.stdout if "are queued" in line)
+        first.send_signal(signal.SIGKILL)
+    state = Path((tmp_path / "state").read_text())
+    assert state.exists()
+    done = subprocess.run(
+        _command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert not state.exists()
+    left = [
+        entry.name
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and str(state) in _command_line(int(entry.name))
+    ]
+    assert left == []
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
