@@ -23,7 +23,6 @@ from platform_protocol.session.channel import SealedChannel
 from platform_protocol.session.ends import ChallengeSession
 from platform_protocol.session.errors import AuthRefused, SessionError
 from platform_protocol.session.messages import (
-    Ack,
     Configure,
     GuestError,
     GuestMessage,
@@ -96,7 +95,6 @@ class ScriptedGuest:
         orders: Every `job_execute`, repeated ones too.
         cancelled: Every `job_cancel`.
         connections: How many handshakes came to their end.
-        acked: The last number that the validator acknowledged.
     """
 
     def __init__(self, config: UserConfig, script: GuestScript) -> None:
@@ -106,7 +104,6 @@ class ScriptedGuest:
         self.orders: list[JobExecute] = []
         self.cancelled: list[JobCancel] = []
         self.connections = 0
-        self.acked = 0
         self.changed = asyncio.Condition()
         self._seen: set[bytes] = set()
         self._session: ChallengeSession | None = None
@@ -249,8 +246,6 @@ class ScriptedGuest:
                 await self.say(Pong(n=message.n))
             case WeightsRequest():
                 await self.say(WeightsResponse(request_id=message.request_id, weights=self.script.weights))
-            case Ack():
-                self.acked = max(self.acked, message.seq)
             case _:
                 pass
         await self._tell()
@@ -301,6 +296,11 @@ class ScriptedGuest:
     async def _tell(self) -> None:
         async with self.changed:
             self.changed.notify_all()
+
+    @property
+    def pending(self) -> int:
+        """How many numbered messages the validator has not acknowledged."""
+        return 0 if self._session is None else self._session.pending
 
     @property
     def challenge_id(self) -> ChallengeId | None:
