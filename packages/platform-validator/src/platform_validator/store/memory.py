@@ -1,15 +1,14 @@
-"""The Store in memory, for tests and simulations: its disk can fail, and outlives a crash."""
+"""The Store in memory: the same rules as SQLite's, for tests and simulations. Forgets all when it goes."""
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime
 
-from platform_protocol.ids import ChallengeId, ClaimId, JobId, LeaseToken, VmId, VmName
+from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
 from platform_validator.store.port import DuplicateRecord, StoreUnavailable, UnknownRecord
 from platform_validator.store.records import (
     InstanceRecord,
@@ -24,63 +23,41 @@ from platform_validator.store.records import (
     VmRecord,
 )
 
-_STAGES, _PHASES = list(Stage), list(VmPhase)
+_PHASES = list(VmPhase)
 _DELETE = "!delete"
-_MAX_ERROR = 1000
-
-
-@dataclass(slots=True)
-class _Disk:
-    """What survives a crash. Dictionaries keep the order of insertion."""
-
-    identity: StateIdentity
-    jobs: dict[ClaimId, JobRecord] = field(default_factory=dict)
-    outbox: dict[ClaimId, OutboxRecord] = field(default_factory=dict)
-    vms: dict[VmName, VmRecord] = field(default_factory=dict)
-    instances: dict[str, InstanceRecord] = field(default_factory=dict)
-    values: dict[tuple[ChallengeId, str], ValueRecord] = field(default_factory=dict)
-    replies: dict[tuple[str, str], str] = field(default_factory=dict)
 
 
 class MemoryStore:
-    """Every method yields to the loop once, then happens wholly.
+    """`fail` is asked before each call by its name; where it is true the call raises StoreUnavailable."""
 
-    Args:
-        identity: Of this state directory; made up when not given.
-
-    Attributes:
-        unwritable: While set, every write raises StoreUnavailable with this reason, as a full disk does.
-    """
-
-    def __init__(self, identity: StateIdentity | None = None) -> None:
-        self._disk = _Disk(identity or StateIdentity(secrets.token_hex(5), str(uuid.uuid4())))
-        self._open = True
-        self.unwritable: str | None = None
-
-    def reopened(self) -> MemoryStore:
-        """The store as the next process finds it; this one answers no more, as after `kill -9`."""
-        self._open = False
-        other = MemoryStore(self._disk.identity)
-        other._disk = self._disk
-        return other
+    def __init__(self, fail: Callable[[str], bool] = lambda _: False) -> None:
+        self.fail = fail
+        self._identity = StateIdentity(secrets.token_hex(5), str(uuid.uuid4()))
+        self._jobs: dict[ClaimId, JobRecord] = {}
+        self._outbox: dict[ClaimId, OutboxRecord] = {}
+        self._vms: dict[VmName, VmRecord] = {}
+        self._instances: dict[str, InstanceRecord] = {}
+        self._values: dict[tuple[ChallengeId, str], ValueRecord] = {}
+        self._replies: dict[tuple[str, str], str] = {}
+        self._closed = False
 
     async def identity(self) -> StateIdentity:
         """See the port."""
-        await self._reading()
-        return self._disk.identity
+        self._check("identity")
+        return self._identity
 
     async def close(self) -> None:
         """See the port."""
-        self._open = False
+        self._closed = True
 
     # Jobs
 
     async def open_claim(self, record: JobRecord) -> None:
         """See the port."""
-        await self._writing()
-        if record.claim_id in self._disk.jobs:
-            raise DuplicateRecord(f"claim {record.claim_id} is known")
-        self._disk.jobs[record.claim_id] = JobRecord(
+        self._check("open_claim")
+        if record.claim_id in self._jobs:
+            raise DuplicateRecord(f"claim {record.claim_id} is there")
+        fresh = JobRecord(
             claim_id=record.claim_id,
             job_id=record.job_id,
             challenge_id=record.challenge_id,
@@ -89,13 +66,14 @@ class MemoryStore:
             stage=Stage.PENDING,
             claimed_at=record.claimed_at,
         )
+        self._jobs[record.claim_id] = fresh
 
     async def claim_granted(
         self, claim_id: ClaimId, *, granted: bytes, attempt: int, token: LeaseToken, at: datetime
     ) -> None:
         """See the port."""
-        await self._writing()
-        self._disk.jobs[claim_id] = replace(
+        self._check("claim_granted")
+        self._jobs[claim_id] = replace(
             self._job(claim_id),
             stage=Stage.CLAIMED,
             granted=granted,
@@ -109,108 +87,102 @@ class MemoryStore:
     ) -> None:
         """See the port."""
         del at
-        await self._writing()
+        self._check("advance")
         job = self._job(claim_id)
-        if _STAGES.index(stage) >= _STAGES.index(job.stage):
-            self._disk.jobs[claim_id] = replace(job, stage=stage, vm=vm or job.vm)
+        self._jobs[claim_id] = replace(job, stage=stage, vm=vm or job.vm)
 
     async def store_result(
         self, claim_id: ClaimId, outcome: JobOutcome, body: bytes, *, at: datetime
     ) -> None:
         """See the port."""
-        await self._writing()
+        self._check("store_result")
         job = self._job(claim_id)
         if job.outcome is None:
-            self._disk.jobs[claim_id] = replace(job, stage=Stage.SUBMITTING, outcome=outcome)
-            self._disk.outbox[claim_id] = OutboxRecord(claim_id, JobId(job.job_id), body, at)
+            self._jobs[claim_id] = replace(job, stage=Stage.SUBMITTING, outcome=outcome)
+            self._outbox[claim_id] = OutboxRecord(claim_id, job.job_id, body, at)
 
     async def end_job(
         self, claim_id: ClaimId, *, outcome: JobOutcome, reason: str | None, at: datetime
     ) -> None:
         """See the port."""
-        await self._writing()
+        self._check("end_job")
         job = self._job(claim_id)
-        self._disk.jobs[claim_id] = replace(
+        self._jobs[claim_id] = replace(
             job,
             stage=Stage.DONE,
             outcome=job.outcome or outcome,
             reason=job.reason if reason is None else reason,
-            ended_at=job.ended_at or at,
+            ended_at=at,
         )
 
     async def job(self, claim_id: ClaimId) -> JobRecord | None:
         """See the port."""
-        await self._reading()
-        return self._disk.jobs.get(claim_id)
+        self._check("job")
+        return self._jobs.get(claim_id)
 
     async def open_jobs(self) -> Sequence[JobRecord]:
         """See the port."""
-        await self._reading()
-        return [job for job in self._disk.jobs.values() if job.stage is not Stage.DONE]
+        self._check("open_jobs")
+        return [job for job in self._jobs.values() if job.stage is not Stage.DONE]
 
     async def recent_jobs(self, limit: int) -> Sequence[JobRecord]:
         """See the port."""
-        await self._reading()
-        return list(reversed(self._disk.jobs.values()))[:limit]
+        self._check("recent_jobs")
+        return list(reversed(self._jobs.values()))[:limit]
 
     # Outbox
 
     async def outbox(self) -> Sequence[OutboxRecord]:
         """See the port."""
-        await self._reading()
-        return list(self._disk.outbox.values())
+        self._check("outbox")
+        return list(self._outbox.values())
 
     async def outbox_tried(self, claim_id: ClaimId, error: str) -> None:
         """See the port."""
-        await self._writing()
-        entry = self._disk.outbox.get(claim_id)
+        self._check("outbox_tried")
+        entry = self._outbox.get(claim_id)
         if entry is not None:
-            self._disk.outbox[claim_id] = replace(entry, tries=entry.tries + 1, last_error=error[:_MAX_ERROR])
+            self._outbox[claim_id] = replace(entry, tries=entry.tries + 1, last_error=error[:1000])
 
     async def outbox_delivered(self, claim_id: ClaimId, *, at: datetime) -> None:
         """See the port."""
         del at
-        await self._writing()
-        if self._disk.outbox.pop(claim_id, None) is not None:
-            job = self._job(claim_id)
-            if job.stage is not Stage.DONE:
-                self._disk.jobs[claim_id] = replace(job, stage=Stage.SUBMITTED)
+        self._check("outbox_delivered")
+        if self._outbox.pop(claim_id, None) is not None:
+            self._jobs[claim_id] = replace(self._job(claim_id), stage=Stage.SUBMITTED)
 
     async def outbox_refused(self, claim_id: ClaimId, code: str, *, at: datetime) -> None:
         """See the port."""
-        await self._writing()
-        if self._disk.outbox.pop(claim_id, None) is not None:
+        self._check("outbox_refused")
+        if self._outbox.pop(claim_id, None) is not None:
             outcome = JobOutcome.CANCELLED if code == "job_cancelled" else JobOutcome.LEASE_LOST
-            self._disk.jobs[claim_id] = replace(
-                self._job(claim_id), stage=Stage.DONE, outcome=outcome, reason=code, ended_at=at
-            )
+            job = self._job(claim_id)
+            self._jobs[claim_id] = replace(job, stage=Stage.DONE, outcome=outcome, reason=code, ended_at=at)
 
     # CVMs
 
     async def intend_vm(self, record: VmRecord) -> None:
         """See the port."""
-        await self._writing()
-        if record.name in self._disk.vms:
-            raise DuplicateRecord(f"CVM {record.name} is known")
-        self._disk.vms[record.name] = replace(
-            record, vm_id=None, vm_instance=None, attestation=None, reason=None, gone_at=None
-        )
+        self._check("intend_vm")
+        if record.name in self._vms:
+            raise DuplicateRecord(f"CVM {record.name} is there")
+        self._vms[record.name] = record
 
     async def vm_created(self, name: VmName, vm_id: VmId) -> None:
         """See the port."""
-        await self._writing()
+        self._check("vm_created")
         vm = self._vm(name)
         phase = VmPhase.CREATED if vm.phase is VmPhase.INTENDED else vm.phase
-        self._disk.vms[name] = replace(vm, vm_id=vm_id, phase=phase)
+        self._vms[name] = replace(vm, vm_id=vm_id, phase=phase)
 
     async def vm_phase(
         self, name: VmName, phase: VmPhase, *, at: datetime, reason: str | None = None
     ) -> None:
         """See the port."""
-        await self._writing()
+        self._check("vm_phase")
         vm = self._vm(name)
         if _PHASES.index(phase) > _PHASES.index(vm.phase):
-            self._disk.vms[name] = replace(
+            self._vms[name] = replace(
                 vm,
                 phase=phase,
                 reason=vm.reason if reason is None else reason,
@@ -219,55 +191,56 @@ class MemoryStore:
 
     async def vm_attested(self, name: VmName, *, attestation: str, vm_instance: str | None) -> None:
         """See the port."""
-        await self._writing()
+        self._check("vm_attested")
         vm = self._vm(name)
-        others = {each.vm_instance for each in self._disk.vms.values() if each.name != name}
-        if vm_instance is not None and vm_instance in others:
-            raise DuplicateRecord(f"another CVM has the instance id {vm_instance}")
-        self._disk.vms[name] = replace(vm, attestation=attestation, vm_instance=vm_instance)
+        others = (one for one in self._vms.values() if one.name != name)
+        if vm_instance is not None and any(one.vm_instance == vm_instance for one in others):
+            raise DuplicateRecord(f"another CVM has instance id {vm_instance}")
+        self._vms[name] = replace(vm, attestation=attestation, vm_instance=vm_instance)
 
     async def vm_assigned(self, name: VmName, claim_id: ClaimId) -> None:
         """See the port."""
-        await self._writing()
-        vm, job = self._vm(name), self._job(claim_id)
+        self._check("vm_assigned")
+        vm = self._vm(name)
         if vm.claim_id is not None:
             raise DuplicateRecord(f"CVM {name} was taken by {vm.claim_id}")
-        self._disk.vms[name] = replace(vm, claim_id=claim_id)
-        self._disk.jobs[claim_id] = replace(job, vm=name)
+        job = self._job(claim_id)
+        self._vms[name] = replace(vm, claim_id=claim_id)
+        self._jobs[claim_id] = replace(job, vm=name)
 
     async def vm(self, name: VmName) -> VmRecord | None:
         """See the port."""
-        await self._reading()
-        return self._disk.vms.get(name)
+        self._check("vm")
+        return self._vms.get(name)
 
     async def open_vms(self) -> Sequence[VmRecord]:
         """See the port."""
-        await self._reading()
-        return [vm for vm in self._disk.vms.values() if vm.phase is not VmPhase.GONE]
+        self._check("open_vms")
+        return [vm for vm in self._vms.values() if vm.phase is not VmPhase.GONE]
 
     # Challenges
 
     async def put_instance(self, record: InstanceRecord) -> None:
         """See the port."""
-        await self._writing()
-        self._disk.instances[record.key] = record
+        self._check("put_instance")
+        self._instances[record.key] = record
 
     async def switch_instances(self, new: InstanceRecord, old: InstanceRecord | None) -> None:
         """See the port."""
-        await self._writing()
+        self._check("switch_instances")
         for record in (new, old):
             if record is not None:
-                self._disk.instances[record.key] = record
+                self._instances[record.key] = record
 
     async def instances(self) -> Sequence[InstanceRecord]:
         """See the port."""
-        await self._reading()
-        return list(self._disk.instances.values())
+        self._check("instances")
+        return list(self._instances.values())
 
     async def remove_instance(self, key: str) -> None:
         """See the port."""
-        await self._writing()
-        self._disk.instances.pop(key, None)
+        self._check("remove_instance")
+        self._instances.pop(key, None)
 
     # Values
 
@@ -275,18 +248,18 @@ class MemoryStore:
         self, challenge_id: ChallengeId, prefix: str = "", limit: int = 1000
     ) -> Sequence[ValueRecord]:
         """See the port."""
-        await self._reading()
+        self._check("values")
         found = [
             record
-            for (owner, key), record in self._disk.values.items()
+            for (owner, key), record in self._values.items()
             if owner == challenge_id and key.startswith(prefix)
         ]
-        return sorted(found, key=lambda record: record.key)[:limit]
+        return sorted(found, key=lambda record: record.key.encode())[:limit]
 
     async def value(self, challenge_id: ChallengeId, key: str) -> ValueRecord | None:
         """See the port."""
-        await self._reading()
-        return self._disk.values.get((challenge_id, key))
+        self._check("value")
+        return self._values.get((challenge_id, key))
 
     async def change_value(
         self,
@@ -299,39 +272,33 @@ class MemoryStore:
         at: datetime,
     ) -> ValueReply:
         """See the port."""
-        await self._writing()
-        request, place = (session_id, request_id), (challenge_id, key)
-        if request not in self._disk.replies:
-            present = self._disk.values.get(place)
-            value, reply = change(present)
-            if reply.startswith(_DELETE):
-                self._disk.values.pop(place, None)
-            elif value is not None:
-                version = 1 if present is None else present.version + 1
-                self._disk.values[place] = ValueRecord(challenge_id, key, value, version, at)
-            self._disk.replies[request] = reply.removeprefix(_DELETE)
-        return ValueReply(session_id, request_id, self._disk.replies[request])
+        self._check("change_value")
+        earlier = self._replies.get((session_id, request_id))
+        if earlier is not None:
+            return ValueReply(session_id, request_id, earlier)
+        present = self._values.get((challenge_id, key))
+        value, reply = change(present)
+        if reply.startswith(_DELETE):
+            reply = reply.removeprefix(_DELETE)
+            self._values.pop((challenge_id, key), None)
+        elif value is not None:
+            version = 1 if present is None else present.version + 1
+            self._values[challenge_id, key] = ValueRecord(challenge_id, key, value, version, at)
+        self._replies[session_id, request_id] = reply
+        return ValueReply(session_id, request_id, reply)
 
-    # The disk
-
-    async def _reading(self) -> None:
-        await asyncio.sleep(0)
-        if not self._open:
+    def _check(self, name: str) -> None:
+        if self._closed:
             raise StoreUnavailable("the store is closed")
-
-    async def _writing(self) -> None:
-        await self._reading()
-        if self.unwritable is not None:
-            raise StoreUnavailable(f"the database cannot be written: {self.unwritable}")
+        if self.fail(name):
+            raise StoreUnavailable(f"{name}: made to fail")
 
     def _job(self, claim_id: ClaimId) -> JobRecord:
-        job = self._disk.jobs.get(claim_id)
-        if job is None:
+        if claim_id not in self._jobs:
             raise UnknownRecord(f"no claim {claim_id}")
-        return job
+        return self._jobs[claim_id]
 
     def _vm(self, name: VmName) -> VmRecord:
-        vm = self._disk.vms.get(name)
-        if vm is None:
+        if name not in self._vms:
             raise UnknownRecord(f"no CVM {name}")
-        return vm
+        return self._vms[name]

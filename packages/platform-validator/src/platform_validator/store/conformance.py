@@ -1,0 +1,269 @@
+"""What every Store must do: named checks, run against each implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+from platform_protocol.ids import ChallengeId, ClaimId, JobId, LeaseToken, VmId, VmName
+from platform_protocol.resources import Resources
+from platform_validator.store.port import DuplicateRecord, Store, StoreError, UnknownRecord
+from platform_validator.store.records import (
+    InstanceRecord,
+    InstanceState,
+    JobOutcome,
+    JobRecord,
+    Purpose,
+    Stage,
+    VmPhase,
+    VmRecord,
+)
+
+Check = Callable[[Store], Awaitable[None]]
+NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+SIZE = Resources(cpu_cores=1, memory_mb=512, disk_mb=1024)
+CHALLENGE = ChallengeId("challenge")
+
+
+def job(number: int = 1) -> JobRecord:
+    """A claim about to be sent."""
+    return JobRecord(
+        ClaimId(f"claim-{number}"), JobId(f"job-{number}"), CHALLENGE, "key", SIZE, Stage.PENDING, NOW
+    )
+
+
+def cvm(number: int = 1) -> VmRecord:
+    """A CVM about to be made."""
+    return VmRecord(
+        name=VmName(f"pv-{number}"),
+        purpose=Purpose.READY,
+        challenge_id=CHALLENGE,
+        instance_key="key",
+        resources=SIZE,
+        phase=VmPhase.INTENDED,
+        sealed_secret=b"\x00sealed",
+        compose=b"{}",
+        host_port=10_000 + number,
+        session_id=f"session-{number}",
+        intended_at=NOW,
+        hard_deadline=NOW + timedelta(days=7),
+    )
+
+
+def instance(number: int = 1) -> InstanceRecord:
+    """An instance that was just seen."""
+    state = InstanceState.CREATED
+    return InstanceRecord(f"key-{number}", CHALLENGE, "name", "repo", "a" * 40, "digest", state, NOW)
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise AssertionError(what)
+
+
+async def _refuses(error: type[StoreError], act: Awaitable[object]) -> None:
+    try:
+        await act
+    except error:
+        return
+    raise AssertionError(f"expected {error.__name__}")
+
+
+async def identity_never_changes(store: Store) -> None:
+    """The identity is made once: ten hex digits and a uuid."""
+    first = await store.identity()
+    _require(first == await store.identity(), "the identity changed")
+    _require(len(first.state_id) == 10 and len(first.instance) == 36, "the identity has another form")  # noqa: PLR2004 - the port's words
+
+
+async def a_claim_is_written_before_it_is_sent(store: Store) -> None:
+    """open_claim shows as an open job at once; the same claim twice is refused."""
+    await store.open_claim(job())
+    _require(await store.job(ClaimId("claim-1")) == job(), "the claim came back changed")
+    await _refuses(DuplicateRecord, store.open_claim(job()))
+
+
+async def a_claim_goes_through_its_stages(store: Store) -> None:
+    """Granted, advanced with its CVM kept, ended."""
+    await store.open_claim(job())
+    claim = ClaimId("claim-1")
+    await store.claim_granted(claim, granted=b'{"a":1}', attempt=3, token=LeaseToken("t"), at=NOW)
+    await store.advance(claim, Stage.BOOTING, at=NOW, vm=VmName("pv-1"))
+    await store.advance(claim, Stage.RUNNING, at=NOW)
+    record = await store.job(claim)
+    _require(record is not None, "the job is gone")
+    if record is not None:
+        shown = (record.stage, record.vm, record.attempt, record.token, record.granted)
+        _require(shown == (Stage.RUNNING, "pv-1", 3, "t", b'{"a":1}'), f"unexpected {shown}")
+    await store.end_job(claim, outcome=JobOutcome.INFRA_ERROR, reason="why", at=NOW)
+    _require(not await store.open_jobs(), "an ended job is open")
+
+
+async def the_first_result_stands(store: Store) -> None:
+    """A second result changes neither outcome nor body; ending the job keeps the outcome."""
+    await store.open_claim(job())
+    claim = ClaimId("claim-1")
+    await store.store_result(claim, JobOutcome.SUCCEEDED, b"first", at=NOW)
+    await store.store_result(claim, JobOutcome.FAILED, b"second", at=NOW)
+    [entry] = await store.outbox()
+    _require(entry.body == b"first", "the second result replaced the first")
+    await store.end_job(claim, outcome=JobOutcome.INFRA_ERROR, reason=None, at=NOW)
+    record = await store.job(claim)
+    _require(record is not None and record.outcome is JobOutcome.SUCCEEDED, "the outcome was lost")
+
+
+async def delivery_empties_the_outbox(store: Store) -> None:
+    """Delivered: gone and submitted; delivering again changes nothing."""
+    await store.open_claim(job())
+    claim = ClaimId("claim-1")
+    await store.store_result(claim, JobOutcome.FAILED, b"x", at=NOW)
+    await store.outbox_tried(claim, "no answer")
+    [entry] = await store.outbox()
+    _require((entry.tries, entry.last_error) == (1, "no answer"), "the try was not counted")
+    for _ in range(2):
+        await store.outbox_delivered(claim, at=NOW)
+    record = await store.job(claim)
+    _require(not await store.outbox(), "the entry is still there")
+    _require(record is not None and record.stage is Stage.SUBMITTED, "the stage is not submitted")
+
+
+async def a_refusal_ends_the_job(store: Store) -> None:
+    """Refused: gone; lease_lost, or cancelled when that is the code."""
+    for number, (code, outcome) in enumerate(
+        (("lease_lost", JobOutcome.LEASE_LOST), ("job_cancelled", JobOutcome.CANCELLED))
+    ):
+        await store.open_claim(job(number))
+        claim = ClaimId(f"claim-{number}")
+        await store.store_result(claim, JobOutcome.SUCCEEDED, b"x", at=NOW)
+        await store.outbox_refused(claim, code, at=NOW)
+        record = await store.job(claim)
+        ended = record is not None and (record.stage, record.outcome) == (Stage.DONE, outcome)
+        _require(ended, f"{code}: unexpected {record}")
+    _require(not await store.outbox(), "an entry is still there")
+
+
+async def jobs_come_in_order(store: Store) -> None:
+    """Open ones oldest first, recent ones newest first."""
+    for number in range(5):
+        await store.open_claim(job(number))
+    await store.end_job(ClaimId("claim-2"), outcome=JobOutcome.CANCELLED, reason="x", at=NOW)
+    _require([j.job_id for j in await store.open_jobs()] == ["job-0", "job-1", "job-3", "job-4"], "open")
+    _require([j.job_id for j in await store.recent_jobs(2)] == ["job-4", "job-3"], "recent")
+
+
+async def unknown_records_are_refused(store: Store) -> None:
+    """A method that names nothing says so."""
+    claim, name = ClaimId("nobody"), VmName("nobody")
+    await _refuses(UnknownRecord, store.advance(claim, Stage.RUNNING, at=NOW))
+    await _refuses(UnknownRecord, store.store_result(claim, JobOutcome.FAILED, b"", at=NOW))
+    await _refuses(UnknownRecord, store.end_job(claim, outcome=JobOutcome.FAILED, reason=None, at=NOW))
+    await _refuses(UnknownRecord, store.vm_created(name, VmId("x")))
+    await _refuses(UnknownRecord, store.vm_phase(name, VmPhase.GONE, at=NOW))
+
+
+async def a_cvm_goes_forward_only(store: Store) -> None:
+    """Phases never go back; gone CVMs are not open."""
+    await store.intend_vm(cvm())
+    await _refuses(DuplicateRecord, store.intend_vm(cvm()))
+    name = VmName("pv-1")
+    await store.vm_created(name, VmId("id"))
+    await store.vm_phase(name, VmPhase.DESTROYING, at=NOW, reason="drained")
+    await store.vm_phase(name, VmPhase.READY, at=NOW)
+    await store.vm_created(name, VmId("late"))
+    record = await store.vm(name)
+    wanted = replace(cvm(), phase=VmPhase.DESTROYING, vm_id=VmId("late"), reason="drained")
+    _require(record == wanted, f"unexpected {record}")
+    await store.vm_phase(name, VmPhase.GONE, at=NOW)
+    _require(not await store.open_vms(), "a gone CVM is open")
+    gone = await store.vm(name)
+    _require(gone is not None and gone.gone_at == NOW, "gone_at is not stamped")
+
+
+async def an_instance_id_belongs_to_one_cvm(store: Store) -> None:
+    """Two CVMs cannot show one instance id; several may show none."""
+    for number in (1, 2, 3):
+        await store.intend_vm(cvm(number))
+    await store.vm_attested(VmName("pv-1"), attestation="simulated", vm_instance="aa")
+    duplicate = store.vm_attested(VmName("pv-2"), attestation="simulated", vm_instance="aa")
+    await _refuses(DuplicateRecord, duplicate)
+    for name in ("pv-2", "pv-3"):
+        await store.vm_attested(VmName(name), attestation="none", vm_instance=None)
+
+
+async def a_ready_cvm_is_taken_once(store: Store) -> None:
+    """One claim ever; the job knows its CVM from the same transaction on."""
+    await store.intend_vm(cvm())
+    for number in (1, 2):
+        await store.open_claim(job(number))
+    await store.vm_assigned(VmName("pv-1"), ClaimId("claim-1"))
+    await _refuses(DuplicateRecord, store.vm_assigned(VmName("pv-1"), ClaimId("claim-2")))
+    record = await store.job(ClaimId("claim-1"))
+    _require(record is not None and record.vm == "pv-1", "the job does not know its CVM")
+
+
+async def instances_switch_together(store: Store) -> None:
+    """Put, replaced, switched, removed; order is that of first sight."""
+    for number in (1, 2):
+        await store.put_instance(instance(number))
+    new = replace(instance(2), state=InstanceState.ACTIVE)
+    old = replace(instance(1), state=InstanceState.RECYCLING, superseded_by="key-2")
+    await store.switch_instances(new, old)
+    _require(list(await store.instances()) == [old, new], "the switch did not happen")
+    await store.remove_instance("key-1")
+    await store.remove_instance("key-1")
+    _require(list(await store.instances()) == [new], "the instance is still there")
+
+
+async def a_values_write_is_applied_once(store: Store) -> None:
+    """The same (session, request) gets its first reply and changes nothing; versions count from 1."""
+    replies = []
+    for request in ("r1", "r1", "r2"):
+        reply = await store.change_value(
+            CHALLENGE,
+            "k",
+            change=lambda present: (
+                str(int(present.value) + 1 if present else 1),
+                f"v{(present.version if present else 0) + 1}",
+            ),
+            session_id="s",
+            request_id=request,
+            at=NOW,
+        )
+        replies.append(reply.reply)
+    record = await store.value(CHALLENGE, "k")
+    _require(replies == ["v1", "v1", "v2"], f"unexpected {replies}")
+    _require(record is not None and (record.value, record.version) == ("2", 2), f"unexpected {record}")
+
+
+async def values_belong_to_one_challenge(store: Store) -> None:
+    """Listed by prefix and key order; another challenge sees nothing; a marked reply deletes."""
+    for key in ("b", "a%", "a_", "ab"):
+        await store.change_value(
+            CHALLENGE, key, change=lambda _: ("1", "ok"), session_id="s", request_id=key, at=NOW
+        )
+    _require([v.key for v in await store.values(CHALLENGE, "a")] == ["a%", "a_", "ab"], "prefix")
+    _require(not await store.values(ChallengeId("other")), "another challenge's values are seen")
+    reply = await store.change_value(
+        CHALLENGE, "b", change=lambda _: (None, "!deletegone"), session_id="s", request_id="d", at=NOW
+    )
+    _require(reply.reply == "gone", "the mark is in the reply")
+    _require(await store.value(CHALLENGE, "b") is None, "the value is still there")
+
+
+CASES: tuple[Check, ...] = (
+    identity_never_changes,
+    a_claim_is_written_before_it_is_sent,
+    a_claim_goes_through_its_stages,
+    the_first_result_stands,
+    delivery_empties_the_outbox,
+    a_refusal_ends_the_job,
+    jobs_come_in_order,
+    unknown_records_are_refused,
+    a_cvm_goes_forward_only,
+    an_instance_id_belongs_to_one_cvm,
+    a_ready_cvm_is_taken_once,
+    instances_switch_together,
+    a_values_write_is_applied_once,
+    values_belong_to_one_challenge,
+)
