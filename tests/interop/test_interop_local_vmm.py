@@ -1,0 +1,291 @@
+"""The validator's CVM side against the real local VMM, its sandboxes and its simulated attestation."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from platform_protocol.bundle import TreeEntry, pack
+from platform_protocol.canonical import sha256_hex
+from platform_protocol.compose import app_compose, compose_hash
+from platform_protocol.ids import ChallengeId, Hotkey, JobId, VmName
+from platform_protocol.platform_messages import AttestationKind, IsolationLevel
+from platform_protocol.resources import Resources
+from platform_protocol.session.messages import ValuesRequest, ValuesResult
+from platform_protocol.spec import parse_platform_toml
+from platform_protocol.user_config import UserConfig
+from platform_validator.attestation.policy import AttestationPolicy
+from platform_validator.attestation.quote import QuoteChecker
+from platform_validator.clock import SystemClock
+from platform_validator.cvm.collateral import from_vmm
+from platform_validator.cvm.conformance import CASES, Case
+from platform_validator.cvm.dstack import DstackVmm
+from platform_validator.cvm.errors import AttestationRefused
+from platform_validator.cvm.fleet import Fleet, FleetRules
+from platform_validator.cvm.host_ports import HostPorts
+from platform_validator.cvm.jobs import JobOrder
+from platform_validator.cvm.plan import CvmPlan
+from platform_validator.cvm.probe import HttpProbe
+from platform_validator.cvm.quota import Limits, Quota, Reservation
+from platform_validator.cvm.vmm import VmmClient, VmSpec
+from platform_validator.keyring import Keyring
+from platform_validator.store.records import Purpose, StateIdentity
+from platform_validator.store.sqlite import SqliteStore
+from platform_vmm.simulation.pki import load_pki
+
+pytestmark = [
+    pytest.mark.slow,  # builds the runtime image and starts sandboxes
+    pytest.mark.skipif(os.getuid() != 0 or shutil.which("bwrap") is None, reason="needs root and bubblewrap"),
+]
+
+IMAGE = "local-sandbox"
+SIZE = Resources(cpu_cores=1, memory_mb=256, disk_mb=512)
+PLATFORM_TOML = (
+    b'name = "halves"\nversion = "1"\nentry = "challenge"\n[cvm]\ncpu_cores = 1\nmemory_mb = 256\n'
+)
+CODE = b"""
+from platform_challenge_sdk import challenge
+
+
+@challenge.on_job()
+async def handle(ctx, payload):
+    return {"score": payload["x"] / 2}
+"""
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@dataclass
+class LocalVmm:
+    """A running `platform-vmm serve`."""
+
+    url: str
+    token: str
+    root: Path
+    guest_port: int
+
+
+@pytest.fixture(scope="module")
+def local_vmm() -> Iterator[LocalVmm]:
+    with tempfile.TemporaryDirectory(prefix="pvmm-") as folder:
+        state, path = Path(folder, "state"), Path(folder, "vmm.sock")
+        [guest_port] = free_ports(1)
+        command = [str(Path(sys.executable).parent / "platform-vmm"), "serve", "--listen", f"unix:{path}"]
+        with subprocess.Popen(
+            [*command, "--state-dir", str(state), "--guest-port", str(guest_port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            try:
+                deadline = time.monotonic() + 50
+                while not path.exists():
+                    assert process.poll() is None, "the VMM ended"
+                    assert time.monotonic() < deadline, "the VMM does not listen"
+                    time.sleep(0.05)
+                token = (state / "token").read_text().strip()
+                yield LocalVmm(f"unix:{path}", token, state / "simulated-root.pem", guest_port)
+            finally:
+                process.send_signal(signal.SIGTERM)
+                process.wait(20)
+
+
+@pytest.fixture
+async def client(local_vmm: LocalVmm) -> AsyncIterator[DstackVmm]:
+    vmm = DstackVmm(local_vmm.url, token=local_vmm.token)
+    yield vmm
+    await vmm.close()
+
+
+@dataclass
+class Harness:
+    client: VmmClient
+    compose: bytes
+    patience: float = 20.0
+    has_tee: bool = False
+
+    def spec(self, name: VmName) -> VmSpec:
+        config = UserConfig(
+            vm=name,
+            launch_secret=UserConfig.encode_secret(b"s" * 32),
+            validator_base_url="http://10.0.2.2:18080",
+            proxy_url=None,
+            max_lifetime_s=60,
+            hard_lifetime_s=60,
+        )
+        return VmSpec(
+            name=name,
+            image=IMAGE,
+            compose=self.compose,
+            user_config=config.model_dump_json(),
+            resources=SIZE.model_copy(update={"disk_mb": 1024}),
+            host_port=free_ports(1)[0],
+            guest_port=10000,
+            tee=False,
+            simulated_tee=False,
+        )
+
+
+async def compose_for(client: VmmClient, bundle_sha256: str) -> bytes:
+    [image] = [image for image in (await client.facts()).images if image.name == IMAGE]
+    runtime = f"platform-runtime@{image.runtimes['platform-runtime']}"
+    return app_compose(parse_platform_toml(PLATFORM_TOML), bundle_sha256=bundle_sha256, runtime=runtime)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+async def test_the_real_local_vmm_conforms(case: Case, client: DstackVmm) -> None:
+    """The port's suite, over the wire, with real sandboxes."""
+    await case(Harness(client, await compose_for(client, "a" * 64)))
+
+
+class NoValues:
+    async def answer(
+        self, challenge_id: ChallengeId, session_id: str, request: ValuesRequest
+    ) -> ValuesResult:
+        return ValuesResult(request_id=request.request_id)
+
+
+@dataclass
+class Real:
+    """A fleet on the local VMM, and what it boots."""
+
+    fleet: Fleet
+    quota: Quota
+    plan: CvmPlan
+    client: DstackVmm
+
+    def reserve(self) -> Reservation:
+        reservation = self.quota.reserve(SIZE, "test")
+        assert isinstance(reservation, Reservation)
+        return reservation
+
+
+@contextlib.asynccontextmanager
+async def fleet_on(local: LocalVmm, client: DstackVmm, folder: Path, root: bytes) -> AsyncIterator[Real]:
+    bundle = pack([TreeEntry("challenge.py", data=CODE), TreeEntry("platform.toml", data=PLATFORM_TOML)])
+    digest = sha256_hex(bundle)
+    compose = await compose_for(client, digest)
+    plan = CvmPlan(
+        challenge_id=ChallengeId("00000000-0000-4000-8000-000000000001"),
+        instance_key="halves@1",
+        commit="c" * 40,
+        image=IMAGE,
+        compose=compose,
+        compose_hash=compose_hash(compose),
+        bundle_sha256=digest,
+        resources=SIZE,
+        timeout=timedelta(minutes=1),
+    )
+    clock, quota = SystemClock(), Quota(Limits(Resources(cpu_cores=4, memory_mb=2048, disk_mb=9999), 4))
+    checker = QuoteChecker(fetch=from_vmm(client.collateral), clock=clock, root=root)
+    store = await SqliteStore.open(folder / "validator.db")
+    first = free_ports(1)[0]
+    fleet = Fleet(
+        vmm=client,
+        probe=HttpProbe(vmm=client, clock=clock),
+        store=store,
+        keyring=Keyring(b"k" * 32),
+        quota=quota,
+        ports=HostPorts(first, first + 20),
+        policy=AttestationPolicy(level=IsolationLevel.CONTAINER, allow_simulated=True, checker=checker),
+        values=NoValues(),
+        clock=clock,
+        identity=StateIdentity("0123456789", "instance"),
+        validator=Hotkey("5DD"),
+        rules=FleetRules(
+            IsolationLevel.CONTAINER, allow_simulated=True, base_url=f"http://10.0.2.2:{local.guest_port}"
+        ),
+    )
+
+    async def serve_bundle(request: web.Request) -> web.Response:
+        allowed = fleet.may_fetch_bundle(request.headers.get("Authorization", ""), request.match_info["sha"])
+        return web.Response(body=bundle) if allowed else web.Response(status=404)
+
+    app = web.Application()
+    app.router.add_get("/bundles/{sha}", serve_bundle)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", local.guest_port).start()
+    try:
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(fleet.run())
+            await asyncio.sleep(0)
+            yield Real(fleet, quota, plan, client)
+            async with asyncio.timeout(30):
+                await fleet.destroyer.finish()
+            running.cancel()
+    finally:
+        await runner.cleanup()
+        await store.close()
+    assert quota.view().cvms == 0
+    assert not await client.list("pv-0123456789-")
+
+
+async def test_a_real_sandbox_is_attested_runs_a_job_and_goes(
+    local_vmm: LocalVmm, client: DstackVmm, tmp_path: Path
+) -> None:
+    """Its simulated quote verifies under the VMM's own root, and is marked simulated."""
+    root = x509.load_pem_x509_certificate(local_vmm.root.read_bytes()).public_bytes(Encoding.DER)
+    async with fleet_on(local_vmm, client, tmp_path, root) as real:
+        cvm = await real.fleet.boot(
+            real.plan,
+            purpose=Purpose.JOB,
+            reservation=real.reserve(),
+            claim_id=None,
+            on_stage=lambda _stage: None,
+        )
+        assert cvm.attestation is AttestationKind.SIMULATED
+        order = JobOrder(
+            JobId("22222222-2222-4222-8222-222222222222"), 1, cvm.plan.challenge_id, None, {"x": 1}, None
+        )
+        async with asyncio.timeout(20):
+            result = await cvm.session.execute(
+                order,
+                None,
+                on_started=lambda: None,
+                on_progress=lambda percent, message: None,
+                on_log=lambda level, message: None,
+            )
+        assert result.result == {"score": 0.5}
+        assert result.evidence is not None
+        await cvm.session.acknowledge(result)
+        real.fleet.destroy(cvm.name)
+
+
+async def test_a_sandbox_whose_quotes_have_another_root_is_refused(
+    local_vmm: LocalVmm, client: DstackVmm, tmp_path: Path
+) -> None:
+    """Nothing goes in, and it is destroyed."""
+    another = load_pki(tmp_path).root.public_bytes(Encoding.DER)
+    async with fleet_on(local_vmm, client, tmp_path, another) as real:
+        with pytest.raises(AttestationRefused) as refused:
+            await real.fleet.boot(
+                real.plan,
+                purpose=Purpose.JOB,
+                reservation=real.reserve(),
+                claim_id=None,
+                on_stage=lambda _stage: None,
+            )
+        assert refused.value.check == "quote_chain"
