@@ -176,7 +176,11 @@ async def make_world(tmp_path: Path) -> AsyncIterator[MakeWorld]:
             stack.push_async_callback(real.close)
             store: Any = FailingStore(real, journal)
             quota = Quota(LIMITS)
-            settings: dict[str, Any] = {"level": IsolationLevel.CONTAINER, "allow_simulated": False, "pace": QUICK} | rules
+            settings: dict[str, Any] = {
+                "level": IsolationLevel.CONTAINER,
+                "allow_simulated": False,
+                "pace": QUICK,
+            } | rules
             fleet = Fleet(
                 vmm=vmm,
                 probe=HttpProbe(vmm=vmm, clock=clock),
