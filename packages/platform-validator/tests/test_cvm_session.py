@@ -34,7 +34,12 @@ from platform_protocol.session.v1 import EnvelopeChannel, derive_key
 from platform_protocol.session.v2 import Offer
 from platform_protocol.user_config import UserConfig
 from platform_validator.cvm.connection import Callee, SessionPace
-from platform_validator.cvm.errors import AttestationRefused, SessionLost, SessionRefused
+from platform_validator.cvm.errors import (
+    AttestationRefused,
+    AttestationUnavailable,
+    SessionLost,
+    SessionRefused,
+)
 from platform_validator.cvm.jobs import GuestResult, JobOrder
 from platform_validator.cvm.session import CvmSession
 from platform_validator.cvm.testing_guest import GuestScript, Outcome, ScriptedGuest
@@ -357,6 +362,28 @@ async def test_the_policy_judges_every_resume(make_pair: MakePair) -> None:
         pair.verdict = AttestationRefused("instance_id", "another one")
         pair.guest.drop()
     assert isinstance(job.result(), AttestationRefused)
+
+
+async def test_collateral_that_is_away_for_a_moment_loses_no_running_job(make_pair: MakePair) -> None:
+    """At a resume it is judged again until it can be; at the first handshake it is the end."""
+    gate = asyncio.Event()
+    pair = await make_pair(gated(gate), pace=SessionPace(resume_for=5, retry=0.01, retry_most=0.02))
+    await pair.ready()
+    async with asyncio.TaskGroup() as group:
+        job = group.create_task(pair.execute())
+        await pair.guest.until(lambda guest: len(guest.orders) == 1)
+        pair.verdict = AttestationUnavailable("the collateral service is down")
+        pair.guest.drop()
+        async with asyncio.timeout(5):
+            while len(pair.judged) < 3:
+                await asyncio.sleep(0)
+        pair.verdict = None
+        gate.set()
+    assert job.result().error is None
+    first = await make_pair()
+    first.verdict = AttestationUnavailable("the collateral service is down")
+    with pytest.raises(AttestationUnavailable):
+        await first.ready()
 
 
 async def test_a_refused_job_says_why(make_pair: MakePair) -> None:

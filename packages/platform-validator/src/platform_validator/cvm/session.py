@@ -44,7 +44,7 @@ from platform_protocol.session.messages import (
 )
 from platform_protocol.session.v1 import EnvelopeChannel
 from platform_validator.cvm.connection import Callee, Judge, SessionPace, abandon, bytes_of, dial
-from platform_validator.cvm.errors import SessionLost, SessionRefused
+from platform_validator.cvm.errors import AttestationUnavailable, SessionLost, SessionRefused
 from platform_validator.cvm.jobs import GuestResult, JobOrder
 from platform_validator.cvm.running import RunningJob
 from platform_validator.cvm.session_v1 import SessionV1
@@ -205,7 +205,10 @@ class CvmSession:
         while not self._closing:
             try:
                 socket, hello = await self._connect()
-            except _NOW as error:
+            except (*_NOW, AttestationUnavailable) as error:
+                # A guest that was accepted once is not given up for collateral that is away for a moment.
+                if self._first and isinstance(error, AttestationUnavailable):
+                    raise
                 if time.monotonic() - reached >= self._pace.resume_for:
                     raise SessionLost(f"{self._vm} cannot be reached any more: {error!r}"[:500]) from error
                 await asyncio.sleep(pause)
