@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -16,6 +17,7 @@ from platform_validator.store.records import (
     JobRecord,
     Purpose,
     Stage,
+    ValueRecord,
     VmPhase,
     VmRecord,
 )
@@ -251,6 +253,84 @@ async def values_belong_to_one_challenge(store: Store) -> None:
     _require(await store.value(CHALLENGE, "b") is None, "the value is still there")
 
 
+async def a_stage_never_goes_back(store: Store) -> None:
+    """A late advance changes nothing, and nothing opens a job that has ended."""
+    claim = ClaimId("claim-1")
+    await store.open_claim(job())
+    await store.advance(claim, Stage.RUNNING, at=NOW, vm=VmName("pv-1"))
+    await store.advance(claim, Stage.CREATING, at=NOW, vm=VmName("pv-2"))
+    record = await store.job(claim)
+    _require(record is not None and (record.stage, record.vm) == (Stage.RUNNING, "pv-1"), f"went to {record}")
+    await store.end_job(claim, outcome=JobOutcome.INFRA_ERROR, reason="why", at=NOW)
+    ended = await store.job(claim)
+    await store.advance(claim, Stage.RUNNING, at=NOW)
+    await store.store_result(claim, JobOutcome.SUCCEEDED, b"late", at=NOW)
+    await store.end_job(claim, outcome=JobOutcome.CANCELLED, reason=None, at=NOW + timedelta(hours=1))
+    _require(await store.job(claim) == ended, "an ended job was changed")
+    _require(not await store.outbox(), "an ended job has a result")
+
+
+async def an_ended_job_stays_ended_when_its_result_is_delivered(store: Store) -> None:
+    """Delivery after the end empties the outbox and opens nothing."""
+    claim = ClaimId("claim-1")
+    await store.open_claim(job())
+    await store.store_result(claim, JobOutcome.SUCCEEDED, b"x", at=NOW)
+    await store.end_job(claim, outcome=JobOutcome.SUCCEEDED, reason=None, at=NOW)
+    await store.outbox_delivered(claim, at=NOW)
+    _require(not await store.open_jobs() and not await store.outbox(), "open again, or still to deliver")
+
+
+async def a_cancelled_write_happens_wholly_or_not_at_all(store: Store) -> None:
+    """Journal and outbox agree, whenever the caller was cancelled."""
+    for number in range(12):
+        claim = ClaimId(f"claim-{number}")
+        await store.open_claim(job(number))
+        writing = asyncio.ensure_future(store.store_result(claim, JobOutcome.SUCCEEDED, b"x", at=NOW))
+        for _ in range(number % 3):
+            await asyncio.sleep(0)
+        writing.cancel()
+        await asyncio.wait({writing})
+        record = await store.job(claim)
+        listed = claim in {entry.claim_id for entry in await store.outbox()}
+        _require(record is not None and (record.outcome is not None) == listed, f"half a write: {record}")
+
+
+async def a_cvm_is_not_given_to_an_unknown_claim(store: Store) -> None:
+    """Refused wholly: the CVM stays ready."""
+    await store.intend_vm(cvm())
+    await _refuses(UnknownRecord, store.vm_assigned(VmName("pv-1"), ClaimId("nobody")))
+    _require(await store.vm(VmName("pv-1")) == cvm(), "it was taken all the same")
+
+
+async def a_change_that_raises_leaves_nothing(store: Store) -> None:
+    """Neither a value nor a reply: the request may be made again."""
+
+    def refuse(_: ValueRecord | None) -> tuple[str | None, str]:
+        raise StoreError("no")
+
+    refused = store.change_value(CHALLENGE, "k", change=refuse, session_id="s", request_id="r", at=NOW)
+    await _refuses(StoreError, refused)
+    reply = await store.change_value(
+        CHALLENGE, "k", change=lambda _: (None, "read"), session_id="s", request_id="r", at=NOW
+    )
+    _require(reply.reply == "read", "the refusal was remembered")
+    _require(await store.value(CHALLENGE, "k") is None, "a value out of a refusal")
+
+
+async def a_prefix_may_hold_any_character(store: Store) -> None:
+    """No wildcards; NUL and what is not ASCII count as themselves; at most the limit."""
+    keys = ["a", "a%", "a_", "ab", "a\0b", "b", "é", "😀", "A"]
+    for key in keys:
+        await store.change_value(
+            CHALLENGE, key, change=lambda _: ("1", "ok"), session_id="s", request_id=key, at=NOW
+        )
+    for prefix in ("", "a", "a%", "a_", "a\0", "é", "😀", "zz"):
+        found = [record.key for record in await store.values(CHALLENGE, prefix)]
+        _require(found == sorted(key for key in keys if key.startswith(prefix)), f"{prefix!r}: {found}")
+    limited = [record.key for record in await store.values(CHALLENGE, "a", 2)]
+    _require(limited == ["a", "a\0b"], f"limited: {limited}")
+
+
 CASES: tuple[Check, ...] = (
     identity_never_changes,
     a_claim_is_written_before_it_is_sent,
@@ -266,4 +346,10 @@ CASES: tuple[Check, ...] = (
     instances_switch_together,
     a_values_write_is_applied_once,
     values_belong_to_one_challenge,
+    a_stage_never_goes_back,
+    an_ended_job_stays_ended_when_its_result_is_delivered,
+    a_cancelled_write_happens_wholly_or_not_at_all,
+    a_cvm_is_not_given_to_an_unknown_claim,
+    a_change_that_raises_leaves_nothing,
+    a_prefix_may_hold_any_character,
 )

@@ -23,7 +23,7 @@ from platform_validator.store.records import (
     VmRecord,
 )
 
-_PHASES = list(VmPhase)
+_STAGES, _PHASES = list(Stage), list(VmPhase)
 _DELETE = "!delete"
 
 
@@ -89,7 +89,8 @@ class MemoryStore:
         del at
         self._check("advance")
         job = self._job(claim_id)
-        self._jobs[claim_id] = replace(job, stage=stage, vm=vm or job.vm)
+        if _STAGES.index(stage) >= _STAGES.index(job.stage):
+            self._jobs[claim_id] = replace(job, stage=stage, vm=vm or job.vm)
 
     async def store_result(
         self, claim_id: ClaimId, outcome: JobOutcome, body: bytes, *, at: datetime
@@ -112,7 +113,7 @@ class MemoryStore:
             stage=Stage.DONE,
             outcome=job.outcome or outcome,
             reason=job.reason if reason is None else reason,
-            ended_at=at,
+            ended_at=job.ended_at or at,
         )
 
     async def job(self, claim_id: ClaimId) -> JobRecord | None:
@@ -149,7 +150,9 @@ class MemoryStore:
         del at
         self._check("outbox_delivered")
         if self._outbox.pop(claim_id, None) is not None:
-            self._jobs[claim_id] = replace(self._job(claim_id), stage=Stage.SUBMITTED)
+            job = self._job(claim_id)
+            if job.stage is not Stage.DONE:
+                self._jobs[claim_id] = replace(job, stage=Stage.SUBMITTED)
 
     async def outbox_refused(self, claim_id: ClaimId, code: str, *, at: datetime) -> None:
         """See the port."""

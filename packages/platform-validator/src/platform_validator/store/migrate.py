@@ -41,20 +41,16 @@ def migrate(connection: sqlite3.Connection, steps: list[Migration]) -> list[str]
     """Apply what is missing, each step in one transaction; returns the names of those applied.
 
     Raises:
-        StoreCorrupt: Not a database, one from a newer version, or a step that was applied with other text.
+        StoreCorrupt: Damaged, from a newer version, or a step was applied with other text.
+        sqlite3.Error: Not a database, or it cannot be written; a step that began is not applied.
     """
-    try:
-        if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-            raise StoreCorrupt("the database is damaged: restore it from a backup")
-        connection.execute(
-            "CREATE TABLE IF NOT EXISTS migrations"
-            " (version INTEGER PRIMARY KEY, name TEXT NOT NULL, checksum TEXT NOT NULL) STRICT"
-        )
-        applied = {
-            row[0]: row[2] for row in connection.execute("SELECT version, name, checksum FROM migrations")
-        }
-    except sqlite3.DatabaseError as error:
-        raise StoreCorrupt(f"the database cannot be read: {error}: restore it from a backup") from error
+    if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+        raise StoreCorrupt("the database is damaged: restore it from a backup")
+    connection.execute(
+        "CREATE TABLE IF NOT EXISTS migrations"
+        " (version INTEGER PRIMARY KEY, name TEXT NOT NULL, checksum TEXT NOT NULL) STRICT"
+    )
+    applied = {row[0]: row[2] for row in connection.execute("SELECT version, name, checksum FROM migrations")}
     newest = steps[-1].version
     if applied and max(applied) > newest:
         raise StoreCorrupt(

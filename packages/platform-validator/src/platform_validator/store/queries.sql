@@ -21,7 +21,8 @@ WHERE claim_id = :claim_id AND outcome IS NULL;
 
 -- name: job_end
 UPDATE jobs_journal
-SET stage = 'done', outcome = COALESCE(outcome, :outcome), reason = COALESCE(:reason, reason), ended_at = :at
+SET stage = 'done', outcome = COALESCE(outcome, :outcome), reason = COALESCE(:reason, reason),
+    ended_at = COALESCE(ended_at, :at)
 WHERE claim_id = :claim_id;
 
 -- name: job_refused
@@ -29,7 +30,7 @@ UPDATE jobs_journal SET stage = 'done', outcome = :outcome, reason = :code, ende
 WHERE claim_id = :claim_id;
 
 -- name: job_submitted
-UPDATE jobs_journal SET stage = 'submitted' WHERE claim_id = :claim_id;
+UPDATE jobs_journal SET stage = 'submitted' WHERE claim_id = :claim_id AND stage <> 'done';
 
 -- name: job_vm
 UPDATE jobs_journal SET vm = :vm WHERE claim_id = :claim_id;
@@ -101,7 +102,10 @@ SELECT * FROM challenges_instances ORDER BY position;
 DELETE FROM challenges_instances WHERE key = :key;
 
 -- name: values_prefixed
-SELECT * FROM values_current WHERE challenge_id = :challenge_id AND substr(key, 1, length(:prefix)) = :prefix
+-- As bytes: length() and substr() of a text end at its first NUL.
+SELECT * FROM values_current
+WHERE challenge_id = :challenge_id AND key >= :prefix
+    AND substr(CAST(key AS BLOB), 1, length(CAST(:prefix AS BLOB))) = CAST(:prefix AS BLOB)
 ORDER BY key LIMIT :limit;
 
 -- name: value_one

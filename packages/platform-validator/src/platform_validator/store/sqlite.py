@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import secrets
 import sqlite3
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
-from platform_validator.store.migrate import known_migrations, migrate
+from platform_validator.store.opening import open_database
 from platform_validator.store.port import DuplicateRecord, StoreCorrupt, StoreUnavailable, UnknownRecord
 from platform_validator.store.records import (
     InstanceRecord,
@@ -42,7 +41,7 @@ from platform_validator.store.rows import (
 )
 
 T = TypeVar("T")
-_PHASES = list(VmPhase)
+_STAGES, _PHASES = list(Stage), list(VmPhase)
 _DELETE = "!delete"
 
 
@@ -65,7 +64,7 @@ class SqliteStore:
         """
         thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         try:
-            connection = await asyncio.get_running_loop().run_in_executor(thread, _open, path)
+            connection = await asyncio.get_running_loop().run_in_executor(thread, open_database, path)
         except BaseException:
             thread.shutdown(wait=False)
             raise
@@ -124,7 +123,15 @@ class SqliteStore:
     ) -> None:
         """See the port."""
         del at
-        await self._do(lambda: self._known("job_advance", claim_id=claim_id, stage=stage.value, vm=vm))
+
+        def work() -> None:
+            row = self._one("job_one", claim_id=claim_id)
+            if row is None:
+                raise UnknownRecord(f"no claim {claim_id}")
+            if _STAGES.index(stage) >= _STAGES.index(Stage(row["stage"])):
+                self._run("job_advance", claim_id=claim_id, stage=stage.value, vm=vm)
+
+        await self._do(work)
 
     async def store_result(
         self, claim_id: ClaimId, outcome: JobOutcome, body: bytes, *, at: datetime
@@ -334,18 +341,17 @@ class SqliteStore:
     def _transaction(self, work: Callable[[], T]) -> T:
         try:
             self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                found = work()
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
+            found = work()
             self._connection.execute("COMMIT")
-        except sqlite3.IntegrityError as error:
-            raise DuplicateRecord(str(error)) from error
-        except sqlite3.Error as error:
+        except BaseException as error:
+            # SQLite itself rolls back when the disk is full (sqlite.org/lang_transaction).
             if self._connection.in_transaction:
                 self._connection.rollback()
-            raise StoreUnavailable(f"the database cannot be written: {error}") from error
+            if isinstance(error, sqlite3.IntegrityError):
+                raise DuplicateRecord(str(error)) from error
+            if isinstance(error, sqlite3.Error):
+                raise StoreUnavailable(f"the database cannot be used: {error}") from error
+            raise
         return found
 
     def _run(self, name: str, /, **values: Any) -> int:
@@ -361,28 +367,6 @@ class SqliteStore:
 
     def _all(self, name: str, /, **values: Any) -> list[sqlite3.Row]:
         return self._connection.execute(self._queries[name], values).fetchall()
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
-    except (OSError, sqlite3.Error) as error:
-        raise StoreUnavailable(f"{path} cannot be opened: {error}") from error
-    try:
-        connection.row_factory = sqlite3.Row
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-            connection.execute(f"PRAGMA {pragma}").fetchall()
-        migrate(connection, known_migrations())
-    except sqlite3.DatabaseError as error:
-        connection.close()
-        if "not a database" in str(error) or "malformed" in str(error):
-            raise StoreCorrupt(f"{path} is no database, or damaged: restore it from a backup") from error
-        raise StoreUnavailable(f"{path} cannot be used: {error}") from error
-    except BaseException:
-        connection.close()
-        raise
-    return connection
 
 
 def _load_queries() -> Mapping[str, str]:

@@ -1,0 +1,133 @@
+"""The database file: never begun anew by accident, private, readable by this version when older."""
+
+from __future__ import annotations
+
+import sqlite3
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from platform_protocol.ids import ChallengeId, ClaimId, JobId, LeaseToken
+from platform_protocol.resources import Resources
+from platform_validator.store.migrate import Migration, known_migrations, migrate
+from platform_validator.store.opening import open_database
+from platform_validator.store.port import StoreCorrupt, StoreUnavailable
+from platform_validator.store.records import JobRecord, Stage
+from platform_validator.store.sqlite import SqliteStore
+
+GOLDEN = Path(__file__).parent / "data" / "store" / "version-1.sql"
+RECORD = JobRecord(
+    ClaimId("claim"),
+    JobId("job"),
+    ChallengeId("challenge"),
+    "key",
+    Resources(cpu_cores=1, memory_mb=1, disk_mb=1),
+    Stage.PENDING,
+    datetime(2026, 1, 1, tzinfo=UTC),
+)
+
+
+def test_an_emptied_database_is_refused(tmp_path: Path) -> None:
+    """A truncation to nothing is not taken for a first start."""
+    path = tmp_path / "validator.db"
+    open_database(path).close()
+    path.write_bytes(b"")
+    with pytest.raises(StoreCorrupt, match="remove it to begin anew"):
+        open_database(path)
+
+
+async def test_a_truncated_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "validator.db"
+    await (await SqliteStore.open(path)).close()
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(StoreCorrupt, match="restore it from a backup"):
+        await SqliteStore.open(path)
+
+
+def test_a_lost_main_file_is_refused(tmp_path: Path) -> None:
+    """What its -wal still holds would be written into the new one."""
+    path = tmp_path / "validator.db"
+    path.with_name("validator.db-wal").write_bytes(b"frames")
+    with pytest.raises(StoreCorrupt, match="is missing"):
+        open_database(path)
+
+
+def test_a_creation_that_was_killed_is_begun_anew(tmp_path: Path) -> None:
+    """The leftover of one is no database yet, and is in nobody's way."""
+    (tmp_path / ".validator.db.new").write_bytes(b"half")
+    open_database(tmp_path / "validator.db").close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["validator.db"]
+
+
+async def test_every_file_of_the_database_is_private(tmp_path: Path) -> None:
+    store = await SqliteStore.open(tmp_path / "validator.db")
+    await store.open_claim(RECORD)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert "validator.db-wal" in modes
+    assert set(modes.values()) == {0o600}
+    await store.close()
+
+
+async def test_a_full_disk_refuses_writes_and_recovers(tmp_path: Path) -> None:
+    """Nothing changes while it is full, reads go on, and the same store writes again afterwards."""
+    store = await SqliteStore.open(tmp_path / "validator.db")
+    connection = store._connection
+    pages = connection.execute("PRAGMA page_count").fetchone()[0]
+    connection.execute(f"PRAGMA max_page_count = {pages}").fetchall()
+    await store.open_claim(RECORD)
+    with pytest.raises(StoreUnavailable, match="full"):
+        await store.claim_granted(
+            RECORD.claim_id,
+            granted=bytes(1_000_000),
+            attempt=1,
+            token=LeaseToken("t"),
+            at=RECORD.claimed_at,
+        )
+    assert await store.job(RECORD.claim_id) == RECORD
+    connection.execute("PRAGMA max_page_count = 1000000").fetchall()
+    await store.advance(RECORD.claim_id, Stage.RUNNING, at=RECORD.claimed_at)
+    found = await store.job(RECORD.claim_id)
+    assert found is not None
+    assert found.stage is Stage.RUNNING
+    await store.close()
+
+
+async def test_a_database_of_version_1_is_read(tmp_path: Path) -> None:
+    """The golden file of the first version opens with everything in it."""
+    path = tmp_path / "validator.db"
+    connection = sqlite3.connect(path)
+    connection.executescript(GOLDEN.read_text(encoding="utf-8"))
+    connection.close()
+    store = await SqliteStore.open(path)
+    assert (await store.identity()).state_id == "0123456789"
+    [job] = await store.open_jobs()
+    assert (job.claim_id, job.attempt, job.token, job.vm) == ("claim-1", 3, "t", "pv-1")
+    [entry] = await store.outbox()
+    assert entry.body == b"first"
+    [vm] = await store.open_vms()
+    assert (vm.vm_id, vm.sealed_secret, vm.attestation) == ("id", b"\x00sealed", "simulated")
+    [instance] = await store.instances()
+    assert instance.commit == "a" * 40
+    [value] = await store.values(ChallengeId("challenge"))
+    assert (value.key, value.value, value.version) == ("k", "1", 1)
+    await store.close()
+
+
+def test_a_step_that_fails_is_not_applied() -> None:
+    """Neither its tables nor its record; the steps before it stay."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    good = Migration(1, "0001_good.sql", "CREATE TABLE good (a TEXT);")
+    bad = Migration(2, "0002_bad.sql", "CREATE TABLE half (a TEXT); CREATE TABLE half (a TEXT);")
+    with pytest.raises(sqlite3.OperationalError):
+        migrate(connection, [good, bad])
+    connection.rollback()
+    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    assert tables == {"migrations", "good"}
+    mended = Migration(2, "0002_bad.sql", "CREATE TABLE half (a TEXT);")
+    assert migrate(connection, [good, mended]) == ["0002_bad.sql"]
+    connection.close()
+
+
+def test_steps_are_numbered_without_gaps() -> None:
+    assert [step.version for step in known_migrations()] == list(range(1, len(known_migrations()) + 1))
