@@ -195,7 +195,6 @@ OPTIONS: tuple[Option, ...] = (
         parse.boolean,
         None,
         "speak session version 1 (default: as allow_simulated)",
-        later=True,
     ),
     _o(
         "attestation.pccs_url",

@@ -105,6 +105,12 @@ def make_policy(settings: Settings, connections: Connections) -> AttestationPoli
     return AttestationPolicy(level=settings.level, allow_simulated=simulated, checker=checker)
 
 
+def _allow_session_v1(settings: Settings) -> bool:
+    """As configured; unset, as allow_simulated."""
+    given = settings["attestation.allow_session_v1"]
+    return bool(settings["attestation.allow_simulated"] if given is None else given)
+
+
 def make_components(
     settings: Settings,
     keypair: Keypair,
@@ -141,6 +147,7 @@ def make_components(
             level=settings.level,
             allow_simulated=settings["attestation.allow_simulated"],
             base_url=settings["validator.base_url"],
+            allow_session_v1=_allow_session_v1(settings),
         ),
     )
     source = GitSource(cache=cache, allow=frozenset(settings["sources.allow"]))
