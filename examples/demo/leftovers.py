@@ -1,4 +1,4 @@
-"""What a run may leave: processes, mounts, control groups, namespaces; seen before, compared after."""
+"""What a run may leave: processes, mounts, control groups, namespaces; only this run's own are counted."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 
 import psutil
 
-GUEST_UIDS = range(300_000, 400_000)
-"""The uids that the local VMM gives to its sandboxes."""
+from platform_vmm.machines import guest_uids
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,23 +22,25 @@ class Machine:
 
 
 def look(state: Path) -> Machine:
-    """Processes of guests or named for this state, and the machine's mounts and groups."""
+    """Processes of this run's guests or named for its state, their namespaces, its groups; all mounts."""
+    vmm = state / "vmm"
+    known = (vmm / "id").exists()
+    uids = guest_uids(vmm) if known else range(0)
     processes: set[tuple[int, float]] = set()
     namespaces: set[str] = set()
     for process in psutil.process_iter():
         try:
             with process.oneshot():
-                ours = process.uids().real in GUEST_UIDS or str(state) in " ".join(process.cmdline())
+                ours = process.uids().real in uids or str(state) in " ".join(process.cmdline())
                 if ours and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
                     processes.add((process.pid, process.create_time()))
-            namespaces.add(str(Path(f"/proc/{process.pid}/ns/net").readlink()))
+                    namespaces.add(str(Path(f"/proc/{process.pid}/ns/net").readlink()))
         except (psutil.Error, OSError):
             continue
     mounts = frozenset(line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
-    cgroups = frozenset(
-        str(path) for path in Path("/sys/fs/cgroup").glob("**/platform-vmm*/*") if path.is_dir()
-    )
-    return Machine(frozenset(processes), mounts, cgroups, frozenset(namespaces))
+    name = (vmm / "id").read_text().strip() if known else "-"
+    groups = Path("/sys/fs/cgroup").glob(f"**/platform-vmm-{name}")
+    return Machine(frozenset(processes), mounts, frozenset(map(str, groups)), frozenset(namespaces))
 
 
 def left(before: Machine, after: Machine) -> dict[str, list[str]]:

@@ -14,10 +14,14 @@ from typing import Any
 
 import h11
 
+from platform_vmm.simulation.quote import Measurements
+
 _MAX_BODY = 64 * 1024
 _REPORT_DATA = 64
 _IDLE = 30.0
-VERSION = "0.6.0-local-simulated"
+_PACE = 0.005
+"""Between two answers: a guest that asks without end costs the VMM little."""
+VERSION = "0.6.0-local"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class AgentFacts:
     compose_hash: str
     event_log: str
     vm_config: str
+    measured: Measurements
     quote: Callable[[bytes], bytes] | None
 
 
@@ -44,22 +49,31 @@ class GuestAgent:
         self._facts = facts
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.StreamWriter] = set()
+        self._turn = asyncio.Lock()
 
     async def start(self, path: Path) -> None:
-        """Listen at `path`, connectable by the guest's uid."""
+        """Listen at `path`, connectable by the guest's uid.
+
+        Bound through a descriptor of its folder: a socket's path has at most 107 bytes, a folder's may
+        have more.
+
+        Raises:
+            OSError: It cannot be made there.
+        """
         path.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
         try:
-            # By way of the folder's descriptor: a socket's path has at most 107 bytes.
             listener.bind(f"/proc/self/fd/{folder}/{path.name}")
-        except OSError:
+            path.chmod(0o666)
+            self._server = await asyncio.start_unix_server(
+                self._connected, sock=listener, limit=2 * _MAX_BODY
+            )
+        except BaseException:
             listener.close()
             raise
         finally:
             os.close(folder)
-        path.chmod(0o666)
-        self._server = await asyncio.start_unix_server(self._connected, sock=listener, limit=2 * _MAX_BODY)
 
     async def close(self) -> None:
         """Stop and drop connections."""
@@ -88,7 +102,9 @@ class GuestAgent:
                 request, body = await _read_request(connection, reader)
             if request is None:
                 return
-            status, answer = self._answer(request.target.decode("latin-1"), body)
+            async with self._turn:
+                status, answer = self._answer(request.target.decode("latin-1"), body)
+                await asyncio.sleep(_PACE)
             data = json.dumps(answer).encode()
             head = h11.Response(
                 status_code=status,
@@ -99,6 +115,9 @@ class GuestAgent:
             async with asyncio.timeout(_IDLE):
                 await writer.drain()
             if connection.our_state is not h11.DONE or connection.their_state is not h11.DONE:
+                writer.close()
+                async with asyncio.timeout(_IDLE):
+                    await writer.wait_closed()
                 return
             connection.start_next_cycle()
 
@@ -125,12 +144,27 @@ class GuestAgent:
                 "app_name": facts.app_name,
                 "compose_hash": facts.compose_hash,
                 "vm_config": facts.vm_config,
+                "app_cert": "",
+                "tcb_info": json.dumps(self._tcb_info()),
+                "device_id": "",
+                "key_provider_info": json.dumps({"name": "none", "id": ""}),
                 "cloud_vendor": "platform-vmm",
                 "cloud_product": "simulated: not a TEE",
             }
         if method in ("GetQuote", "RawQuote"):
             return self._get_quote(arguments)
         raise AgentRefused(f"the simulated agent has no method {method[:64]!r}")
+
+    def _tcb_info(self) -> dict[str, Any]:
+        measured = self._facts.measured
+        registers = {f"rtmr{number}": value.hex() for number, value in enumerate(measured.rtmrs)}
+        return {
+            "mrtd": measured.mrtd.hex(),
+            **registers,
+            "compose_hash": self._facts.compose_hash,
+            "event_log": json.loads(self._facts.event_log),
+            "simulated": True,
+        }
 
     def _get_quote(self, arguments: dict[str, Any]) -> dict[str, Any]:
         if self._facts.quote is None:

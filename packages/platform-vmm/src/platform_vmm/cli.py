@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import secrets
+import resource
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +16,15 @@ from typing import Annotated
 import structlog
 import typer
 import uvicorn
+from starlette.types import ASGIApp
 
 from platform_vmm.errors import VmmError
-from platform_vmm.images import RuntimeTable, build_runtime
+from platform_vmm.images import RuntimeTable, build_runtime, prune_images
 from platform_vmm.machines import Machines
 from platform_vmm.prpc import Prpc
 from platform_vmm.server import make_app
 from platform_vmm.simulation.pki import load_pki
+from platform_vmm.state import StateDirectory
 
 app = typer.Typer(
     help="A local VMM that speaks dstack's API on machines without TDX. Never a TEE.",
@@ -33,6 +35,7 @@ State = Annotated[
     Path, typer.Option("--state-dir", envvar="PLATFORM_VMM_STATE", help="Where VMs, token and keys live")
 ]
 _SOCKET_PATH_MAX = 107
+_PORT_MAX = 65535
 log = structlog.get_logger(__name__)
 
 
@@ -52,11 +55,12 @@ def serve(
     """Run the VMM until SIGTERM; every guest ends with it."""
     _configure_logs(log_format)
     ports = tuple(guest_port or [18080])
-    bad = [port for port in ports if not 1 <= port <= 65535]  # noqa: PLR2004 - TCP's ports
+    bad = [port for port in ports if not 1 <= port <= _PORT_MAX]
     if bad:
         _fail(f"--guest-port: expected 1 to 65535, got {bad[0]}")
     try:
-        asyncio.run(_serve(_state(state_dir), listen, ports))
+        _raise_file_limit()
+        asyncio.run(_serve(state_dir, listen, ports))
     except VmmError as error:
         _fail(str(error))
 
@@ -64,7 +68,7 @@ def serve(
 @app.command()
 def token(*, state_dir: State = Path("./platform-vmm")) -> None:
     """Print the token that the API wants (made at the first start)."""
-    print(_token(_state(state_dir)))
+    print(StateDirectory(state_dir).token)
 
 
 @app.command()
@@ -72,7 +76,7 @@ def images(
     *, state_dir: State = Path("./platform-vmm"), as_json: Annotated[bool, typer.Option("--json")] = False
 ) -> None:
     """Show the runtime image, building it where it is not there yet."""
-    runtime = build_runtime(_state(state_dir), lambda text: print(text, file=sys.stderr))
+    runtime = build_runtime(StateDirectory(state_dir).path, lambda text: print(text, file=sys.stderr))
     if as_json:
         print(json.dumps({"name": runtime.name, "digest": runtime.digest, "path": str(runtime.path)}))
     else:
@@ -84,27 +88,41 @@ def main() -> None:
     app()
 
 
-async def _serve(state: Path, listen: str, ports: tuple[int, ...]) -> None:
-    runtime = build_runtime(state, lambda text: log.info("runtime_image", what=text))
-    runtimes, pki = RuntimeTable([runtime]), load_pki(state)
-    machines = Machines(state, runtimes=runtimes, pki=pki, guest_ports=ports)
-    if machines.driver.missing:
-        raise VmmError(machines.driver.missing)
-    prpc = Prpc(machines, runtimes)
-    server = _server(make_app(prpc, machines, pki, _token(state)), listen)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, machines.stop)
-    ready = asyncio.Event()
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(_until_stopped(machines, ready, server))
-            await ready.wait()
-            log.info("vmm_listening", at=listen, level=prpc.isolation_level, guest_ports=ports, tee=False)
-            await server.serve()
-            machines.stop()
-    except* VmmError as errors:
-        raise errors.exceptions[0] from None
+async def _serve(path: Path, listen: str, ports: tuple[int, ...]) -> None:
+    address = _address(listen)
+    with StateDirectory(path) as state:
+        runtime = build_runtime(state.path, lambda text: log.info("runtime_image", what=text))
+        prune_images(state.path, keep=runtime)
+        runtimes, pki = RuntimeTable([runtime]), load_pki(state.path)
+        machines = Machines(state, runtimes=runtimes, pki=pki, guest_ports=ports)
+        if machines.driver.missing:
+            raise VmmError(machines.driver.missing)
+        prpc = Prpc(machines, runtimes)
+        server = _server(make_app(prpc, machines, pki, state.token))
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, machines.stop)
+        ready = asyncio.Event()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(_until_stopped(machines, ready, server))
+                await ready.wait()
+                listener = _listen(address)
+                log.info(
+                    "vmm_listening",
+                    at=listen,
+                    level=prpc.isolation_level,
+                    guest_ports=ports,
+                    weaker=machines.driver.weaker,
+                    tee=False,
+                )
+                await server.serve(sockets=[listener])
+                machines.stop()
+        except* VmmError as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            if isinstance(address, Path):
+                address.unlink(missing_ok=True)
 
 
 async def _until_stopped(machines: Machines, ready: asyncio.Event, server: uvicorn.Server) -> None:
@@ -124,35 +142,51 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _server(application: object, listen: str) -> uvicorn.Server:
-    common = {"log_config": None, "access_log": False, "lifespan": "off", "timeout_graceful_shutdown": 2}
+def _server(application: ASGIApp) -> uvicorn.Server:
+    return _Server(
+        uvicorn.Config(
+            application,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=2,
+            timeout_keep_alive=10,
+        )
+    )
+
+
+def _address(listen: str) -> Path | tuple[str, int]:
     if listen.startswith("unix:"):
         path = listen.removeprefix("unix:")
-        if len(path.encode()) > _SOCKET_PATH_MAX:
-            raise VmmError(f"--listen: a socket path has at most {_SOCKET_PATH_MAX} bytes, {path!r} has more")
-        Path(path).unlink(missing_ok=True)
-        config = uvicorn.Config(application, uds=path, **common)  # type: ignore[arg-type]  # keywords as one dict
-    else:
-        host, _, port = listen.rpartition(":")
-        if not host or not port.isdigit():
-            raise VmmError(f"--listen: expected HOST:PORT or unix:/path, got {listen!r}")
-        config = uvicorn.Config(application, host=host, port=int(port), **common)  # type: ignore[arg-type]  # as above
-    return _Server(config)
+        if not path or len(path.encode()) > _SOCKET_PATH_MAX:
+            raise VmmError(f"--listen: expected a socket path of 1 to {_SOCKET_PATH_MAX} bytes, got {path!r}")
+        return Path(path)
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdigit() or int(port) > _PORT_MAX:
+        raise VmmError(f"--listen: expected HOST:PORT or unix:/path, got {listen!r}")
+    return host.strip("[]"), int(port)
 
 
-def _state(path: Path) -> Path:
-    path = path.absolute()
-    path.mkdir(mode=0o711, parents=True, exist_ok=True)
-    return path
+def _listen(address: Path | tuple[str, int]) -> socket.socket:
+    """Listen; whoever may connect still needs the token. Raises VmmError where it is taken."""
+    try:
+        if isinstance(address, tuple):
+            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+            return socket.create_server(address, family=family, backlog=128)
+        address.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(address))
+        address.chmod(0o666)
+        listener.listen(128)
+    except OSError as error:
+        raise VmmError(f"--listen: {address}: {error.strerror or error}") from error
+    return listener
 
 
-def _token(state: Path) -> str:
-    path = state / "token"
-    with contextlib.suppress(FileExistsError):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_urlsafe(32))
-    return path.read_text().strip()
+def _raise_file_limit() -> None:
+    """Each VM takes a dozen descriptors."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _configure_logs(form: str) -> None:

@@ -25,3 +25,7 @@ class SandboxFailed(VmmError):
 
 class StateInUse(VmmError):
     """Another VMM holds the state directory."""
+
+
+class RecordUnreadable(VmmError):
+    """A VM's record was never finished: its CreateVm was never answered."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from platform_vmm.errors import ImageUnknown
+from platform_vmm.state import write_durably
 
 RUNTIME = "platform-runtime"
 IMAGE = "local-sandbox"
@@ -25,7 +26,7 @@ _SDK = "platform-challenge-sdk"
 _LAYOUT = 1
 _SKIPPED = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip"}
-    | {"lib2to3", "__pycache__", "config-3.11-x86_64-linux-gnu"}
+    | {"lib2to3", "__pycache__"}
 )
 
 
@@ -38,6 +39,8 @@ class Runtime:
     path: Path
     boot: tuple[str, ...]
     """What a command `platform-boot` becomes inside."""
+    library: str = ""
+    """Where inside the guest's Python finds the SDK: its PYTHONPATH."""
 
 
 class RuntimeTable:
@@ -92,11 +95,25 @@ def build_runtime(state: Path, progress: Callable[[str], None] = lambda _: None)
         target = images / digest.removeprefix("sha256:")
         if not target.exists():
             _copy(sources, images, target)
-        note.write_text(digest)
+        write_durably(note, digest, 0o644)
     digest = note.read_text()
     python = f"bin/python{sys.version_info.major}.{sys.version_info.minor}"
-    boot = (f"/opt/platform/{python}", "-m", "platform_challenge_sdk.boot")
-    return Runtime(RUNTIME, digest, images / digest.removeprefix("sha256:"), boot)
+    return Runtime(
+        name=RUNTIME,
+        digest=digest,
+        path=images / digest.removeprefix("sha256:"),
+        boot=(f"/opt/platform/{python}", "-m", "platform_challenge_sdk.boot"),
+        library=f"/opt/platform/lib/{Path(python).name}/site-packages",
+    )
+
+
+def prune_images(state: Path, keep: Runtime) -> None:
+    """Remove images that nothing can start any more, and what a crash left half-built."""
+    for entry in (state / "images").iterdir():
+        if entry.is_dir() and entry != keep.path:
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.suffix == ".digest" and entry.read_text().strip() != keep.digest:
+            entry.unlink()
 
 
 def _sources() -> Iterator[tuple[Path, str]]:
@@ -116,7 +133,7 @@ def _sources() -> Iterator[tuple[Path, str]]:
 
 def _walk(top: Path) -> Iterator[tuple[Path, str]]:
     for folder, folders, files in os.walk(top):
-        folders[:] = sorted(name for name in folders if name not in _SKIPPED)
+        folders[:] = sorted(name for name in folders if name not in _SKIPPED and name[:7] != "config-")
         for name in sorted(files):
             path = Path(folder, name)
             if path.is_file() and not name.endswith((".pyc", ".a")):

@@ -3,42 +3,53 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import json
 import os
 import shutil
 import time
 import uuid
-from pathlib import Path
 
 import structlog
 
 from platform_vmm.app_compose import read_app_compose
+from platform_vmm.boot import Host
 from platform_vmm.configuration import VmConfiguration
-from platform_vmm.errors import StateInUse, VmmError, VmNotFound
+from platform_vmm.errors import RecordUnreadable, VmmError, VmNotFound
 from platform_vmm.images import IMAGE, RuntimeTable
-from platform_vmm.machine import Host, Machine
+from platform_vmm.machine import Machine
+from platform_vmm.record import Record
+from platform_vmm.restarts import RestartPolicy
 from platform_vmm.sandbox.cgroups import ControlGroups
 from platform_vmm.sandbox.driver import SandboxDriver
 from platform_vmm.simulation.pki import Pki
+from platform_vmm.state import StateDirectory
 
 log = structlog.get_logger(__name__)
 FIRST_UID = 300_000
 MOST_VMS = 1000
+_BLOCKS = 90
+_PAUSE = 5.0
 
 
 class Machines:
-    """The registry. Enter it as a context: it locks the state directory and ends every guest when left.
+    """The registry of a state directory whose lock the caller holds.
 
-    VMs whose record says started are started again, as dstack does; half-removed ones are removed.
+    After a crash of the VMM its guests are dead (their stages saw the control socket close); what is
+    left of them is reclaimed at the next `run`. Then VMs whose record says started are started again,
+    as dstack does, and half-removed ones are removed.
     """
 
     def __init__(
-        self, state: Path, *, runtimes: RuntimeTable, pki: Pki, guest_ports: tuple[int, ...]
+        self,
+        state: StateDirectory,
+        *,
+        runtimes: RuntimeTable,
+        pki: Pki,
+        guest_ports: tuple[int, ...] = (),
+        restarts: RestartPolicy | None = None,
     ) -> None:
-        self._state = state
-        self._folder = state / "vms"
-        self._groups = ControlGroups(f"platform-vmm-{_name_of(state)}")
+        self._folder = state.vms
+        self._groups = ControlGroups(f"platform-vmm-{state.name}", ledger=state.groups)
+        self._first_uid = FIRST_UID + int(state.name, 16) % _BLOCKS * MOST_VMS
         self._uids: set[int] = set()
         self.driver = SandboxDriver(self._groups)
         self._host = Host(
@@ -48,12 +59,12 @@ class Machines:
             guest_ports=guest_ports,
             claim_uid=self._claim_uid,
             free_uid=self._uids.discard,
+            restarts=restarts or RestartPolicy(),
         )
         self._machines: dict[str, Machine] = {}
         self._tasks: asyncio.TaskGroup | None = None
-        self._lives: list[asyncio.Task[None]] = []
+        self._lives: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
-        self._lock: int | None = None
 
     @property
     def limits_hold(self) -> bool:
@@ -62,22 +73,20 @@ class Machines:
 
     async def run(self, ready: asyncio.Event) -> None:
         """Reclaim what a crash left, start what was started, serve until `stop`, then end every guest."""
-        self._take_lock()
         try:
             await self._reclaim()
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
-                self._lives = [tasks.create_task(self._live(machine)) for machine in self._restore()]
+                for machine in self._restore():
+                    self._begin(machine)
                 ready.set()
                 await self._stopping.wait()
-                for task in self._lives:
+                self._tasks = None
+                for task in list(self._lives):
                     task.cancel()
         finally:
             self._tasks = None
             self._groups.close()
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
 
     def stop(self) -> None:
         """End `run`."""
@@ -89,6 +98,41 @@ class Machines:
         Raises:
             VmmError: The image is unknown, the compose file unreadable, a host port taken, or too many VMs.
         """
+        self._admit(configuration)
+        record = Record(
+            id=str(uuid.uuid4()),
+            configuration=configuration,
+            created_at=time.time(),
+            started=not configuration.stopped,
+        )
+        folder = self._folder / record.id
+        folder.mkdir(mode=0o700)
+        try:
+            record.save(folder)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise VmmError(f"Failed to create VM directory: {error.strerror}") from error
+        machine = Machine(record, folder, self._host)
+        self._machines[machine.id] = machine
+        self._begin(machine)
+        return machine
+
+    def get(self, identity: str) -> Machine:
+        """One VM.
+
+        Raises:
+            VmNotFound: None of that id.
+        """
+        machine = self._machines.get(identity)
+        if machine is None:
+            raise VmNotFound(f"VM not found: {identity[:64]}")
+        return machine
+
+    def all(self) -> list[Machine]:
+        """Every VM, oldest first."""
+        return sorted(self._machines.values(), key=lambda machine: machine.record.created_at)
+
+    def _admit(self, configuration: VmConfiguration) -> None:
         if self._tasks is None:
             raise VmmError("the VMM is stopping")
         if configuration.image != IMAGE:
@@ -106,102 +150,45 @@ class Machines:
         for port in configuration.ports:
             if port.host_port in taken:
                 raise VmmError(f"port mapping tcp:{port.host_port} conflicts with VM {taken[port.host_port]}")
-        identity = str(uuid.uuid4())
-        folder = self._folder / identity
-        folder.mkdir(mode=0o755)
-        machine = Machine(
-            id=identity,
-            configuration=configuration,
-            folder=folder,
-            host=self._host,
-            created_at=time.time(),
-            started=not configuration.stopped,
-            alive=not configuration.stopped,
-        )
-        machine.save()
-        self._machines[identity] = machine
-        self._lives = [task for task in self._lives if not task.done()]
-        self._lives.append(self._tasks.create_task(self._live(machine)))
-        return machine
 
-    def get(self, identity: str) -> Machine:
-        """One VM.
-
-        Raises:
-            VmNotFound: None of that id.
-        """
-        machine = self._machines.get(identity)
-        if machine is None:
-            raise VmNotFound(f"VM not found: {identity[:64]}")
-        return machine
-
-    def all(self) -> list[Machine]:
-        """Every VM, oldest first."""
-        return sorted(self._machines.values(), key=lambda machine: machine.created_at)
+    def _begin(self, machine: Machine) -> None:
+        if self._tasks is None:
+            raise VmmError("the VMM is stopping")
+        task = self._tasks.create_task(self._live(machine))
+        self._lives.add(task)
+        task.add_done_callback(self._lives.discard)
 
     async def _live(self, machine: Machine) -> None:
-        try:
-            await machine.run()
-        except asyncio.CancelledError:
-            raise
-        except Exception:
-            log.exception("vm_loop_died", vm=machine.id)
-            machine.started = False
-            machine.boot_error = "internal error: see the VMM's log"
-            return
+        while True:
+            try:
+                await machine.run()
+                break
+            except Exception:
+                log.exception("vm_loop_broke", vm=machine.id)
+                machine.boot_error = "internal error: see the VMM's log"
+                await asyncio.sleep(_PAUSE)
         self._machines.pop(machine.id, None)
         log.info("vm_removed", vm=machine.id, name=machine.configuration.name)
 
     def _restore(self) -> list[Machine]:
         for folder in sorted(self._folder.iterdir()):
             try:
-                record = json.loads((folder / "vm.json").read_text())
-                machine = Machine(
-                    id=record["id"],
-                    configuration=VmConfiguration.model_validate(record["configuration"]),
-                    folder=folder,
-                    host=self._host,
-                    created_at=record["created_at"],
-                    started=record["started"],
-                    removing=record["removing"],
-                )
-            except (OSError, ValueError, KeyError) as error:
-                log.warning("vm_record_unreadable", folder=folder.name, reason=str(error))
+                machine = Machine(Record.load(folder), folder, self._host)
+            except VmmError as error:
+                level = log.info if isinstance(error, RecordUnreadable) else log.warning
+                level("vm_record_dropped", folder=folder.name, reason=str(error))
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
             self._machines[machine.id] = machine
         return self.all()
 
     async def _reclaim(self) -> None:
-        self._folder.mkdir(mode=0o711, exist_ok=True)
-        for name in self._groups.leftovers():
+        for name in await self._groups.reclaim():
             log.warning("sandbox_reclaimed", vm=name)
-            await self._groups.remove(name)
-
-    def _take_lock(self) -> None:
-        self._lock = os.open(self._state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StateInUse(
-                f"another platform-vmm uses {self._state}: stop it, or give --state-dir"
-            ) from error
 
     def _claim_uid(self) -> int:
-        uid = next(
-            uid for uid in range(FIRST_UID + _slot_base(self._state), FIRST_UID * 2) if uid not in self._uids
-        )
+        if os.getuid() != 0:
+            return os.getuid()
+        uid = next(uid for uid in range(self._first_uid, FIRST_UID * 2) if uid not in self._uids)
         self._uids.add(uid)
         return uid
-
-
-def _name_of(state: Path) -> str:
-    path = state / "id"
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex[:12])
-    return path.read_text().strip()
-
-
-def _slot_base(state: Path) -> int:
-    """Apart for each state directory, so that two VMMs of one host share no uid."""
-    return int(_name_of(state), 16) % 90 * MOST_VMS

@@ -6,20 +6,42 @@ import json
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from platform_vmm.app_compose import read_app_compose
-from platform_vmm.configuration import read_configuration
-from platform_vmm.errors import VmmError
+from platform_vmm.configuration import U32, read_configuration
+from platform_vmm.errors import VmmError, VmNotFound
 from platform_vmm.images import IMAGE, RuntimeTable
 from platform_vmm.machine import Machine
-from platform_vmm.machines import Machines
+from platform_vmm.machines import MOST_VMS, Machines
 
-VERSION = "0.6.0"
+VERSION = "0.6.0-local"
 REVISION = "platform-vmm: local, not a TEE"
 Handler = Callable[[dict[str, Any]], Any]
+_Message = TypeVar("_Message", bound=BaseModel)
+_LO = {"mode": "user", "backend": "relay", "mac": "", "bridge_name": None, "netdev_id": "lo"}
+
+
+class _Id(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    id: str = ""
+
+
+class _Status(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    ids: list[str] = Field(default_factory=list)
+    brief: bool = False
+    keyword: str = ""
+    page: U32 = 0
+    page_size: U32 = 0
+
+
+class _Hash(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    compose_file: str = ""
 
 
 class Prpc:
@@ -29,19 +51,25 @@ class Prpc:
         self._machines = machines
         self._runtimes = runtimes
         self._methods: dict[str, Handler] = {
-            "CreateVm": self._create,
-            "StartVm": lambda args: self._machine(args).want(started=True),
-            "StopVm": lambda args: self._machine(args).want(started=False),
-            "ShutdownVm": lambda args: self._machine(args).want(started=False),
+            "CreateVm": lambda args: {"id": machines.create(read_configuration(args)).id},
+            "StartVm": lambda args: self._machine(args).start(),
+            "StopVm": lambda args: self._machine(args).stop(),
+            "ShutdownVm": lambda args: self._machine(args).shutdown(),
             "RemoveVm": lambda args: self._machine(args).remove(),
-            "GetComposeHash": lambda args: {"hash": read_app_compose(str(args.get("compose_file", ""))).hash},
+            "GetComposeHash": lambda args: {"hash": read_app_compose(_read(_Hash, args).compose_file).hash},
             "Status": self._status,
             "GetInfo": self._get_info,
-            "ListImages": self._list_images,
-            "ListGpus": lambda _: {"gpus": [], "allow_attach_all": False},
-            "GetMeta": self._get_meta,
-            "Version": lambda _: {"version": VERSION, "rev": REVISION},
         }
+        self._facts: dict[str, Callable[[], Any]] = {
+            "ListImages": self._list_images,
+            "ListGpus": lambda: {"gpus": [], "allow_attach_all": False},
+            "GetMeta": _meta,
+            "Version": lambda: {"version": VERSION, "rev": REVISION},
+        }
+
+    def takes_nothing(self, method: str) -> bool:
+        """Whether a method's input is Empty: its message is not even read."""
+        return method.removeprefix("Teepod.") in self._facts
 
     def call(self, method: str, arguments: dict[str, Any]) -> Any:
         """The answer (JSON value; None for Empty).
@@ -49,65 +77,67 @@ class Prpc:
         Raises:
             VmmError: The method is unknown, or refused.
         """
-        handler = self._methods.get(method.removeprefix("Teepod."))
+        name = method.removeprefix("Teepod.")
+        if name in self._facts:
+            return self._facts[name]()
+        handler = self._methods.get(name)
         if handler is None:
             raise VmmError(f"Method not found: {method[:64]}")
         return handler(arguments)
 
     @property
     def isolation_level(self) -> str:
-        """What the sandbox driver gives on this host: Container, or Process without enforced limits."""
-        return "Container" if self._machines.limits_hold or os.getuid() != 0 else "Process"
+        """What the sandbox driver gives wherever it runs at all: namespaces, so Container."""
+        return "Container"
 
     def _machine(self, arguments: dict[str, Any]) -> Machine:
-        return self._machines.get(str(arguments.get("id", "")))
-
-    def _create(self, arguments: dict[str, Any]) -> dict[str, str]:
-        return {"id": self._machines.create(read_configuration(arguments)).id}
+        return self._machines.get(_read(_Id, arguments).id)
 
     def _get_info(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        identity = str(arguments.get("id", ""))
-        found = next((machine for machine in self._machines.all() if machine.id == identity), None)
-        return {"found": found is not None, "info": None if found is None else describe(found, brief=False)}
+        try:
+            found = self._machine(arguments)
+        except VmNotFound:
+            return {"found": False, "info": None}
+        return {"found": True, "info": describe(found, brief=False)}
 
     def _status(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        ids, keyword = arguments.get("ids") or [], str(arguments.get("keyword") or "")
-        page, size = _count(arguments, "page"), _count(arguments, "page_size")
+        asked = _read(_Status, arguments)
         machines = [
             machine
             for machine in self._machines.all()
-            if (not ids or machine.id in ids) and (not keyword or _matches(machine, keyword))
+            if (not asked.ids or machine.id in asked.ids) and _matches(machine, asked.keyword)
         ]
-        shown = machines[(page - 1) * size : page * size] if page and size else machines
-        brief = bool(arguments.get("brief"))
+        first = (asked.page - 1) * asked.page_size
+        shown = machines[first : first + asked.page_size] if asked.page and asked.page_size else machines
         return {
-            "vms": [describe(machine, brief=brief) for machine in shown],
+            "vms": [describe(machine, brief=asked.brief) for machine in shown],
             "port_mapping_enabled": True,
             "total": len(machines),
         }
 
-    def _list_images(self, _: dict[str, Any]) -> dict[str, Any]:
+    def _list_images(self) -> dict[str, Any]:
         description = {
             "isolation_level": self.isolation_level,
             "runtimes": self._runtimes.digests(),
             "local": True,
             "note": "a sandbox on this host's kernel; not a TEE",
-            "limits": "control groups" if self._machines.limits_hold else "rlimits only",
+            "weaker": self._machines.driver.weaker,
         }
         image = {"name": IMAGE, "description": json.dumps(description), "version": VERSION, "is_dev": True}
         return {"images": [image]}
 
-    def _get_meta(self, _: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "kms": {"url": "", "urls": []},
-            "gateway": {"url": "", "base_domain": "", "port": 0, "agent_port": 0, "urls": []},
-            "resources": {
-                "max_cvm_number": 1000,
-                "max_allocable_vcpu": os.cpu_count() or 1,
-                "max_allocable_memory_in_mb": psutil.virtual_memory().total // 1024**2,
-            },
-            "networking": {"supported_modes": ["user"], "default_mode": "user", "default_bridge": ""},
-        }
+
+def _meta() -> dict[str, Any]:
+    return {
+        "kms": {"url": "", "urls": []},
+        "gateway": {"url": "", "base_domain": "", "port": 0, "agent_port": 0, "urls": []},
+        "resources": {
+            "max_cvm_number": MOST_VMS,
+            "max_allocable_vcpu": os.cpu_count() or 1,
+            "max_allocable_memory_in_mb": psutil.virtual_memory().total // 1024**2,
+        },
+        "networking": {"supported_modes": ["user"], "default_mode": "user", "default_bridge": ""},
+    }
 
 
 def describe(machine: Machine, *, brief: bool) -> dict[str, Any]:
@@ -120,19 +150,29 @@ def describe(machine: Machine, *, brief: bool) -> dict[str, Any]:
         "id": machine.id,
         "name": machine.configuration.name,
         "status": machine.state,
-        "uptime": "0s" if machine.began is None else f"{int(now - machine.began)}s",
+        "uptime": elapsed(0 if machine.began is None else now - machine.began),
         "app_url": None,
         "app_id": machine.app_id,
         "instance_id": machine.instance_id,
         "configuration": None if brief else configuration,
-        "exited_at": "never" if machine.ended is None else f"{int(now - machine.ended)}s",
+        "exited_at": "never" if machine.ended is None else elapsed(now - machine.ended),
         "boot_progress": machine.boot_progress,
         "boot_error": machine.boot_error,
         "shutdown_progress": machine.shutdown_progress,
         "image_version": VERSION,
         "events": list(machine.events),
-        "interfaces": [],
+        "interfaces": [_LO],
     }
+
+
+def _read(kind: type[_Message], arguments: dict[str, Any]) -> _Message:
+    try:
+        return kind.model_validate(arguments)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise VmmError(
+            f"Failed to decode request: {'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+        ) from error
 
 
 def _matches(machine: Machine, keyword: str) -> bool:
@@ -140,8 +180,11 @@ def _matches(machine: Machine, keyword: str) -> bool:
     return any(keyword in name for name in names)
 
 
-def _count(arguments: dict[str, Any], key: str) -> int:
-    value = arguments.get(key, 0)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise VmmError(f"Failed to decode request: {key}: expected a non-negative integer")
-    return value
+def elapsed(seconds: float) -> str:
+    """As dstack shows durations: `1day 2h 3m 4s`, without the zeros."""
+    left, parts = max(0, int(seconds)), []
+    for size, unit in ((86400, "day"), (3600, "h"), (60, "m"), (1, "s")):
+        count, left = divmod(left, size)
+        if count:
+            parts.append(f"{count}{unit}s" if unit == "day" and count > 1 else f"{count}{unit}")
+    return " ".join(parts) or "0s"

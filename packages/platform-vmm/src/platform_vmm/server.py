@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import hmac
 import json
+import os
+import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 from starlette.applications import Starlette
@@ -21,12 +25,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from platform_vmm.errors import VmmError, VmNotFound
 from platform_vmm.machines import Machines
 from platform_vmm.prpc import REVISION, VERSION, Prpc
+from platform_vmm.sandbox.console import boots
 from platform_vmm.simulation.pki import FMSPC, Pki
 from platform_vmm.simulation.quote import qe_identity, tcb_info
 
 _MAX_BODY = 10 * 1024 * 1024
 _MAX_LINES = 10_000
 _HEARTBEAT = 60.0
+_POLL = 0.5
+_ANSI = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 
 
 def make_app(prpc: Prpc, machines: Machines, pki: Pki, token: str) -> ASGIApp:
@@ -66,6 +73,8 @@ class _Guard:
             except (binascii.Error, UnicodeDecodeError):
                 return False
             offered += [password, user if not password else ""]
+        if request.method == "GET":
+            offered.append(request.query_params.get("token", ""))
         return any(hmac.compare_digest(one.encode(), self._token) for one in offered)
 
 
@@ -76,21 +85,29 @@ class _Calls:
     async def answer(self, request: Request) -> Response:
         headers = {"X-App-Version": f"v{VERSION} ({REVISION})"}
         try:
-            arguments = await _arguments(request)
-            value = self._prpc.call(request.path_params["method"], arguments)
+            body = await _body(request)
+            method = request.path_params["method"]
+            arguments = {} if self._prpc.takes_nothing(method) else _arguments(request, body)
+            value = self._prpc.call(method, arguments)
         except VmmError as error:
             return JSONResponse({"error": str(error)}, status_code=400, headers=headers)
         return JSONResponse(value, headers=headers)
 
 
-async def _arguments(request: Request) -> dict[str, object]:
-    if request.method == "GET":
-        return dict(request.query_params)
-    body = b""
+async def _body(request: Request) -> bytes:
+    body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > _MAX_BODY:
             raise VmmError("payload too large")
+    return bytes(body)
+
+
+def _arguments(request: Request, body: bytes) -> dict[str, object]:
+    if request.method == "GET":
+        query = request.query_params
+        found: dict[str, object] = {key: query[key] for key in query if key not in ("token", "ids[]")}
+        return found | ({"ids": query.getlist("ids[]")} if "ids[]" in query else {})
     try:
         value = json.loads(body or b"{}")
     except (ValueError, RecursionError) as error:
@@ -114,34 +131,56 @@ class _Logs:
             return PlainTextResponse(f"Unknown channel {query['ch'][:32]}", status_code=400)
         lines = query.get("lines", str(_MAX_LINES))
         wanted = min(int(lines), _MAX_LINES) if lines.isdigit() else _MAX_LINES
-        text = await asyncio.to_thread(_tail, console, wanted)
+        plain = query.get("ansi") != "true"
+        if query.get("ch", "serial") != "serial":
+            return PlainTextResponse(b"")
+        tail = await asyncio.to_thread(_tail, console, wanted)
         if query.get("follow") != "true":
-            return PlainTextResponse(text)
-        return StreamingResponse(_follow(console, text), media_type="text/plain")
+            return PlainTextResponse(_strip(tail.text) if plain else tail.text)
+        return StreamingResponse(_follow(console, tail, plain=plain), media_type="text/plain")
 
 
-def _tail(path: Path, lines: int) -> bytes:
-    if not path.exists():
-        return b""
-    return b"".join(path.read_bytes().splitlines(keepends=True)[-lines:]) if lines else b""
+class _Tail(NamedTuple):
+    """The last lines of all boots kept; `inode` and `size` of the newest boot's file when it was read."""
+
+    text: bytes
+    inode: int
+    size: int
 
 
-async def _follow(path: Path, first: bytes) -> AsyncIterator[bytes]:
-    yield first
-    offset = path.stat().st_size if path.exists() else 0
-    silent = 0.0
+def _tail(path: Path, lines: int) -> _Tail:
+    text, inode, size = b"", 0, 0
+    for one in boots(path):
+        with contextlib.suppress(FileNotFoundError), one.open("rb") as file:
+            part = file.read()
+            text += part
+            if one == path:
+                inode, size = os.fstat(file.fileno()).st_ino, len(part)
+    return _Tail(b"".join(text.splitlines(keepends=True)[-lines:]) if lines else b"", inode, size)
+
+
+async def _follow(path: Path, tail: _Tail, *, plain: bool) -> AsyncIterator[bytes]:
+    yield _strip(tail.text) if plain else tail.text
+    inode, offset, silent = tail.inode, tail.size, 0.0
     while path.parent.exists():
-        await asyncio.sleep(0.5)
-        silent += 0.5
-        size = path.stat().st_size if path.exists() else 0
-        if size > offset:
-            with path.open("rb") as file:
+        await asyncio.sleep(_POLL)
+        silent += _POLL
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != inode:
+                inode, offset = status.st_ino, 0
+            if status.st_size > offset:
                 file.seek(offset)
-                yield file.read(size - offset)
-            offset, silent = size, 0.0
-        elif silent >= _HEARTBEAT:
+                fresh = file.read()
+                offset, silent = offset + len(fresh), 0.0
+                yield _strip(fresh) if plain else fresh
+        if silent >= _HEARTBEAT:
             yield b"[vmm heartbeat]\n"
             silent = 0.0
+
+
+def _strip(text: bytes) -> bytes:
+    return _ANSI.sub(b"", text)
 
 
 class _Collateral:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+from platform_vmm.state import write_durably
+
 ROOT = Path("/sys/fs/cgroup")
 _V1_CONTROLLERS = ("memory", "cpu", "pids", "freezer")
 _CPU_PERIOD_US = 100_000
+_RETRY = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +28,17 @@ class Limits:
 
 
 class ControlGroups:
-    """The groups of one VMM, below its own group where it has one; one group a sandbox."""
+    """The groups of one VMM, below its own group where it has one; one group a sandbox.
 
-    def __init__(self, name: str, root: Path = ROOT) -> None:
+    `ledger` is the file that remembers where groups were made, for the VMM's next start.
+    """
+
+    def __init__(self, name: str, *, ledger: Path | None = None, root: Path = ROOT) -> None:
         self._hierarchies = _hierarchies(name, root)
+        self._ledger = ledger
+        known = [base for _, base in self._hierarchies]
+        self._earlier = [base for base in _read(ledger) if base not in known]
+        self._write_ledger()
 
     @property
     def limits_hold(self) -> bool:
@@ -58,15 +69,8 @@ class ControlGroups:
             (base / sandbox / "cgroup.procs").write_text(str(pid))
 
     def kill(self, sandbox: str) -> None:
-        """SIGKILL the whole tree: at once by cgroup.kill where there is one, else one by one."""
-        for _, base in self._hierarchies:
-            group = base / sandbox
-            with contextlib.suppress(OSError):
-                (group / "cgroup.kill").write_text("1")
-                continue
-            for pid in _processes(group):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        """SIGKILL the whole tree: at once by cgroup.kill where there is one, else frozen first."""
+        _kill([base / sandbox for _, base in self._hierarchies])
 
     async def remove(self, sandbox: str, timeout: float = 10.0) -> None:
         """Remove the groups once they are empty, killing what is in the way.
@@ -75,33 +79,45 @@ class ControlGroups:
             TimeoutError: Something in there does not die.
         """
         async with asyncio.timeout(timeout):
-            while not self._removed(sandbox):
-                self.kill(sandbox)
-                await asyncio.sleep(0.01)
-
-    def _removed(self, sandbox: str) -> bool:
-        for _, base in self._hierarchies:
-            try:
-                (base / sandbox).rmdir()
-            except FileNotFoundError:
-                continue
-            except OSError:
-                return False
-        return True
+            await _until_removed([base / sandbox for _, base in self._hierarchies])
 
     def leftovers(self) -> list[str]:
-        """Sandboxes whose groups are there: after a crash, what is to be reclaimed."""
-        names: set[str] = set()
-        for _, base in self._hierarchies:
-            if base.is_dir():
-                names.update(entry.name for entry in base.iterdir() if entry.is_dir())
-        return sorted(names)
+        """Sandboxes whose groups are there."""
+        bases = [*self._earlier, *(base for _, base in self._hierarchies)]
+        found = {entry.name for base in bases if base.is_dir() for entry in base.iterdir() if entry.is_dir()}
+        return sorted(found)
+
+    async def reclaim(self, timeout: float = 10.0) -> list[str]:
+        """Kill and remove all that an earlier VMM of this name left, wherever its groups were.
+
+        Returns:
+            The sandboxes that were found.
+
+        Raises:
+            TimeoutError: Something in there does not die.
+        """
+        bases = [*self._earlier, *(base for _, base in self._hierarchies)]
+        found = self.leftovers()
+        async with asyncio.timeout(timeout):
+            await _until_removed([base / name for base in bases for name in found])
+        for base in self._earlier:
+            with contextlib.suppress(OSError):
+                base.rmdir()
+        self._earlier = []
+        self._write_ledger()
+        return found
 
     def close(self) -> None:
         """Remove this VMM's own empty groups."""
         for _, base in self._hierarchies:
             with contextlib.suppress(OSError):
                 base.rmdir()
+
+    def _write_ledger(self) -> None:
+        """Before any group is made: a VMM started from another group must still find them."""
+        bases = [*self._earlier, *(base for _, base in self._hierarchies)]
+        if self._ledger is not None:
+            write_durably(self._ledger, json.dumps([str(base) for base in bases]))
 
     def usage(self, sandbox: str) -> dict[str, int]:
         """`memory_peak_bytes` and `oom_kills` so far, where the host counts them."""
@@ -167,7 +183,46 @@ def _settings(kind: str, limits: Limits) -> list[tuple[str, str]]:
     return []
 
 
+def _read(ledger: Path | None) -> list[Path]:
+    try:
+        return [] if ledger is None else [Path(base) for base in json.loads(ledger.read_text())]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+async def _until_removed(groups: list[Path]) -> None:
+    while groups := [group for group in groups if not _removed(group)]:
+        _kill(groups)
+        await asyncio.sleep(_RETRY)
+
+
+def _removed(group: Path) -> bool:
+    try:
+        group.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _kill(groups: list[Path]) -> None:
+    """By cgroup.kill where a group has it; else frozen, each process killed, thawed, so that none escapes."""
+    for group in groups:
+        with contextlib.suppress(OSError):
+            (group / "cgroup.kill").write_text("1")
+            continue
+        freezer = group / "freezer.state"
+        with contextlib.suppress(OSError):
+            freezer.write_text("FROZEN")
+        for pid in _processes(group):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            freezer.write_text("THAWED")
+
+
 def _processes(group: Path) -> list[int]:
     with contextlib.suppress(OSError):
-        return [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
+        return [int(pid) for pid in (group / "cgroup.procs").read_text().split() if pid != "0"]
     return []

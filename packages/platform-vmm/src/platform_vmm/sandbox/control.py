@@ -50,8 +50,8 @@ class Control:
             TimeoutError: Nobody answers.
         """
         answer: asyncio.Future[socket.socket] = self._loop.create_future()
-        self._waiting.append(answer)
         self.send(b"S")
+        self._waiting.append(answer)
         async with asyncio.timeout(timeout):
             fresh = await answer
             try:

@@ -14,7 +14,23 @@ IMAGE = "/opt/platform"
 GUEST_UID = 1000
 """Never 0: a parent's uid 0 cannot be mapped again, and the SDK nests a sandbox of its own."""
 MIB = 1024 * 1024
+FILTER_FD = 4
+"""Where bubblewrap finds the system call filter."""
+NAMESPACES = {
+    "user": 128,
+    "mnt": 128,
+    "pid": 128,
+    "ipc": 128,
+    "uts": 128,
+    "cgroup": 128,
+    "net": 64,
+    "time": 8,
+}
+"""How many namespaces a guest may hold at once: enough for nested sandboxes, not for a flood of them."""
+_INODES = 65_536
 _LINKS = {"bin": "usr/bin", "lib": "usr/lib", "lib64": "usr/lib64", "sbin": "usr/sbin"}
+_WRITABLE = {"tmp": "/tmp", "data": "/data", "home": "/root", "vartmp": "/var/tmp", "run": "/run"}
+_AGENT = "/run/dstack.sock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +47,9 @@ class Recipe:
     pids: int
     ports: Sequence[int] = field(default_factory=list)
     """TCP ports of the host's loopback that the guest reaches at 10.0.2.2."""
+    scratch: Sequence[str] = ()
+    """More writable places, on the same capped disk."""
+    inodes: int = _INODES
 
     @property
     def memory_limit(self) -> int:
@@ -45,64 +64,53 @@ class Recipe:
             (f"{self.shared}/dstack.sock", "agent"),
         ]
 
-    def bwrap_arguments(self) -> list[str]:
+    def places(self) -> dict[str, str]:
+        """Folder of the disk to place in the guest."""
+        more = {f"scratch{number}": place for number, place in enumerate(self.scratch)}
+        return {"shm": "/dev/shm", **_WRITABLE, **more}
+
+    def bwrap_arguments(self, *, filtered: bool) -> list[str]:
         """Everything but the command; passed through a memfd, so that no path of the host shows inside."""
-        disk = f"{ROOM}/disk"
-        arguments = ["--unshare-user", "--uid", str(GUEST_UID), "--gid", str(GUEST_UID)]
-        arguments += [
-            "--unshare-pid",
-            "--unshare-ipc",
-            "--unshare-uts",
-            "--unshare-cgroup-try",
-            "--hostname",
-            "vm",
-        ]
-        arguments += ["--cap-drop", "ALL", "--die-with-parent", "--new-session", "--clearenv"]
+        words = ["--unshare-user", "--uid", str(GUEST_UID), "--gid", str(GUEST_UID), "--unshare-pid"]
+        words += ["--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--hostname", "vm"]
+        words += ["--cap-drop", "ALL", "--die-with-parent", "--new-session", "--clearenv"]
         for name, value in self.environment.items():
-            arguments += ["--setenv", name, value]
-        arguments += ["--ro-bind", "/usr", "/usr"]
-        for name, target in _LINKS.items():
-            if os.path.islink(f"/{name}"):
-                arguments += ["--symlink", target, f"/{name}"]
-            elif os.path.isdir(f"/{name}"):
-                arguments += ["--ro-bind", f"/{name}", f"/{name}"]
-        arguments += ["--dir", "/etc", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-        for name in ("passwd", "group", "hosts", "nsswitch.conf"):
-            arguments += ["--ro-bind-try", f"{ROOM}/image/etc/{name}", f"/etc/{name}"]
-        arguments += [
-            "--proc",
-            "/proc",
-            "--dev",
-            "/dev",
-            "--bind",
-            f"{disk}/shm",
-            "/dev/shm",
-            "--remount-ro",
-            "/dev",
-        ]
-        arguments += ["--bind", f"{disk}/tmp", "/tmp", "--bind", f"{disk}/data", "/data"]
-        arguments += [
-            "--bind",
-            f"{disk}/home",
-            "/root",
-            "--dir",
-            "/var",
-            "--bind",
-            f"{disk}/vartmp",
-            "/var/tmp",
-        ]
-        arguments += ["--bind", f"{disk}/run", "/run", "--symlink", "/run", "/var/run"]
-        arguments += ["--bind", f"{ROOM}/agent", "/run/dstack.sock"]
-        arguments += [
-            "--ro-bind",
-            f"{ROOM}/image",
-            IMAGE,
-            "--ro-bind",
-            f"{ROOM}/shared",
-            "/dstack/.host-shared",
-        ]
-        return [*arguments, "--remount-ro", "/", "--chdir", "/root"]
+            words += ["--setenv", name, value]
+        words += self._system()
+        words += ["--proc", "/proc", "--dev", "/dev"]
+        for folder, place in self.places().items():
+            words += ["--bind", f"{ROOM}/disk/{folder}", place]
+        words += ["--remount-ro", "/dev", "--symlink", "/run", "/var/run"]
+        words += ["--bind", f"{ROOM}/agent", _AGENT, "--symlink", "../dstack.sock", "/run/dstack/dstack.sock"]
+        words += ["--ro-bind", f"{ROOM}/image", IMAGE, "--ro-bind", f"{ROOM}/shared", "/dstack/.host-shared"]
+        words += ["--symlink", ".host-shared/app-compose.json", "/dstack/app-compose.json"]
+        words += ["--symlink", ".host-shared/.user-config", "/dstack/user_config"]
+        words += ["--remount-ro", "/", "--chdir", "/root"]
+        return [*words, "--seccomp", str(FILTER_FD)] if filtered else words
 
     def rlimits(self) -> dict[str, int]:
         """Limits that hold wherever control groups do not."""
-        return {"CORE": 0, "NOFILE": 4096, "MSGQUEUE": 0, "NPROC": self.pids, "MEMLOCK": 64 * 1024}
+        return {
+            "CORE": 0,
+            "NOFILE": 4096,
+            "MSGQUEUE": 0,
+            "NPROC": self.pids,
+            "MEMLOCK": 64 * 1024,
+            "SIGPENDING": 4096,
+            "RTPRIO": 0,
+            "NICE": 0,
+        }
+
+    def _system(self) -> list[str]:
+        words = ["--ro-bind", "/usr", "/usr"]
+        for name, target in _LINKS.items():
+            if os.path.islink(f"/{name}"):
+                words += ["--symlink", target, f"/{name}"]
+            elif os.path.isdir(f"/{name}"):
+                words += ["--ro-bind", f"/{name}", f"/{name}"]
+        words += ["--dir", "/etc"]
+        for name in ("ld.so.cache", "alternatives"):
+            words += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
+        for name in ("passwd", "group", "hosts", "nsswitch.conf"):
+            words += ["--ro-bind-try", f"{ROOM}/image/etc/{name}", f"/etc/{name}"]
+        return words

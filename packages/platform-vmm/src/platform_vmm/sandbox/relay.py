@@ -7,9 +7,15 @@ import contextlib
 import socket
 from collections.abc import Awaitable, Callable
 
+import structlog
+
+from platform_vmm.errors import SandboxFailed
+
 Connect = Callable[[], Awaitable[socket.socket]]
 MAX_CONNECTIONS = 256
 _CHUNK = 256 * 1024
+_LAST_BYTES = 30.0
+log = structlog.get_logger(__name__)
 
 
 class Relay:
@@ -21,7 +27,9 @@ class Relay:
         self._open: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
         self.connections = 0
+        self.refused = 0
         self.bytes = 0
+        self._pairs = 0
 
     async def start(self, listener: socket.socket) -> None:
         """Begin to accept."""
@@ -39,9 +47,11 @@ class Relay:
                     await self._server.wait_closed()
 
     async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._open) >= 2 * self._maximum:
+        if self._pairs >= self._maximum:
+            self.refused += 1
             writer.transport.abort()
             return
+        self._pairs += 1
         self.connections += 1
         self._open.add(writer)
         other: asyncio.StreamWriter | None = None
@@ -51,12 +61,11 @@ class Relay:
             async with asyncio.TaskGroup() as both:
                 both.create_task(self._copy(reader, other))
                 both.create_task(self._copy(far_reader, writer))
-        except* (OSError, TimeoutError, ConnectionError, RuntimeError):
-            pass
-        except* Exception:
-            writer.transport.abort()
-            raise
+            await _flush(writer, other)
+        except* (OSError, RuntimeError, SandboxFailed) as errors:
+            log.debug("relay_ended", reason=str(errors.exceptions[0]))
         finally:
+            self._pairs -= 1
             for one in (writer, other):
                 if one is not None:
                     self._open.discard(one)
@@ -69,6 +78,14 @@ class Relay:
             await writer.drain()
         if writer.can_write_eof():
             writer.write_eof()
+
+
+async def _flush(*writers: asyncio.StreamWriter) -> None:
+    """Wait until what was written has left, so that closing cuts nothing off."""
+    async with asyncio.timeout(_LAST_BYTES):
+        for writer in writers:
+            writer.close()
+            await writer.wait_closed()
 
 
 def loopback(port: int) -> Connect:

@@ -25,12 +25,13 @@ from typing import Any
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
-PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36
+PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 4, 36, 38
 SIOCSIFADDR, SIOCSIFFLAGS, SIOCSIFNETMASK = 0x8916, 0x8914, 0x891C
 IP_BIND_ADDRESS_NO_PORT = 24
 ROOM = "/mnt"  # covered by a tmpfs in our own mount namespace: nothing of it exists on the host
 HOST, GUEST = "10.0.2.2", "10.0.2.15"
-MAX_MESSAGE = 65536
+SIGNALLED = 128
+LOW_DESCRIPTORS = 64
 NFT = b"""table inet sandbox { chain out { type filter hook output priority 0; policy drop;
 oifname "lo" accept; counter reject with icmpx admin-prohibited
 }
@@ -102,9 +103,11 @@ def own_namespaces(config: dict[str, Any]) -> None:
         for source, name in config["binds"]:
             bind(source, f"{ROOM}/{name}")
         os.mkdir(f"{ROOM}/disk", 0o755)
+    for name, most in config["namespaces"].items():
+        write(f"/proc/sys/user/max_{name}_namespaces", str(most))
     disk = f"size={config['disk_bytes']},nr_inodes={config['inodes']},mode=755"
     mount("tmpfs", f"{ROOM}/disk", "tmpfs", MS_NOSUID | MS_NODEV, disk)
-    for name in ("tmp", "shm", "data", "run", "home", "vartmp"):
+    for name in config["folders"]:
         os.mkdir(f"{ROOM}/disk/{name}", 0o755)
     for label, address in (("lo:0", GUEST), ("lo:1", HOST)):
         set_address(label, address)
@@ -148,15 +151,15 @@ def spawn(config: dict[str, Any], log: int, go: int) -> int:
     try:
         if os.read(go, 1) != b"g":
             os._exit(125)
-        arguments = os.memfd_create("arguments", 0)
-        os.write(arguments, b"".join(item.encode() + b"\0" for item in config["arguments"]))
-        os.lseek(arguments, 0, os.SEEK_SET)
-        null = os.open("/dev/null", os.O_RDONLY)
-        os.dup2(null, 0)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.dup2(arguments, 3, inheritable=True)
-        os.closerange(4, 1024)
+        write("/proc/self/oom_score_adj", str(config["oom_score"]))
+        words = b"".join(item.encode() + b"\0" for item in config["arguments"])
+        inherited = [os.open("/dev/null", os.O_RDONLY), log, log]
+        inherited += [memory_file("arguments", words), memory_file("filter", bytes.fromhex(config["filter"]))]
+        high = [fcntl.fcntl(one, fcntl.F_DUPFD, LOW_DESCRIPTORS) for one in inherited]
+        os.closerange(0, LOW_DESCRIPTORS)
+        for target, one in enumerate(high):
+            os.dup2(one, target, inheritable=True)
+        os.closerange(len(high), 2 * LOW_DESCRIPTORS)
         for name, value in config["rlimits"].items():
             limit = getattr(resource, f"RLIMIT_{name}")
             hard = resource.getrlimit(limit)[1]
@@ -166,6 +169,55 @@ def spawn(config: dict[str, Any], log: int, go: int) -> int:
     except BaseException as error:  # noqa: BLE001 - a forked child must never return into the parent's code
         os.write(log, f"stage: {error}\n".encode())
     os._exit(126)
+
+
+def memory_file(name: str, data: bytes) -> int:
+    """A descriptor to read `data` from."""
+    descriptor = os.memfd_create(name, 0)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+def give_up_privileges() -> None:
+    """All is built: no capability in the sandbox's namespaces any more, nothing to trace, few files."""
+    header = struct.pack("=Ii", 0x20080522, 0)
+    call("capset", header, bytes(24))
+    call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
+    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    for limit, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, LOW_DESCRIPTORS)):
+        resource.setrlimit(limit, (value, value))
+
+
+def terminate(child: int) -> None:
+    """SIGTERM to the guest's first process: the one below bubblewrap's pid 1 below bubblewrap."""
+    pid = child
+    for _ in range(2):
+        below = children(pid)
+        if not below:
+            return
+        pid = below[0]
+    os.kill(pid, signal.SIGTERM)
+
+
+def children(pid: int) -> list[int]:
+    """The processes whose parent this one is."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return [int(child) for child in file.read().split()]
+    except FileNotFoundError:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit() and parent(name) == pid]
+
+
+def parent(name: str) -> int:
+    """Of a process, by its folder in /proc; 0 when it is gone."""
+    try:
+        with open(f"/proc/{name}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def serve(control: socket.socket, child: int) -> int:
@@ -179,8 +231,13 @@ def serve(control: socket.socket, child: int) -> int:
             if descriptor == watch:
                 return reap(child)
             message = control.recv(16)
+            if message == b"T":
+                try:
+                    terminate(child)
+                except OSError:
+                    return reap(child)
+                continue
             if message != b"S":
-                os.kill(child, signal.SIGKILL)
                 return reap(child)
             with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as fresh:
                 fresh.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
@@ -189,24 +246,36 @@ def serve(control: socket.socket, child: int) -> int:
 
 
 def reap(child: int) -> int:
-    """Wait for the whole tree; the child's exit code as a shell would tell it."""
+    """Kill and reap the whole tree; the child's exit code as a shell would tell it.
+
+    Again and again: bubblewrap's pid 1, killed on while it starts, may outlive its parent and become ours.
+    """
     code = 0
     while True:
+        for pid in children(os.getpid()):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
         try:
             pid, status = os.waitpid(-1, 0)
         except ChildProcessError:
             return code
         if pid == child:
             code = os.waitstatus_to_exitcode(status)
-            code = code if code >= 0 else 128 - code
+            code = code if code >= 0 else SIGNALLED - code
 
 
 def main() -> None:
     """Build the sandbox in order; tell the VMM each thing that it waits for."""
-    control = socket.socket(fileno=int(sys.argv[1]))
-    message, descriptors, _, _ = socket.recv_fds(control, MAX_MESSAGE, 1)
-    config = json.loads(message)
-    log = descriptors[0]
+    control = socket.socket(fileno=fcntl.fcntl(int(sys.argv[1]), fcntl.F_DUPFD_CLOEXEC, 3))
+    os.close(int(sys.argv[1]))
+    _, descriptors, _, _ = socket.recv_fds(control, 16, 2)
+    if len(descriptors) != 2:  # noqa: PLR2004 - the configuration and the log
+        return
+    with os.fdopen(descriptors[0], "rb") as file:
+        config = json.loads(file.read())
+    log = descriptors[1]
     step = "mounts"
     try:
         if config["root"]:
@@ -216,20 +285,21 @@ def main() -> None:
         step = "namespaces"
         own_namespaces(config)
         step = "packet filter"
-        filtered = packet_filter(config["nft"])
+        walled = packet_filter(config["nft"])
         step = "listeners"
         inside = listeners(config["ports"])
         ready, go = os.pipe()
         child = spawn(config, log, ready)
         os.close(ready)
         os.close(log)
-        told = json.dumps({"pid": child, "filtered": filtered}).encode()
+        step = "privileges"
+        give_up_privileges()
+        told = json.dumps({"pid": child, "walled": walled}).encode()
         socket.send_fds(control, [told], [listener.fileno() for listener in inside])
         for listener in inside:
             listener.close()
         if control.recv(16) != b"go":
             os.close(go)
-            os.kill(child, signal.SIGKILL)
             reap(child)
             return
         os.write(go, b"g")

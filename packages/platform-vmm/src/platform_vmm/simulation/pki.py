@@ -5,7 +5,6 @@ Every certificate says SIMULATED in its organisation. Structure: Intel SGX PCK C
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +13,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
+from platform_vmm.state import write_durably
 
 FMSPC = bytes.fromhex("50806f000000")
 PPID = bytes.fromhex("5151514c41544544564d4d0000000000")
@@ -77,7 +78,7 @@ def load_pki(state: Path, now: datetime | None = None) -> Pki:
             raise TypeError(f"{folder / name}.pem has no EC key: remove {folder} to make the hierarchy anew")
         parts.append((x509.load_pem_x509_certificate(data), key))
     (root, root_key), (ca, ca_key), (pck, pck_key), (signer, signer_key) = parts
-    (state / "simulated-root.pem").write_bytes(_pem(root))
+    write_durably(state / "simulated-root.pem", _pem(root).decode(), 0o644)
     return Pki(root, root_key, ca, ca_key, pck, pck_key, signer, signer_key)
 
 
@@ -132,9 +133,7 @@ def _write(folder: Path, made: dict[str, tuple[x509.Certificate, ec.EllipticCurv
         data = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        descriptor = os.open(folder / f"{name}.pem", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data + _pem(certificate))
+        write_durably(folder / f"{name}.pem", (data + _pem(certificate)).decode())
 
 
 def _crl(issuer: x509.Certificate, key: ec.EllipticCurvePrivateKey, now: datetime) -> bytes:
