@@ -8,8 +8,6 @@ from pathlib import Path
 
 import psutil
 
-from platform_vmm.machines import guest_uids
-
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -22,25 +20,24 @@ class Machine:
 
 
 def look(state: Path) -> Machine:
-    """Processes of this run's guests or named for its state, their namespaces, its groups; all mounts."""
-    vmm = state / "vmm"
-    known = (vmm / "id").exists()
-    uids = guest_uids(vmm) if known else range(0)
+    """Processes in this run's groups or named for its state, their namespaces, its groups; all mounts."""
+    known = state / "vmm" / "id"
+    name = f"platform-vmm-{known.read_text().strip()}" if known.exists() else "platform-vmm--"
     processes: set[tuple[int, float]] = set()
     namespaces: set[str] = set()
     for process in psutil.process_iter():
         try:
             with process.oneshot():
-                ours = process.uids().real in uids or str(state) in " ".join(process.cmdline())
+                groups = Path(f"/proc/{process.pid}/cgroup").read_text()
+                ours = name in groups or str(state) in " ".join(process.cmdline())
                 if ours and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
                     processes.add((process.pid, process.create_time()))
                     namespaces.add(str(Path(f"/proc/{process.pid}/ns/net").readlink()))
         except (psutil.Error, OSError):
             continue
     mounts = frozenset(line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
-    name = (vmm / "id").read_text().strip() if known else "-"
-    groups = Path("/sys/fs/cgroup").glob(f"**/platform-vmm-{name}")
-    return Machine(frozenset(processes), mounts, frozenset(map(str, groups)), frozenset(namespaces))
+    left_groups = Path("/sys/fs/cgroup").glob(f"**/{name}")
+    return Machine(frozenset(processes), mounts, frozenset(map(str, left_groups)), frozenset(namespaces))
 
 
 def left(before: Machine, after: Machine) -> dict[str, list[str]]:
