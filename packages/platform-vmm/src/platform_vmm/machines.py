@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 import uuid
+from pathlib import Path
 
 import structlog
 
@@ -26,7 +27,7 @@ from platform_vmm.state import StateDirectory
 log = structlog.get_logger(__name__)
 FIRST_UID = 300_000
 MOST_VMS = 1000
-_BLOCKS = 90
+_BLOCKS = 2000
 _PAUSE = 5.0
 
 
@@ -49,7 +50,7 @@ class Machines:
     ) -> None:
         self._folder = state.vms
         self._groups = ControlGroups(f"platform-vmm-{state.name}", ledger=state.groups)
-        self._first_uid = FIRST_UID + int(state.name, 16) % _BLOCKS * MOST_VMS
+        self._guest_uids = guest_uids(state.path)
         self._uids: set[int] = set()
         self.driver = SandboxDriver(self._groups)
         self._host = Host(
@@ -189,6 +190,12 @@ class Machines:
     def _claim_uid(self) -> int:
         if os.getuid() != 0:
             return os.getuid()
-        uid = next(uid for uid in range(self._first_uid, FIRST_UID * 2) if uid not in self._uids)
+        uid = next(uid for uid in self._guest_uids if uid not in self._uids)
         self._uids.add(uid)
         return uid
+
+
+def guest_uids(state: Path) -> range:
+    """The uids that the guests of the VMM of this state directory have, as root: apart for each VMM."""
+    first = FIRST_UID + int(StateDirectory(state).name, 16) % _BLOCKS * MOST_VMS
+    return range(first, first + MOST_VMS)

@@ -68,7 +68,7 @@ class Bench:
                 code = await sandbox.exited()
         finally:
             await driver.destroy(sandbox)
-        return code, log.read_text(errors="replace")
+        return code, log.read_text(errors="replace").partition("\n")[2]
 
 
 @dataclass

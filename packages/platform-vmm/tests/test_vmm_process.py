@@ -1,0 +1,252 @@
+"""`platform-vmm serve` as a process: its API over HTTP, its token, its lock, kill -9 and SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from guests import until
+
+from platform_vmm.images import Runtime
+from platform_vmm.machines import guest_uids
+
+pytestmark = pytest.mark.usefixtures("as_root")
+
+
+@dataclass
+class Served:
+    """A running `platform-vmm serve`, and a client of it."""
+
+    process: asyncio.subprocess.Process
+    state: Path
+    http: aiohttp.ClientSession
+
+    async def call(self, method: str, body: object = None, **options: Any) -> tuple[int, Any]:
+        """(HTTP status, JSON answer)."""
+        options.setdefault("headers", {"X-Admin-Token": (self.state / "token").read_text()})
+        data = body if isinstance(body, bytes) else json.dumps(body or {}).encode()
+        async with self.http.post(f"http://vmm/prpc/{method}?json", data=data, **options) as response:
+            text = await response.text()
+            return response.status, json.loads(text) if text else None
+
+    async def create(self, *command: str, **more: Any) -> str:
+        """A VM that runs a command."""
+        _, answer = await self.call("ListImages")
+        digest = json.loads(answer["images"][0]["description"])["runtimes"]["platform-runtime"]
+        image = f"platform-runtime@{digest}"
+        service = json.dumps({"services": {"one": {"image": image, "command": list(command)}}})
+        compose = {"manifest_version": 2, "name": "t", "runner": "docker-compose"}
+        message = {"name": "t", "image": "local-sandbox", "vcpu": 1, "memory": 128, "disk_size": 1} | more
+        message |= {"compose_file": json.dumps(compose | {"docker_compose_file": service}), "no_tee": True}
+        status, answer = await self.call("CreateVm", message)
+        assert status == 200, answer
+        return str(answer["id"])
+
+    async def info(self, identity: str, **wanted: object) -> dict[str, Any]:
+        """GetInfo, once it shows what is wanted."""
+        async with asyncio.timeout(20):
+            while True:
+                _, answer = await self.call("GetInfo", {"id": identity})
+                found: dict[str, Any] = {"found": answer["found"]} | (answer["info"] or {})
+                if all(found.get(key) == value for key, value in wanted.items()):
+                    return found
+                await asyncio.sleep(0.02)
+
+    async def end(self, number: int) -> int:
+        """Send a signal and wait for its end."""
+        self.process.send_signal(number)
+        async with asyncio.timeout(20):
+            return await self.process.wait()
+
+
+@pytest.fixture
+def serve(tmp_path: Path, image_state: Path, runtime: Runtime) -> Any:
+    """Starts it for an `async with`, in this test's state directory; the image is not built again."""
+    state = tmp_path / "state"
+    state.mkdir()
+    subprocess.run(["cp", "-al", str(image_state / "images"), str(state / "images")], check=True)
+
+    @contextlib.asynccontextmanager
+    async def start() -> AsyncIterator[Served]:
+        path = tmp_path / "s"
+        path.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "platform_vmm", "serve", "--listen", f"unix:{path}"]
+        process = await asyncio.create_subprocess_exec(
+            *command, "--state-dir", str(state), stderr=asyncio.subprocess.DEVNULL
+        )
+        connector = aiohttp.UnixConnector(str(path))
+        async with aiohttp.ClientSession(connector=connector) as http:
+            served = Served(process, state, http)
+            try:
+                await until(lambda: path.exists() or process.returncode is not None)
+                yield served
+            finally:
+                if process.returncode is None:
+                    await served.end(signal.SIGTERM)
+
+    return start
+
+
+def _basic(pair: str) -> str:
+    return f"Basic {base64.b64encode(pair.encode()).decode()}"
+
+
+def _groups(state: Path) -> list[Path]:
+    name = (state / "id").read_text()
+    return [path for path in Path("/sys/fs/cgroup").glob(f"**/platform-vmm-{name}*") if path.is_dir()]
+
+
+def _processes(state: Path) -> list[int]:
+    """The guests' and the stages', found by the uids of this VMM."""
+    uids = guest_uids(state)
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and entry.stat().st_uid in uids:
+                found.append(int(entry.name))
+    return found
+
+
+async def test_a_vm_is_created_runs_and_is_removed_over_the_api(serve: Any) -> None:
+    """Create, done, logs, stop, remove: then it is not found, and SIGTERM leaves nothing."""
+    async with serve() as vmm:
+        identity = await vmm.create("sh", "-c", "printf '\\033[1mhello\\033[0m\\n'; exec sleep 600")
+        found = await vmm.info(identity, status="running", boot_progress="done")
+        assert found["configuration"]["ports"] == []
+        assert found["instance_id"]
+        console = vmm.state / "vms" / identity / "serial.log"
+        await until(lambda: "hello" in console.read_text())
+        token = (vmm.state / "token").read_text()
+        for ansi, expected in (("false", "hello\n"), ("true", "\x1b[1mhello\x1b[0m\n")):
+            query = {"id": identity, "follow": "false", "ansi": ansi, "lines": "1", "token": token}
+            async with vmm.http.get("http://vmm/logs", params=query) as response:
+                assert await response.text() == expected
+        query = {"id": identity, "follow": "true", "ansi": "false", "token": token}
+        async with vmm.http.get("http://vmm/logs", params=query) as response:
+            assert b"boot @" in await response.content.readline()
+            assert await response.content.readline() == b"hello\n"
+        assert await vmm.call("StopVm", {"id": identity}) == (200, None)
+        await vmm.info(identity, status="stopped")
+        assert await vmm.call("RemoveVm", {"id": identity}) == (200, None)
+        await vmm.info(identity, found=False)
+        assert await vmm.call("RemoveVm", {"id": identity}) == (400, {"error": f"VM not found: {identity}"})
+        await vmm.create("sleep", "600")
+        assert await vmm.end(signal.SIGTERM) == 0
+        await until(lambda: _processes(vmm.state) == [])
+        assert _groups(vmm.state) == []
+        assert not (vmm.state.parent / "s").exists()
+
+
+@pytest.mark.parametrize("way", ["header", "bearer", "basic", "basic user", "query"])
+async def test_the_token_opens_every_way_that_dstack_knows(serve: Any, way: str) -> None:
+    """X-Admin-Token, Bearer, Basic with it as password or as user, and ?token= on GET."""
+    async with serve() as vmm:
+        token = (vmm.state / "token").read_text()
+        assert (vmm.state / "token").stat().st_mode & 0o777 == 0o600
+        headers = {
+            "header": {"X-Admin-Token": token},
+            "bearer": {"Authorization": f"Bearer {token}"},
+            "basic": {"Authorization": _basic(f"x:{token}")},
+            "basic user": {"Authorization": _basic(f"{token}:")},
+            "query": {},
+        }[way]
+        query = {"token": token} if way == "query" else {}
+        async with vmm.http.get("http://vmm/prpc/Version", headers=headers, params=query) as response:
+            assert (await response.json())["version"] == "0.6.0-local"
+            assert "local" in response.headers["X-App-Version"]
+
+
+@pytest.mark.parametrize("path", ["prpc/Status", "logs?id=x", "pccs/sgx/certification/v4/rootcacrl", "", "x"])
+async def test_without_the_token_everything_is_401(serve: Any, path: str) -> None:
+    """Also what is not there: nothing is told to who has no token."""
+    async with serve() as vmm:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic %%%"}):
+            async with vmm.http.get(f"http://vmm/{path}", headers=headers) as response:
+                assert response.status == 401
+                assert response.headers["WWW-Authenticate"] == 'Basic realm="dstack-vmm API"'
+                assert await response.read() == b""
+
+
+async def test_messages_are_read_by_dstacks_json_rules(serve: Any) -> None:
+    """Unknown fields are ignored, wrong types and broken JSON are 400, Empty inputs are not read at all."""
+    async with serve() as vmm:
+        status, answer = await vmm.call("Status", {"page": 1, "page_size": 1, "swap_size": 3})
+        assert (status, answer) == (200, {"vms": [], "port_mapping_enabled": True, "total": 0})
+        for body in (b"{", b"[]", b'{"page": -1}', b'{"ids": null}', b"[" * 100_000):
+            status, answer = await vmm.call("Status", body)
+            assert (status, list(answer)) == (400, ["error"])
+        assert (await vmm.call("Version", b"{"))[0] == 200
+        assert (await vmm.call("Teepod.Version"))[0] == 200
+        assert (await vmm.call("Vmm.CreateVm"))[0] == 400
+        assert (await vmm.call("GetInfo", {"id": "nobody"})) == (200, {"found": False, "info": None})
+        images = (await vmm.call("ListImages"))[1]["images"]
+        description = json.loads(images[0]["description"])
+        assert images[0]["name"] == "local-sandbox"
+        assert description["isolation_level"] == "Container"
+        digest = description["runtimes"]["platform-runtime"].removeprefix("sha256:")
+        assert (vmm.state / "images" / digest).is_dir()
+        assert (await vmm.call("ListGpus"))[1] == {"gpus": [], "allow_attach_all": False}
+        assert (await vmm.call("GetMeta"))[1]["networking"]["default_mode"] == "user"
+
+
+async def test_after_kill_9_nothing_lives_and_the_next_start_brings_back_what_was_started(
+    serve: Any,
+) -> None:
+    """Guests die with their VMM; started VMs come back, stopped ones stay stopped, removed ones go."""
+    async with serve() as vmm:
+        kept = await vmm.create("sleep", "600", name="kept")
+        halted = await vmm.create("sleep", "600", name="halted", stopped=True)
+        await vmm.info(kept, boot_progress="done")
+        assert len(_processes(vmm.state)) >= 3
+        await vmm.end(signal.SIGKILL)
+        await until(lambda: not _processes(vmm.state))
+        half = vmm.state / "vms" / "0-half-made"
+        half.mkdir()
+    async with serve() as vmm:
+        found = await vmm.info(kept, boot_progress="done", status="running")
+        assert found["name"] == "kept"
+        assert (await vmm.info(halted))["status"] == "stopped"
+        assert not half.exists()
+        await vmm.call("RemoveVm", {"id": kept})
+        await vmm.end(signal.SIGKILL)
+    async with serve() as vmm:
+        await vmm.info(kept, found=False)
+        await vmm.call("RemoveVm", {"id": halted})
+        await vmm.info(halted, found=False)
+        await vmm.end(signal.SIGTERM)
+        await until(lambda: _processes(vmm.state) == [])
+        assert _groups(vmm.state) == []
+        assert list((vmm.state / "vms").iterdir()) == []
+
+
+async def test_a_second_vmm_on_one_state_directory_is_refused_and_harms_nothing(
+    serve: Any, tmp_path: Path
+) -> None:
+    """Exit 2 with the reason; the first keeps its socket and its guests."""
+    async with serve() as vmm:
+        identity = await vmm.create("sleep", "600")
+        await vmm.info(identity, boot_progress="done")
+        command = [sys.executable, "-m", "platform_vmm", "serve", "--listen", f"unix:{tmp_path / 's'}"]
+        second = await asyncio.to_thread(
+            subprocess.run,
+            [*command, "--state-dir", str(vmm.state)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"COLUMNS": "200"},
+        )
+        assert second.returncode == 2
+        assert "another platform-vmm uses" in second.stderr
+        assert (await vmm.info(identity))["status"] == "running"
