@@ -18,7 +18,7 @@ from platform_challenge_sdk.errors import (
     SubmissionTimedOut,
     ValueRefused,
 )
-from platform_challenge_sdk.serve import run
+from platform_challenge_sdk.standalone import run
 from platform_challenge_sdk.submission import Submission, require_ok
 
 __all__ = [

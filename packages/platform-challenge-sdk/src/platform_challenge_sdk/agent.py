@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import json
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+
+from platform_challenge_sdk.worker import in_thread
 
 SOCKETS = (
     "/var/run/dstack.sock",
@@ -42,7 +43,7 @@ class Agent:
         path = next((path for path in self._sockets if Path(path).exists()), None)
         if path is None:
             return NO_QUOTE
-        return await asyncio.to_thread(_ask, path, report_data)
+        return await in_thread(_ask, path, report_data)
 
 
 def _ask(path: str, report_data: bytes) -> Quote:

@@ -1,82 +1,192 @@
-"""Unpacks a submission inside the CVM: a tar, a tar.gz or a single file. Anything odd is refused by name."""
+"""Unpacks a submission inside the CVM: a tar, a tar.gz or a single file. Anything odd is refused by name.
+
+Everything streams: neither the archive nor a header in it decides how much memory is used.
+"""
 
 from __future__ import annotations
 
 import gzip
-import io
 import os
+import shutil
 import tarfile
 import zlib
 from pathlib import Path
+from typing import IO
 
 from platform_challenge_sdk.errors import SubmissionUnreadable
 
 MAX_ENTRIES = 10_000
 MAX_BYTES = 256 * 1024 * 1024
+MAX_DEPTH = 32
+_MAX_NAME, _MAX_PATH = 255, 1000
+_MAX_EXTRA = 64 * 1024
+_CHUNK = 64 * 1024
 _GZIP = b"\x1f\x8b"
-_MAX_PATH = 255
-_TAR_MAGIC_AT = 257
+_MAGIC_AT, _MAGIC = 257, b"ustar"
+_BLOCK = tarfile.BLOCKSIZE
+_EXTRAS = {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE}
+_EXTRAS |= {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 
 
-def unpack(data: bytes, filename: str, target: Path) -> None:
+def unpack(archive: Path, target: Path, single_name: str = "submission") -> None:
     """Unpack into `target`, an empty directory; afterwards nothing in it can be written.
+
+    A file that is no archive becomes `single_name`.
 
     Raises:
         SubmissionUnreadable: Links, devices, FIFOs, setuid, absolute paths, `..`, duplicates, more than
-            10,000 entries or 256 MiB, or a broken archive.
+            10,000 entries or 256 MiB, deeper than 32 folders, or a broken archive.
     """
-    plain = _gunzip(data) if data.startswith(_GZIP) else data
-    if plain[_TAR_MAGIC_AT : _TAR_MAGIC_AT + 5] == b"ustar":
-        _untar(plain, target)
-    else:
-        _write(target / _single_name(filename), plain, executable=False)
+    try:
+        with archive.open("rb") as raw:
+            packed = raw.read(len(_GZIP)) == _GZIP
+            raw.seek(0)
+            if not packed:
+                _place(_Counted(raw), target, single_name)
+            else:
+                with gzip.GzipFile(fileobj=raw) as stream:
+                    _place(_Counted(stream), target, single_name)
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise SubmissionUnreadable(f"not a whole archive: {error}") from error
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise SubmissionUnreadable("a file and a folder share a path") from error
+    except (OSError, ValueError) as error:
+        raise SubmissionUnreadable(f"it cannot be unpacked here: {error}") from error
     for folder, _, _ in os.walk(target):
         Path(folder).chmod(0o555)
 
 
-def _gunzip(data: bytes) -> bytes:
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
-            plain = stream.read(MAX_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise SubmissionUnreadable(f"not a gzip file: {error}") from error
-    if len(plain) > MAX_BYTES:
-        raise SubmissionUnreadable(f"expected at most {MAX_BYTES} bytes unpacked")
-    return plain
+def remove(tree: Path) -> None:
+    """Remove what `unpack` made; its folders are read-only, which binds everyone but root."""
+    for folder, _, _ in os.walk(tree):
+        Path(folder).chmod(0o700)
+    shutil.rmtree(tree, ignore_errors=True)
 
 
-def _untar(data: bytes, target: Path) -> None:
-    seen: set[str] = set()
-    total = 0
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for info in tar:
-                name = _checked(info)
-                if name in seen:
-                    raise SubmissionUnreadable(f"{info.name[:200]!r} is there twice")
-                seen.add(name)
-                total += info.size
-                if len(seen) > MAX_ENTRIES or total > MAX_BYTES:
-                    raise SubmissionUnreadable(
-                        f"expected at most {MAX_ENTRIES} entries and {MAX_BYTES} bytes"
-                    )
-                if info.isdir():
-                    (target / name).mkdir(parents=True, exist_ok=True)
-                    continue
-                content = tar.extractfile(info)
-                _write(target / name, content.read() if content else b"", executable=bool(info.mode & 0o100))
-    except tarfile.TarError as error:
-        raise SubmissionUnreadable(f"not a tar archive: {error}") from error
-    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise SubmissionUnreadable(f"a file and a folder share a path: {error.filename}") from error
-    except (OSError, ValueError) as error:
-        raise SubmissionUnreadable(f"it cannot be written here: {error}") from error
+class _Counted:
+    """A stream that ends the reading after MAX_BYTES."""
+
+    def __init__(self, stream: IO[bytes] | gzip.GzipFile) -> None:
+        self._stream = stream
+        self._left = MAX_BYTES
+
+    def read(self, size: int) -> bytes:
+        parts: list[bytes] = []
+        while size > 0 and (part := self._stream.read(min(size, _CHUNK))):
+            self._left -= len(part)
+            size -= len(part)
+            if self._left < 0:
+                raise SubmissionUnreadable(f"expected at most {MAX_BYTES} bytes unpacked")
+            parts.append(part)
+        return b"".join(parts)
+
+
+def _place(stream: _Counted, target: Path, single_name: str) -> None:
+    first = stream.read(_BLOCK)
+    if first[_MAGIC_AT : _MAGIC_AT + len(_MAGIC)] == _MAGIC:
+        _Tree(target).fill(first, stream)
+        return
+    with (target / single_name).open("xb") as file:
+        file.write(first)
+        while chunk := stream.read(_CHUNK):
+            file.write(chunk)
+    (target / single_name).chmod(0o555 if first.startswith((b"#!", b"\x7fELF")) else 0o444)
+
+
+class _Tree:
+    """The files and folders of a tar, written one after the other."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self._named: set[str] = set()
+        self._made: set[str] = set()
+
+    def fill(self, block: bytes, stream: _Counted) -> None:
+        extras = b""
+        while len(block) == _BLOCK and block.count(0) != _BLOCK:
+            size = _member_size(block)
+            if block[156:157] in _EXTRAS:
+                if size + len(extras) > _MAX_EXTRA:
+                    raise SubmissionUnreadable(f"a header of over {_MAX_EXTRA} bytes")
+                extras += block + _exactly(stream, _padded(size))
+            else:
+                self._add(_member(extras + block), stream)
+                extras = b""
+            block = stream.read(_BLOCK)
+        if extras or 0 < len(block) < _BLOCK:
+            raise SubmissionUnreadable("not a whole archive: it ends in the middle of a header")
+
+    def _add(self, info: tarfile.TarInfo, stream: _Counted) -> None:
+        name = _checked(info)
+        if name in self._named:
+            raise SubmissionUnreadable(f"{info.name[:200]!r} is there twice")
+        self._named.add(name)
+        path = self._target / name
+        self._make_folders(name if info.isdir() else str(Path(name).parent))
+        if info.isdir():
+            return
+        with path.open("xb") as file:
+            left = info.size
+            while left:
+                chunk = _exactly(stream, min(left, _CHUNK))
+                file.write(chunk)
+                left -= len(chunk)
+        _exactly(stream, _padded(info.size) - info.size)
+        path.chmod(0o555 if info.mode & 0o111 else 0o444)
+
+    def _make_folders(self, name: str) -> None:
+        folder = Path(name)
+        for each in (*reversed(folder.parents), folder):
+            if str(each) not in self._made:
+                self._made.add(str(each))
+                (self._target / each).mkdir(exist_ok=True)
+        if len(self._named) + len(self._made) > MAX_ENTRIES:
+            raise SubmissionUnreadable(f"expected at most {MAX_ENTRIES} entries")
+
+
+def _member(header: bytes) -> tarfile.TarInfo:
+    """What tarfile reads from a member's header blocks alone, with the long names before it."""
+    with tarfile.open(fileobj=_Once(header), mode="r|", bufsize=_BLOCK) as tar:  # type: ignore[call-overload]  # any reader
+        info: tarfile.TarInfo | None = tar.next()
+    if info is None or info.size != _member_size(header[-_BLOCK:]):
+        raise SubmissionUnreadable("a header that contradicts itself")
+    return info
+
+
+class _Once:
+    """Bytes that are read once, followed by the end of an archive."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data + bytes(2 * _BLOCK)
+
+    def read(self, size: int) -> bytes:
+        part, self._data = self._data[:size], self._data[size:]
+        return part
+
+
+def _member_size(block: bytes) -> int:
+    size = tarfile.nti(block[124:136])  # type: ignore[attr-defined]  # octal or GNU's base 256, as tarfile has it
+    if size < 0 or (block[156:157] == tarfile.DIRTYPE and size):
+        raise SubmissionUnreadable("a member of impossible size")
+    return int(size)
+
+
+def _padded(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
+
+
+def _exactly(stream: _Counted, size: int) -> bytes:
+    data = stream.read(size)
+    if len(data) != size:
+        raise SubmissionUnreadable("not a whole archive: it ends in the middle of a member")
+    return data
 
 
 def _checked(info: tarfile.TarInfo) -> str:
     name = info.name.removeprefix("./").rstrip("/")
     shown = info.name[:200]
-    if not (info.isreg() or info.isdir()):
+    plain = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) and not info.issparse()
+    if not plain:
         raise SubmissionUnreadable(f"{shown!r} is neither a file nor a folder; links and devices are refused")
     if info.mode & 0o6000:
         raise SubmissionUnreadable(f"{shown!r} is setuid or setgid")
@@ -85,22 +195,8 @@ def _checked(info: tarfile.TarInfo) -> str:
     parts = name.split("/")
     if not name or name.startswith("/") or "\0" in name or any(part in ("", ".", "..") for part in parts):
         raise SubmissionUnreadable(f"{shown!r} is no plain relative path")
-    if any(len(os.fsencode(part)) > _MAX_PATH for part in parts) or len(os.fsencode(name)) > 4 * _MAX_PATH:
+    if any(len(os.fsencode(part)) > _MAX_NAME for part in parts) or len(os.fsencode(name)) > _MAX_PATH:
         raise SubmissionUnreadable(f"{shown!r}: the path is too long")
+    if len(parts) > MAX_DEPTH:
+        raise SubmissionUnreadable(f"{shown!r} is deeper than {MAX_DEPTH} folders")
     return name
-
-
-def _single_name(filename: str) -> str:
-    name = filename.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".gz")
-    return (
-        name
-        if name.strip(". ") and "\0" not in name and len(os.fsencode(name)) <= _MAX_PATH
-        else "submission"
-    )
-
-
-def _write(path: Path, data: bytes, *, executable: bool) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb") as file:
-        file.write(data)
-    path.chmod(0o555 if executable else 0o444)

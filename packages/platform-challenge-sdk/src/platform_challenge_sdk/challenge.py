@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from platform_challenge_sdk.errors import SdkError
+from platform_challenge_sdk.worker import in_thread
 
 if TYPE_CHECKING:
     from platform_challenge_sdk.context import Context
@@ -20,7 +20,8 @@ class Challenge:
     """Handlers may be `async def` or plain functions; plain ones run in a worker thread.
 
     - `on_startup`, `on_ready`, `on_cleanup`: `()`, in this order around the jobs
-    - `on_job(name=None)`: `(ctx, payload) -> dict` with a finite `score`; None is the default handler
+    - `on_job(name=None)`: `(ctx, payload) -> dict` with a finite `score`, or the bare number; None is the
+      default handler, `@challenge.on_job` and `@challenge.on_job()` are the same
     - `on_weights`: `(results: list[dict]) -> dict[str, float]`
     """
 
@@ -106,7 +107,7 @@ async def call(handler: Handler, *arguments: Any) -> Any:
     """Call an async handler here, or a plain one in a worker thread."""
     if inspect.iscoroutinefunction(handler):
         return await handler(*arguments)
-    return await asyncio.to_thread(handler, *arguments)
+    return await in_thread(handler, *arguments)
 
 
 challenge = Challenge()

@@ -1,48 +1,61 @@
 """Runs untrusted code in a sandbox of its own: namespaces, no network, capped memory, files, output, time.
 
-Made for the inside of a CVM, as an ordinary user without capabilities; bubblewrap does the namespaces.
-The whole tree is killed at the end: when its first process dies, its pid namespace dies.
+Made for the inside of a CVM, as an ordinary user without capabilities; bubblewrap does the namespaces and
+`stage.py` what comes before and after it. When a run returns, nothing of its tree is left.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import selectors
+import platform
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from platform_challenge_sdk.errors import ContainmentUnavailable
+from platform_challenge_sdk.pump import Pump
+from platform_challenge_sdk.recipe import MIB, OUTPUT_BYTES, Order
+from platform_challenge_sdk.seccomp import submission_filter
 
-MIB = 1024 * 1024
-OUTPUT_BYTES = 4 * MIB
-_PROCESSES = 128
-_TMP_BYTES = 16 * MIB
-_LINKS = {"bin": "usr/bin", "lib": "usr/lib", "lib64": "usr/lib64", "sbin": "usr/sbin"}
-_CHUNK = 65536
-_GRACE = 5.0
+__all__ = ["MIB", "OUTPUT_BYTES", "Order", "Outcome", "Usage", "describe_end", "run_contained"]
+
+_STAGE = Path(__file__).with_name("stage.py")
+_GRACE = 20.0
 _SIGNALLED = 128
+_FIRST_UID, _UIDS = 61_000, 4_000
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a run used: milliseconds and bytes. None: not measured here."""
+    """What a run used. `cpu_time_ms` is the whole tree's.
+
+    `memory_peak_bytes` is the larger of the largest single process and the whole tree, looked at every 50 ms;
+    pages that processes share since a fork count for each.
+    """
 
     wall_ms: int
-    cpu_time_ms: int | None
-    memory_peak_bytes: int | None
+    cpu_time_ms: int
+    memory_peak_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended. `killed_by`: None, `timeout`, `output`, `cancelled` or `signal:<number>`."""
+    """How a run ended; `exit` as a shell has it, 128 + number for a signal.
+
+    `killed_by`: None (it ended by itself), `timeout`, `memory` (the tree together used too much), `output`,
+    `cancelled`, or `signal:<number>` (its first process died of one; 9 is also the kernel's out of memory).
+    """
 
     exit: int
     stdout: bytes
@@ -61,229 +74,114 @@ class Outcome:
         return self.stdout.decode("utf-8", "replace")
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
-    """One run, wholly decided. Sizes in bytes, `timeout` in seconds."""
-
-    argv: Sequence[str]
-    submission: Path
-    stdin: bytes
-    timeout: float
-    memory: int
-    files: Mapping[str, bytes]
-    disk: int
-    output: int = OUTPUT_BYTES
-
-
-def run_contained(order: Order, cancelled: threading.Event | None = None) -> Outcome:
+def run_contained(order: Order, cancelled: Sequence[threading.Event] = ()) -> Outcome:
     """Run it and wait for the end of its whole tree. Blocks; call it in a worker thread.
+
+    Any of `cancelled` that is set ends it.
 
     Raises:
         ContainmentUnavailable: bubblewrap is missing, or may make no namespaces here: nothing was run.
     """
-    bwrap, prlimit, choom = (_program(name) for name in ("bwrap", "prlimit", "choom"))
-    files = {name: _memory_file(name, data) for name, data in order.files.items()}
-    status_read, status_write = os.pipe()
-    arguments = _memory_file("arguments", _arguments(order, files))
-    inherited = [*files.values(), arguments, status_write]
-    command = [
-        *(choom, "-n", "1000", "--"),
-        *(
-            prlimit,
-            f"--as={order.memory}",
-            f"--nproc={_PROCESSES}",
-            "--core=0",
-            "--nofile=1024",
-            "--msgqueue=0",
-        ),
-        *(f"--fsize={order.disk}", "--memlock=65536", "--"),
-        *(bwrap, "--args", str(arguments), "--json-status-fd", str(status_write), "--", *order.argv),
-    ]
-    began = time.monotonic()
+    if platform.machine() != "x86_64":
+        raise ContainmentUnavailable(f"expected an x86_64 machine for the filter, got {platform.machine()}")
+    bwrap = _program("bwrap")
+    room = tempfile.mkdtemp(prefix="contained-")
+    ours, theirs = socket.socketpair()
     try:
+        process, pump = _start(order, bwrap, room, ours, theirs, cancelled)
+        try:
+            pump.run()
+        finally:
+            pump.close()
+            _end(process, overdue=pump.overdue)
+    finally:
+        ours.close()
+        with contextlib.suppress(OSError):
+            Path(room).rmdir()
+    return _outcome(pump)
+
+
+def _start(
+    order: Order,
+    bwrap: str,
+    room: str,
+    ours: socket.socket,
+    theirs: socket.socket,
+    cancelled: Sequence[threading.Event],
+) -> tuple[subprocess.Popen[bytes], Pump]:
+    descriptors: list[int] = []
+
+    def held(name: str, data: bytes) -> int:
+        descriptors.append(_memory_file(name, data))
+        return descriptors[-1]
+
+    try:
+        files = {name: held("file", data) for name, data in order.files.items()}
+        arguments = order.arguments(room, files, held("seccomp", submission_filter()))
+        packed = held("arguments", b"".join(os.fsencode(word) + b"\0" for word in arguments))
+        config = {
+            "bwrap": bwrap,
+            "arguments": ["--args", str(packed), "--", *order.argv],
+            "inherit": list(descriptors),
+            "room": room,
+            "binds": order.binds(),
+            "disk": order.disk,
+            "memory": order.memory,
+            "timeout": order.timeout,
+            "rlimits": order.rlimits(),
+            "uid": _FIRST_UID + os.getpid() % _UIDS,
+            "control": theirs.fileno(),
+        }
+        told = held("config", json.dumps(config).encode())
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-I", "-S", str(_STAGE), str(told)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            pass_fds=inherited,
-            env={},
+            pass_fds=[*descriptors, theirs.fileno()],
+            env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
             cwd="/",
         )
     except OSError as error:
-        os.close(status_read)
         raise ContainmentUnavailable(f"the sandbox could not be started: {error}") from error
     finally:
-        for descriptor in inherited:
+        theirs.close()
+        for descriptor in descriptors:
             os.close(descriptor)
-    pump = _Pump(process, order, began, cancelled)
+    deadline = time.monotonic() + order.timeout + _GRACE
+    pump = Pump(process, ours, stdin=order.stdin, limit=order.output, deadline=deadline, cancelled=cancelled)
+    return process, pump
+
+
+def _end(process: subprocess.Popen[bytes], *, overdue: bool) -> None:
+    """Wait for the stage, which ends when nothing of the run is left; the control socket is closed."""
+    if overdue:
+        process.kill()
     try:
-        pump.run()
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
-        _, status = os.waitpid(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        pump.close()
-        with os.fdopen(status_read, "rb") as told:
-            started = b"exit-code" in told.read() or pump.killed_by is not None
-    if not started and process.returncode != 0 and pump.stderr.startswith(b"bwrap:"):
-        reason = bytes(pump.stderr[:512]).decode("utf-8", "replace").strip()
-        raise ContainmentUnavailable(f"no sandbox can be made here, so the submission was not run: {reason}")
-    code = process.returncode if process.returncode >= 0 else _SIGNALLED - process.returncode
-    killed_by = pump.killed_by
-    if killed_by is None and code > _SIGNALLED:
+        process.wait(_GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _outcome(pump: Pump) -> Outcome:
+    report: dict[str, Any] = json.loads(pump.report) if pump.report else {}
+    if not report.get("started"):
+        reason = report.get("failed") or bytes(pump.stderr[-512:]).decode("utf-8", "replace").strip()
+        raise ContainmentUnavailable(
+            f"no sandbox can be made here, so the submission was not run: {reason or 'the stage died'}"
+        )
+    code, killed_by = int(report["code"]), report["killed_by"]
+    if pump.flooded:
+        killed_by = "output"
+    elif killed_by is None and code > _SIGNALLED:
         killed_by = f"signal:{code - _SIGNALLED}"
-    return Outcome(
-        exit=code,
-        stdout=bytes(pump.stdout),
-        stderr=bytes(pump.stderr),
-        killed_by=killed_by,
-        usage=Usage(
-            wall_ms=int((time.monotonic() - began) * 1000),
-            cpu_time_ms=None,
-            memory_peak_bytes=None,
-        ),
-    )
-
-
-class _Pump:
-    """Feeds stdin and reads both outputs until they close, time is up, or there is too much."""
-
-    def __init__(
-        self, process: subprocess.Popen[bytes], order: Order, began: float, cancelled: threading.Event | None
-    ) -> None:
-        self._process = process
-        self._stdin = memoryview(order.stdin)
-        self._output = order.output
-        self._deadline = began + order.timeout
-        self._cancelled = cancelled
-        self._selector = selectors.DefaultSelector()
-        self.stdout, self.stderr = bytearray(), bytearray()
-        self.killed_by: str | None = None
-        for stream, sink in ((process.stdout, self.stdout), (process.stderr, self.stderr)):
-            if stream is not None:
-                os.set_blocking(stream.fileno(), False)
-                self._selector.register(stream, selectors.EVENT_READ, sink)
-        if process.stdin is not None:
-            os.set_blocking(process.stdin.fileno(), False)
-            self._selector.register(process.stdin, selectors.EVENT_WRITE)
-
-    def run(self) -> None:
-        """Until the end."""
-        outputs = 2
-        ended: float | None = None
-        while outputs:
-            now = time.monotonic()
-            if self._must_end(now):
-                os.kill(self._process.pid, signal.SIGKILL)
-                return
-            if ended is None and self._exited():
-                ended = now
-            if ended is not None and now - ended > _GRACE:
-                return
-            for key, _ in self._selector.select(min(0.05, max(0.0, self._deadline - now))):
-                if key.data is None:
-                    self._feed()
-                elif not self._take(key):
-                    outputs -= 1
-        self._wait_for_exit()
-
-    def close(self) -> None:
-        """Close our ends of the pipes."""
-        self._selector.close()
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-
-    def _wait_for_exit(self) -> None:
-        while not self._exited():
-            if self._must_end(time.monotonic()):
-                os.kill(self._process.pid, signal.SIGKILL)
-                return
-            time.sleep(0.005)
-
-    def _exited(self) -> bool:
-        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-    def _must_end(self, now: float) -> bool:
-        if self._cancelled is not None and self._cancelled.is_set():
-            self.killed_by = "cancelled"
-        elif now >= self._deadline:
-            self.killed_by = "timeout"
-        elif len(self.stdout) + len(self.stderr) > self._output:
-            self.killed_by = "output"
-            del self.stdout[self._output :]
-            del self.stderr[self._output :]
-        return self.killed_by is not None
-
-    def _take(self, key: selectors.SelectorKey) -> bool:
-        chunk = os.read(key.fd, _CHUNK)
-        key.data.extend(chunk)
-        if not chunk:
-            self._selector.unregister(key.fileobj)
-        return bool(chunk)
-
-    def _feed(self) -> None:
-        stream = self._process.stdin
-        if stream is None:
-            return
-        try:
-            self._stdin = self._stdin[os.write(stream.fileno(), self._stdin[:_CHUNK]) :]
-        except BrokenPipeError:
-            self._stdin = memoryview(b"")
-        except BlockingIOError:
-            return
-        if not self._stdin:
-            self._selector.unregister(stream)
-            with contextlib.suppress(OSError):
-                stream.close()
-            self._process.stdin = None
-
-
-def _arguments(order: Order, files: Mapping[str, int]) -> bytes:
-    words = ["--unshare-all", "--unshare-user", "--uid", "0", "--gid", "0", "--disable-userns"]
-    words += [
-        "--die-with-parent",
-        "--new-session",
-        "--cap-drop",
-        "ALL",
-        "--hostname",
-        "submission",
-        "--clearenv",
-    ]
-    environment = {"PATH": f"{sys.prefix}/bin:{sys.base_prefix}/bin:/usr/local/bin:/usr/bin:/bin"}
-    environment |= {"HOME": "/work", "LANG": "C.UTF-8", "TMPDIR": "/tmp", "PYTHONDONTWRITEBYTECODE": "1"}  # noqa: S108 - the sandbox's own
-    for name, value in environment.items():
-        words += ["--setenv", name, value]
-    words += ["--ro-bind", "/usr", "/usr"]
-    for name, target in _LINKS.items():
-        if Path("/", name).is_symlink():
-            words += ["--symlink", target, f"/{name}"]
-        elif Path("/", name).is_dir():
-            words += ["--ro-bind", f"/{name}", f"/{name}"]
-    words += ["--dir", "/etc", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-    for prefix in sorted({sys.prefix, sys.base_prefix}):
-        if not prefix.startswith("/usr"):
-            words += ["--ro-bind", prefix, prefix]
-    words += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
-    words += ["--size", str(order.disk), "--tmpfs", "/work", "--size", str(_TMP_BYTES), "--tmpfs", "/tmp"]  # noqa: S108 - as above
-    words += ["--ro-bind", str(order.submission), "/submission"]
-    for name, descriptor in files.items():
-        words += ["--file", str(descriptor), f"/work/{_plain(name)}"]
-    words += ["--remount-ro", "/", "--chdir", "/submission"]
-    return b"".join(os.fsencode(word) + b"\0" for word in words)
-
-
-def _plain(name: str) -> str:
-    if not name or name.startswith((".", "/")) or "/" in name or "\0" in name:
-        raise ValueError(f"files: expected a plain file name, got {name!r}")
-    return name
+    usage = Usage(report["wall_ms"], report["cpu_ms"], report["peak"])
+    return Outcome(code, bytes(pump.stdout), bytes(pump.stderr), killed_by, usage)
 
 
 def _memory_file(name: str, data: bytes) -> int:
-    descriptor = os.memfd_create(name[:64], os.MFD_CLOEXEC)
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
@@ -298,17 +196,32 @@ def _program(name: str) -> str:
     return found
 
 
+_ENDS: dict[str, str] = {
+    "timeout": "did not end in time and was killed",
+    "output": "wrote too much and was killed",
+    "memory": "used too much memory and was killed",
+    "cancelled": "was cancelled",
+}
+
+
 def describe_end(outcome: Outcome) -> str:
     """How it ended, in words, with the end of its stderr: for a message to the miner."""
-    if outcome.killed_by == "timeout":
-        how = "did not end in time and was killed"
-    elif outcome.killed_by == "output":
-        how = "wrote too much and was killed"
-    elif outcome.killed_by is not None and outcome.killed_by.startswith("signal:"):
-        number = int(outcome.killed_by.removeprefix("signal:"))
-        known = number in set(signal.Signals)
-        how = f"was killed by {signal.Signals(number).name if known else number}"
-    else:
-        how = f"ended with exit code {outcome.exit}"
     tail = outcome.stderr[-600:].decode("utf-8", "replace").strip()
-    return f"the submission {how}" + (f": {tail}" if tail else "")
+    return f"the submission {_how(outcome)}" + (f": {tail}" if tail else "")
+
+
+def _how(outcome: Outcome) -> str:
+    killed_by = outcome.killed_by
+    if killed_by is None:
+        return f"ended with exit code {outcome.exit}"
+    if not killed_by.startswith("signal:"):
+        return _ENDS.get(killed_by, f"was killed: {killed_by}")
+    number = int(killed_by.removeprefix("signal:"))
+    try:
+        return f"was killed by {signal.Signals(number).name}"
+    except ValueError:
+        return (
+            f"was killed by signal {number}"
+            if number < signal.NSIG
+            else f"ended with exit code {outcome.exit}"
+        )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from platform_challenge_sdk.errors import SdkError
 from platform_challenge_sdk.submission import Submission
 from platform_challenge_sdk.values import Values
+from platform_challenge_sdk.wire_text import wire_text
 from platform_protocol.ids import ChallengeId, JobId
 from platform_protocol.session.messages import GuestMessage, JobProgress, Log
 
@@ -17,7 +17,7 @@ _MAX_LINE = 8192
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The job being run. `attempt` counts from 1 over all validators."""
+    """The job being run. `attempt` counts from 1 over all validators; its time is kept by the validator."""
 
     id: JobId
     attempt: int
@@ -49,15 +49,15 @@ class JobLog:
         self._line("error", message)
 
     def _line(self, level: str, message: str) -> None:
-        text = message.encode("utf-8", "replace").decode()[:_MAX_LINE]
-        self._send(Log(level=level, message=text, job_id=self._job_id))
+        self._send(Log(level=level, message=wire_text(message, _MAX_LINE), job_id=self._job_id))
 
 
 @dataclass(slots=True)
 class Context:
     """`job`, `submission`, `values`, `log` and `progress`, for one job.
 
-    Usable from async handlers and from plain ones in their worker thread.
+    Usable from async handlers and from plain ones in their worker thread: these call `submission.run_sync`
+    and `values.sync`.
     """
 
     job: Job
@@ -65,7 +65,6 @@ class Context:
     log: JobLog
     _send: Callable[[GuestMessage], None]
     _submission: Submission | None = None
-    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
     @property
     def submission(self) -> Submission:
@@ -86,4 +85,4 @@ class Context:
     def progress(self, percent: float, message: str = "") -> None:
         """How far the job is, 0 to 100."""
         bounded = min(100.0, max(0.0, float(percent)))
-        self._send(JobProgress(job_id=self.job.id, percent=bounded, message=message[:_MAX_LINE]))
+        self._send(JobProgress(job_id=self.job.id, percent=bounded, message=wire_text(message, _MAX_LINE)))

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import hashlib
 import math
-import shutil
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from platform_challenge_sdk.agent import Agent
-from platform_challenge_sdk.archive import unpack
+from platform_challenge_sdk.archive import remove, unpack
 from platform_challenge_sdk.challenge import Challenge
 from platform_challenge_sdk.context import Context, Job, JobLog
 from platform_challenge_sdk.errors import ResultInvalid, SdkError, SubmissionUnreadable
 from platform_challenge_sdk.submission import Submission
 from platform_challenge_sdk.values import Values
+from platform_challenge_sdk.wire_text import wire_text
+from platform_challenge_sdk.worker import in_thread
 from platform_protocol.canonical import NotCanonical, canonical_json
 from platform_protocol.evidence import payload_sha256, result_record, result_report_data
 from platform_protocol.ids import Hotkey
@@ -35,6 +36,8 @@ from platform_protocol.session.messages import (
 )
 
 MAX_SUBMISSION = 64 * 1024 * 1024
+SINGLE_FILE = "submission"
+_MAX_CODE = 64
 _MAX_ERROR = 4000
 _MAX_TRACEBACK = 8000
 
@@ -58,52 +61,92 @@ class JobRun:
     ) -> None:
         self.order = order
         self.phase: JobPhase = "none" if order.submission_sha256 is None else "receiving"
+        self.received = 0
+        """Bytes of the submission that are here."""
+        self.result: JobResult | None = None
+        """What was sent at the end."""
         self._challenge = challenge
         self._agent = agent
         self._validator = validator
         self._values = values
         self._send = send
         self._max_result = max_result
-        self._data = bytearray()
+        self._folder = Path(tempfile.mkdtemp(prefix="job-", dir=scratch))
+        self._archive = self._folder / "archive"
+        self._digest = hashlib.sha256()
         self._complete = asyncio.Event()
-        self._folder = Path(tempfile.mkdtemp(prefix="submission-", dir=scratch))
-
-    @property
-    def received(self) -> int:
-        """Bytes of the submission that are here."""
-        return len(self._data)
+        self._unreceived: str | None = None
+        self._ended = threading.Event()
 
     def chunk(self, chunk: SubmissionChunk) -> None:
         """More of the submission. One that does not continue what is here is dropped: the sender resumes."""
-        if self.phase != "receiving" or chunk.offset != len(self._data):
+        if self.phase != "receiving" or chunk.offset != self.received or self._complete.is_set():
             return
-        if len(self._data) + len(chunk.data) <= MAX_SUBMISSION:
-            self._data += chunk.data
-        if chunk.last:
+        if self.received + len(chunk.data) > MAX_SUBMISSION:
+            self._unreceived = f"expected a submission of at most {MAX_SUBMISSION} bytes"
+        else:
+            try:
+                with self._archive.open("ab") as file:
+                    file.write(chunk.data)
+            except OSError as error:
+                self._unreceived = f"no room for the submission: {error.strerror}"
+        self._digest.update(chunk.data)
+        self.received += len(chunk.data)
+        if chunk.last or self._unreceived:
             self._complete.set()
+
+    def cancel(self, reason: str) -> bool:
+        """End it with the error `cancelled`, unless it has ended. Whether it had not."""
+        if self.phase == "done":
+            return False
+        self._finish(None, JobError(code="cancelled", message=wire_text(reason, _MAX_ERROR)), None)
+        return True
 
     async def run(self) -> None:
         """Run to the end; sends exactly one job_result, unless cancelled from outside."""
         result: dict[str, Any] | None = None
         error: JobError | None = None
+        task = asyncio.current_task()
         try:
             result = await self._result()
-        except asyncio.CancelledError:
-            raise
-        except SdkError as failure:
-            error = JobError(code=failure.code, message=str(failure)[:_MAX_ERROR])
-        except BaseException as failure:  # noqa: BLE001 - even sys.exit in a handler ends only its job
-            self._log("error", traceback.format_exc()[-_MAX_TRACEBACK:])
-            error = JobError(
-                code="handler_error", message=f"{type(failure).__name__}: {failure}"[:_MAX_ERROR]
-            )
+        except BaseException as failure:
+            if isinstance(failure, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise
+            error = self._error(failure)
         finally:
-            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+            self._ended.set()
+            await in_thread(remove, self._folder)
         evidence = await self._evidence(result, error)
+        self._finish(result, error, evidence)
+
+    def _finish(
+        self, result: dict[str, Any] | None, error: JobError | None, evidence: dict[str, Any] | None
+    ) -> None:
+        if self.phase == "done":
+            return
         self.phase = "done"
-        self._send(JobResult(job_id=self.order.job_id, result=result, error=error, evidence=evidence))
+        self._ended.set()
+        self.result = JobResult(job_id=self.order.job_id, result=result, error=error, evidence=evidence)
+        self._send(self.result)
+
+    def _error(self, failure: BaseException) -> JobError:
+        """Whatever a handler raises ends its job alone; the traceback goes to the job's log."""
+        if isinstance(failure, SdkError):
+            code, message = failure.code, str(failure)
+        else:
+            code, message = "handler_error", f"{type(failure).__name__}: {failure}"
+            trace = "".join(traceback.format_exception(failure))[-_MAX_TRACEBACK:]
+            for line in trace.splitlines():
+                JobLog(self.order.job_id, self._send).error(line)
+        return JobError(code=wire_text(code, _MAX_CODE), message=wire_text(message, _MAX_ERROR))
 
     async def _result(self) -> dict[str, Any]:
+        try:
+            payload_sha256(self.order.payload)
+        except NotCanonical as error:
+            failure = SdkError(f"the job's payload is not I-JSON: {error}")
+            failure.code = "payload_invalid"
+            raise failure from error
         submission = await self._submission()
         self.phase = "running"
         self._send(JobProgress(job_id=self.order.job_id, percent=0, message="running"))
@@ -117,15 +160,21 @@ class JobRun:
         if expected is None:
             return None
         await self._complete.wait()
-        actual = hashlib.sha256(self._data).hexdigest()
-        if actual != expected:
+        if self._unreceived is not None:
+            raise SubmissionUnreadable(self._unreceived)
+        if (actual := self._digest.hexdigest()) != expected:
             raise SubmissionUnreadable(f"expected a submission with SHA-256 {expected}, received {actual}")
-        data, self._data = bytes(self._data), bytearray()
-        await asyncio.to_thread(unpack, data, "submission", self._folder)
-        return Submission(self._folder, expected)
+        self._archive.touch()
+        tree = self._folder / "tree"
+        tree.mkdir()
+        await in_thread(unpack, self._archive, tree, SINGLE_FILE)
+        self._archive.unlink()
+        names = [path.name for path in tree.iterdir()]
+        single = SINGLE_FILE if names == [SINGLE_FILE] and (tree / SINGLE_FILE).is_file() else None
+        return Submission(tree, expected, single, self._ended)
 
     async def _evidence(self, result: dict[str, Any] | None, error: JobError | None) -> dict[str, Any]:
-        with contextlib.suppress(NotCanonical):
+        try:
             record = result_record(
                 job_id=self.order.job_id,
                 attempt=self.order.attempt,
@@ -136,15 +185,11 @@ class JobRun:
                 result=result,
                 error=None if error is None else error.model_dump(),
             )
-            quote = await self._agent.quote(result_report_data(record))
-            encoded = None if quote.quote is None else base64.b64encode(quote.quote).decode("ascii")
-            return {"quote": encoded, "event_log": quote.event_log}
-        return {"quote": None, "event_log": ""}
-
-    def _log(self, level: str, text: str) -> None:
-        log = JobLog(self.order.job_id, self._send)
-        for line in text.splitlines():
-            getattr(log, level)(line)
+        except NotCanonical:
+            return {"quote": None, "event_log": ""}
+        quote = await self._agent.quote(result_report_data(record))
+        encoded = None if quote.quote is None else base64.b64encode(quote.quote).decode("ascii")
+        return {"quote": encoded, "event_log": quote.event_log}
 
 
 def check_result(returned: Any, max_bytes: int) -> dict[str, Any]:
@@ -153,12 +198,13 @@ def check_result(returned: Any, max_bytes: int) -> dict[str, Any]:
     Raises:
         ResultInvalid: Anything else, a number that I-JSON does not know, or more than `max_bytes` as JSON.
     """
-    result = {"score": returned} if isinstance(returned, int | float) else returned
+    bare = isinstance(returned, int | float) and not isinstance(returned, bool)
+    result = {"score": returned} if bare else returned
     if not isinstance(result, dict):
         raise ResultInvalid(f"expected a dict with 'score', the handler returned {type(returned).__name__}")
     score = result.get("score")
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise ResultInvalid(f"expected a finite number in 'score', got {str(score)[:80]!r}")
+        raise ResultInvalid(f"expected a finite number in 'score', got {repr(score)[:80]}")
     try:
         size = len(canonical_json(result))
     except NotCanonical as error:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-import signal
-import sys
 import tempfile
 import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection
 from websockets.asyncio.server import serve as serve_websocket
@@ -21,19 +20,16 @@ from websockets.http11 import Request, Response
 
 from platform_challenge_sdk.agent import Agent
 from platform_challenge_sdk.challenge import Challenge
-from platform_challenge_sdk.challenge import challenge as the_challenge
+from platform_challenge_sdk.health import Health
 from platform_challenge_sdk.job import JobRun
+from platform_challenge_sdk.lifetime import Lifetime
 from platform_challenge_sdk.values import Values
+from platform_challenge_sdk.wire_text import wire_text
+from platform_protocol.canonical import canonical_json
 from platform_protocol.ids import ChallengeId, Hotkey, VmName
 from platform_protocol.session.channel import SealedChannel
 from platform_protocol.session.ends import ChallengeSession
-from platform_protocol.session.errors import (
-    AttestationRejected,
-    AuthRefused,
-    FrameInvalid,
-    HandshakeInvalid,
-    MessageInvalid,
-)
+from platform_protocol.session.errors import AuthRefused, HandshakeInvalid, MessageInvalid, SessionError
 from platform_protocol.session.messages import (
     Configure,
     GuestError,
@@ -42,7 +38,9 @@ from platform_protocol.session.messages import (
     JobCancel,
     JobError,
     JobExecute,
+    JobProgress,
     JobResult,
+    Log,
     Ping,
     Pong,
     Ready,
@@ -51,6 +49,7 @@ from platform_protocol.session.messages import (
     ValuesResult,
     WeightsRequest,
     WeightsResponse,
+    encode_message,
 )
 from platform_protocol.session.v2 import Begin, ChallengeHandshake
 from platform_protocol.user_config import UserConfig
@@ -58,40 +57,36 @@ from platform_protocol.user_config import UserConfig
 PORT = 10000
 _HANDSHAKE = 10.0
 _MAX_FRAME = 64 * 1024 * 1024
-_SILENCE = 15 * 60.0
+_MAX_RESULT = 48 * 1024 * 1024
+_SEND = 60.0
+_CLEANUP = 10.0
+_TICK = 5.0
+_MAX_QUEUE = 1000
+_MAX_MESSAGE = _MAX_FRAME - 1024
 _AUTH_REFUSED, _HANDSHAKE_INVALID, _FRAME_INVALID, _BUSY, _REPLACED = 4403, 4400, 4401, 1013, 4409
-_MAX_ERROR = 4096
+_MAX_ERROR = 4000
 
 
-@dataclass(slots=True)
-class Health:
-    """What `/sdk/health` says."""
-
-    status: str = "starting"
-    error: str | None = None
-
-    def body(self) -> bytes:
-        """JSON, at most 4 KiB of error."""
-        value = {"status": self.status}
-        if self.error is not None:
-            value["error"] = self.error.encode("utf-8", "replace")[:_MAX_ERROR].decode("utf-8", "ignore")
-        return json.dumps(value).encode()
+def _boottime() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @dataclass(slots=True)
 class ChallengeServer:
     """One challenge, one validator, one live connection; at most one job at a time.
 
-    `per_job`: a VM that takes one job in its life.
+    `config` None: what it should say could not be read, and only health is served. `per_job`: a VM that
+    takes one job in its life. `clock`: seconds, counted while the machine sleeps too.
     """
 
     challenge: Challenge
-    config: UserConfig
+    config: UserConfig | None
     health: Health
     agent: Agent = field(default_factory=Agent)
     max_result: int = 1024 * 1024
     per_job: bool = True
     scratch: Path = Path(tempfile.gettempdir())
+    clock: Callable[[], float] = _boottime
     _seen: set[bytes] = field(default_factory=set)
     _session: ChallengeSession | None = None
     _live: ServerConnection | None = None
@@ -100,24 +95,28 @@ class ChallengeServer:
     _values: Values | None = None
     _challenge_id: ChallengeId | None = None
     _job: JobRun | None = None
+    _started_up: bool = False
+    _dropped: int = 0
     _job_task: asyncio.Task[None] | None = None
     _tasks: asyncio.TaskGroup | None = None
     _outgoing: asyncio.Queue[tuple[ServerConnection, bytes]] = field(default_factory=asyncio.Queue)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    last_frame: float = field(default_factory=time.monotonic)
+    _last_frame: float = 0.0
 
-    async def serve(self, host: str = "0.0.0.0", port: int = PORT, stop: asyncio.Event | None = None) -> None:
-        """Serve until `stop`, the end of the VM's lifetime, or 15 min of a job's silence."""
+    async def serve(self, host: str = "0.0.0.0", port: int = PORT, stop: asyncio.Event | None = None) -> str:
+        """Serve until `stop` is set or the lifetime is over. Why it ended."""
         stop = stop or asyncio.Event()
         async with self.listen(host, port), asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             sender = tasks.create_task(self._send_all())
-            await self._watch(stop)
+            why = await self._watch(stop)
             sender.cancel()
             if self._job_task is not None:
                 self._job_task.cancel()
-            with contextlib.suppress(Exception):
-                await self.challenge.call("cleanup")
+            with contextlib.suppress(Exception, SystemExit):
+                async with asyncio.timeout(_CLEANUP):
+                    await self.challenge.call("cleanup")
+        return why
 
     def listen(self, host: str, port: int) -> contextlib.AbstractAsyncContextManager[Server]:
         """The listening server (websockets' own context manager)."""
@@ -134,26 +133,38 @@ class ChallengeServer:
 
     def _process_request(self, connection: ServerConnection, request: Request) -> Response | None:
         if request.path == "/sdk/ws":
-            if self.health.status == "ready":
+            if self.health.status == "ready" and self.config is not None:
                 return None
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "not ready\n")
         if request.path == "/sdk/health":
-            response = connection.respond(HTTPStatus.OK, self.health.body().decode())
+            response = connection.respond(HTTPStatus.OK, self.health.body())
             del response.headers["Content-Type"]
             response.headers["Content-Type"] = "application/json"
             return response
         return connection.respond(HTTPStatus.NOT_FOUND, "not found\n")
 
-    async def _watch(self, stop: asyncio.Event) -> None:
-        """Until stopped, or silent for too long: 15 min with a job, else the VM's lifetime."""
+    async def _watch(self, stop: asyncio.Event) -> str:
+        now = self._last_frame = self.clock()
+        config = self.config
+        lifetime = None
+        if config is not None:
+            lifetime = Lifetime(now, float(config.max_lifetime_s), float(config.hard_lifetime_s))
         while not stop.is_set():
-            idle = time.monotonic() - self.last_frame
-            limit = _SILENCE if self._job is not None else float(self.config.max_lifetime_s)
-            if idle >= limit:
-                return
+            pause = _TICK
+            if lifetime is not None:
+                left, why = lifetime.left(
+                    last_frame=self._last_frame, holds_job=self._holds_job(), now=self.clock()
+                )
+                if left <= 0:
+                    return why
+                pause = min(pause, left)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(5.0, limit - idle)):
+                async with asyncio.timeout(pause):
                     await stop.wait()
+        return "stopped"
+
+    def _holds_job(self) -> bool:
+        return self._job is not None and (self.per_job or self._job.phase != "done")
 
     async def _connected(self, connection: ServerConnection) -> None:
         if self._handshaking:
@@ -166,7 +177,7 @@ class ChallengeServer:
         except AuthRefused as error:
             await connection.close(_AUTH_REFUSED, str(error)[:100])
             return
-        except (HandshakeInvalid, AttestationRejected, FrameInvalid, MessageInvalid, TimeoutError) as error:
+        except (SessionError, TimeoutError) as error:
             await connection.close(_HANDSHAKE_INVALID, (str(error) or "handshake timed out")[:100])
             return
         except ConnectionClosed:
@@ -176,6 +187,8 @@ class ChallengeServer:
         await self._converse(connection, session)
 
     async def _handshake(self, connection: ServerConnection) -> ChallengeSession:
+        if self.config is None:
+            raise HandshakeInvalid("this VM has no user_config")
         handshake = ChallengeHandshake(
             launch_secret=self.config.secret, vm=VmName(self.config.vm), seen_nonces=self._seen
         )
@@ -194,12 +207,24 @@ class ChallengeServer:
         session.connected(channel, _bytes(await connection.recv()))
         old, self._live = self._live, connection
         self._session, self._validator = session, begin.validator
-        self.last_frame = time.monotonic()
-        if old is not None and old is not connection:
+        self._last_frame = self.clock()
+        if old is not None:
             self._spawn(old.close(_REPLACED, "replaced by a newer connection"))
         for frame in session.unacknowledged():
             self._outgoing.put_nowait((connection, frame))
+        self._repeat(known=known)
         return session
+
+    def _repeat(self, *, known: bool) -> None:
+        """What the other side may have acknowledged without telling us more, or never heard of."""
+        for request in self._values.unanswered() if self._values is not None else ():
+            self._send_here(request)
+        if known:
+            return
+        if self._started_up:
+            self._send_here(Ready(handlers=self.challenge.handlers))
+        if self._job is not None and self._job.result is not None:
+            self._send_here(self._job.result)
 
     async def _converse(self, connection: ServerConnection, session: ChallengeSession) -> None:
         try:
@@ -207,9 +232,9 @@ class ChallengeServer:
                 if self._live is not connection:
                     return
                 message = session.receive(_bytes(frame))
-                self.last_frame = time.monotonic()
+                self._last_frame = self.clock()
                 self._take(message)
-        except (FrameInvalid, MessageInvalid, HandshakeInvalid) as error:
+        except SessionError as error:
             await connection.close(_FRAME_INVALID, str(error)[:100])
         except ConnectionClosed:
             pass
@@ -248,50 +273,57 @@ class ChallengeServer:
         try:
             await self.challenge.call("startup")
             await self.challenge.call("ready")
+        except asyncio.CancelledError:
+            raise
         except BaseException as error:  # noqa: BLE001 - whatever a handler raises makes the challenge fail
-            self.health.status, self.health.error = "failed", f"on_startup: {type(error).__name__}: {error}"
-            self._send(GuestError(code="startup_failed", message=self.health.error[:8000]))
+            why = wire_text(f"{type(error).__name__}: {error}", _MAX_ERROR)
+            self.health.status, self.health.error = "failed", f"on_startup or on_ready: {why}"
+            self._send(GuestError(code="startup_failed", message=self.health.error))
             return
+        self._started_up = True
         self._send(Ready(handlers=self.challenge.handlers))
 
     def _execute(self, order: JobExecute) -> None:
-        if self._job is not None and self._job.order.job_id == order.job_id:
+        job = self._job
+        if job is not None and (job.order.job_id, job.order.attempt) == (order.job_id, order.attempt):
             return
-        validator = self._validator
-        if validator is None:
-            return
-        busy = self._job is not None and (self.per_job or self._job.phase != "done")
-        if busy or self._values is None:
-            why = "this VM has its one job" if busy else "not configured"
-            self._send(GuestError(code="busy" if busy else "not_configured", message=why))
-            return
-        self._job = JobRun(
-            order,
-            challenge=self.challenge,
-            agent=self.agent,
-            validator=validator,
-            values=self._values,
-            send=self._send,
-            max_result=self.max_result,
-            scratch=self.scratch,
-        )
-        self._job_task = self._spawn(self._job.run())
+        if self._validator is None or self._values is None or not self._started_up:
+            self._send(GuestError(code="not_ready", message="a job before configure and ready"))
+        elif self._holds_job():
+            self._send(GuestError(code="busy", message="this VM has its job"))
+        elif order.challenge_id != self._challenge_id:
+            self._send(GuestError(code="wrong_challenge", message=f"this VM runs {self._challenge_id}"))
+        else:
+            self._job = JobRun(
+                order,
+                challenge=self.challenge,
+                agent=self.agent,
+                validator=self._validator,
+                values=self._values,
+                send=self._send,
+                max_result=min(self.max_result, _MAX_RESULT),
+                scratch=self.scratch,
+            )
+            self._job_task = self._spawn(self._job.run())
 
     def _cancel(self, message: JobCancel) -> None:
-        if self._job is None or self._job.order.job_id != message.job_id or self._job_task is None:
+        job = self._job
+        if job is None or job.order.job_id != message.job_id or self._job_task is None:
             return
-        if self._job_task.cancel():
-            self._job.phase = "done"
-            error = JobError(code="cancelled", message=message.reason[:1000])
-            self._send(JobResult(job_id=message.job_id, error=error))
+        if job.cancel(message.reason):
+            self._job_task.cancel()
 
     async def _answer_weights(self, message: WeightsRequest) -> None:
         try:
             weights = await self.challenge.weights(message.results)
+            canonical_json(weights)
             self._send(WeightsResponse(request_id=message.request_id, weights=weights))
-        except Exception as error:  # noqa: BLE001 - whatever a handler raises is the answer
-            told = JobError(code="weights_failed", message=f"{type(error).__name__}: {error}"[:4000])
-            self._send(WeightsResponse(request_id=message.request_id, error=told))
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - whatever a handler raises is the answer
+            told = wire_text(f"{type(error).__name__}: {error}", _MAX_ERROR)
+            refused = JobError(code="weights_failed", message=told)
+            self._send(WeightsResponse(request_id=message.request_id, error=refused))
 
     def _state(self) -> GuestState:
         job = self._job
@@ -316,6 +348,18 @@ class ChallengeServer:
     def _send_here(self, message: GuestMessage) -> None:
         if self._session is None:
             return
+        if isinstance(message, (Log, JobProgress)):
+            if self._outgoing.qsize() >= _MAX_QUEUE:
+                self._dropped += 1
+                return
+            if self._dropped:
+                lost, self._dropped = self._dropped, 0
+                self._send_here(
+                    Log(level="warning", message=f"{lost} lines were dropped", job_id=message.job_id)
+                )
+        if isinstance(message, JobResult) and len(encode_message(message)) > _MAX_MESSAGE:
+            error = JobError(code="result_too_large", message="the result and its evidence are no frame")
+            message = JobResult(job_id=message.job_id, error=error)
         frame = self._session.send(message)
         if frame is not None and self._live is not None:
             self._outgoing.put_nowait((self._live, frame))
@@ -323,13 +367,18 @@ class ChallengeServer:
     async def _send_all(self) -> None:
         while True:
             connection, frame = await self._outgoing.get()
-            with contextlib.suppress(ConnectionClosed):
-                await connection.send(frame)
+            try:
+                async with asyncio.timeout(_SEND):
+                    await connection.send(frame)
+            except TimeoutError:
+                connection.transport.abort()
+            except ConnectionClosed:
+                continue
 
-    def _spawn(self, work: object) -> asyncio.Task[None]:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         if self._tasks is None:
             raise RuntimeError("the server is not running")
-        return self._tasks.create_task(work)  # type: ignore[arg-type]  # a coroutine of any of our methods
+        return self._tasks.create_task(work)
 
 
 def _text(frame: str | bytes) -> str:
@@ -342,23 +391,3 @@ def _bytes(frame: str | bytes) -> bytes:
     if isinstance(frame, str):
         raise MessageInvalid("expected a binary frame")
     return frame
-
-
-def run() -> None:
-    """Serve the process's challenge: for a challenge started as a program inside its CVM.
-
-    With `platform-boot`, which imports the challenge itself, this does nothing and is not needed.
-    """
-    from platform_challenge_sdk.boot import booting, serve_challenge  # noqa: PLC0415 - boot imports this module
-
-    if booting():
-        return
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(asyncio.run(serve_challenge(the_challenge)))
-
-
-def end_on_signals(stop: asyncio.Event) -> None:
-    """SIGTERM and SIGINT end the server in an orderly way."""
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)

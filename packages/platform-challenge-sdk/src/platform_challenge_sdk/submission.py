@@ -5,19 +5,26 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from platform_challenge_sdk.contained import MIB, Order, Outcome, describe_end, run_contained
+from platform_challenge_sdk.contained import MIB, OUTPUT_BYTES, Order, Outcome, describe_end, run_contained
 from platform_challenge_sdk.errors import ContainmentUnavailable, SubmissionFailed, SubmissionTimedOut
+from platform_challenge_sdk.worker import in_thread
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """`path` is a read-only directory, unpacked inside the CVM; `sha256` (hex) is of the file as uploaded."""
+    """`path` is a read-only directory, unpacked inside the CVM; `sha256` (hex) is of the file as uploaded.
+
+    `filename`: the name in `path` of a submission that is a single file; None for an archive. `ended` is set
+    when the job is over: what still runs of the submission is then killed.
+    """
 
     path: Path
     sha256: str
+    filename: str | None = None
+    ended: threading.Event = field(default_factory=threading.Event, repr=False)
 
     async def run(
         self,
@@ -29,27 +36,30 @@ class Submission:
         files: Mapping[str, bytes] | None = None,
         network: bool = False,
         disk: int = 64 * MIB,
+        output: int = OUTPUT_BYTES,
     ) -> Outcome:
         """Run a command of the submission contained, and wait for the end of its whole tree.
 
-        Inside: `/submission` (read-only, the working directory), `/work` and `/tmp` (writable, small, gone
+        Inside: `/submission` (read-only, the working directory), `/work` and `/tmp` (writable, gone
         afterwards), a Python, and nothing else: no network, no SDK, no other process.
 
         Args:
             argv: The command, found on the sandbox's PATH.
             stdin: Its standard input.
             timeout: Seconds until the whole tree is killed.
-            memory: Bytes of address space for each of its processes.
+            memory: Bytes for all its processes together, and of address space for each.
             files: Plain names to contents, placed in `/work`.
             network: Not offered yet: there is no egress proxy.
-            disk: Bytes of `/work`.
+            disk: Bytes of `/work`, `/tmp` and `/dev/shm` together.
+            output: Bytes of stdout and stderr together; more ends the run.
 
         Raises:
             ContainmentUnavailable: It cannot be contained here (or `network` was asked for): nothing was run.
+            ValueError: A command, file name or limit that makes no sense.
         """
+        order = self._order(argv, stdin, timeout, memory, files, disk, output, network=network)
         stop = threading.Event()
-        order = self._order(argv, stdin, timeout, memory, files, disk, network=network)
-        running = asyncio.create_task(asyncio.to_thread(run_contained, order, stop))
+        running = asyncio.ensure_future(in_thread(run_contained, order, [stop, self.ended]))
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
@@ -67,9 +77,11 @@ class Submission:
         files: Mapping[str, bytes] | None = None,
         network: bool = False,
         disk: int = 64 * MIB,
+        output: int = OUTPUT_BYTES,
     ) -> Outcome:
         """The same, for handlers that are plain functions."""
-        return run_contained(self._order(argv, stdin, timeout, memory, files, disk, network=network))
+        order = self._order(argv, stdin, timeout, memory, files, disk, output, network=network)
+        return run_contained(order, [self.ended])
 
     def _order(
         self,
@@ -79,6 +91,7 @@ class Submission:
         memory: int,
         files: Mapping[str, bytes] | None,
         disk: int,
+        output: int,
         *,
         network: bool,
     ) -> Order:
@@ -93,6 +106,7 @@ class Submission:
             memory=memory,
             files=dict(files or {}),
             disk=disk,
+            output=output,
         )
 
 

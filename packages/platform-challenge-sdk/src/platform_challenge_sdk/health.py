@@ -1,0 +1,26 @@
+"""What `/sdk/health` says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+MAX_BODY = 4096
+
+
+@dataclass(slots=True)
+class Health:
+    """`ready`: the challenge is imported and sessions are accepted."""
+
+    status: Literal["starting", "ready", "failed"] = "starting"
+    error: str | None = None
+
+    def body(self) -> str:
+        """JSON of at most 4 KiB; of a longer error the end is kept, where a traceback says what happened."""
+        if self.error is None:
+            return json.dumps({"status": self.status})
+        error = self.error[-MAX_BODY:]
+        while len(body := json.dumps({"status": self.status, "error": error})) > MAX_BODY:
+            error = error[len(body) - MAX_BODY :] if len(body) - MAX_BODY < len(error) else error[1:]
+        return body

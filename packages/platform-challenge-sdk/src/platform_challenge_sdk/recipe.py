@@ -1,0 +1,93 @@
+"""What a contained run sees and may do: bubblewrap's arguments and the resource limits, wholly decided."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MIB = 1024 * 1024
+OUTPUT_BYTES = 4 * MIB
+_UID = 1000
+_PROCESSES = 128
+_LINKS = {"bin": "usr/bin", "lib": "usr/lib", "lib64": "usr/lib64", "sbin": "usr/sbin"}
+_SAFE_PATH = f"{sys.prefix}/bin:{sys.base_prefix}/bin:/usr/local/bin:/usr/bin:/bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One run. Sizes in bytes, `timeout` in seconds.
+
+    Raises:
+        ValueError: No command, a NUL in it, a file's name with a folder, files larger than `disk`, or a
+            limit that is not positive.
+    """
+
+    argv: Sequence[str]
+    submission: Path
+    stdin: bytes
+    timeout: float
+    memory: int
+    files: Mapping[str, bytes]
+    disk: int
+    output: int = OUTPUT_BYTES
+
+    def __post_init__(self) -> None:
+        if not self.argv or any("\0" in word for word in self.argv):
+            raise ValueError("argv: expected a command, without NUL")
+        for name in self.files:
+            if not name or name in {".", ".."} or "/" in name or "\0" in name:
+                raise ValueError(f"files: expected a plain file name, got {name!r}")
+        if min(self.timeout, self.memory, self.disk, self.output) <= 0:
+            raise ValueError("timeout, memory, disk and output: expected more than 0")
+        if sum(len(data) for data in self.files.values()) > self.disk:
+            raise ValueError(f"files: expected at most disk = {self.disk} bytes")
+
+    def rlimits(self) -> dict[str, int]:
+        """For each process; NPROC counts the run's own, since its user namespace is its own."""
+        return {
+            "AS": self.memory,
+            "NPROC": _PROCESSES,
+            "CORE": 0,
+            "NOFILE": 1024,
+            "MSGQUEUE": 0,
+            "FSIZE": self.disk,
+            "MEMLOCK": 65536,
+        }
+
+    def binds(self) -> list[tuple[str, str]]:
+        """(path here, name in the stage's room): what the run may read besides /usr."""
+        found = [(str(self.submission), "submission")]
+        return found + [(prefix, f"python{index}") for index, prefix in enumerate(_prefixes())]
+
+    def arguments(self, room: str, files: Mapping[str, int], seccomp: int) -> list[str]:
+        """bubblewrap's, up to the command."""
+        words = ["--unshare-all", "--unshare-user", "--uid", str(_UID), "--gid", str(_UID)]
+        words += ["--disable-userns", "--cap-drop", "ALL", "--die-with-parent", "--new-session"]
+        words += ["--hostname", "submission", "--clearenv", "--seccomp", str(seccomp)]
+        environment = {"PATH": _SAFE_PATH, "HOME": "/work", "LANG": "C.UTF-8", "TMPDIR": "/tmp"}  # noqa: S108 - the run's own
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"
+        for name, value in environment.items():
+            words += ["--setenv", name, value]
+        words += ["--ro-bind", "/usr", "/usr"]
+        for name, target in _LINKS.items():
+            if Path("/", name).is_symlink():
+                words += ["--symlink", target, f"/{name}"]
+            elif Path("/", name).is_dir():
+                words += ["--ro-bind", f"/{name}", f"/{name}"]
+        words += ["--dir", "/etc", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+        for index, prefix in enumerate(_prefixes()):
+            words += ["--ro-bind", f"{room}/python{index}", prefix]
+        words += ["--proc", "/proc", "--dev", "/dev", "--bind", f"{room}/disk/shm", "/dev/shm"]  # noqa: S108 - as above
+        words += ["--remount-ro", "/dev", "--bind", f"{room}/disk/work", "/work"]
+        words += ["--bind", f"{room}/disk/tmp", "/tmp", "--ro-bind", f"{room}/submission", "/submission"]  # noqa: S108 - as above
+        for name, descriptor in files.items():
+            words += ["--file", str(descriptor), f"/work/{name}"]
+        return [*words, "--remount-ro", "/", "--chdir", "/submission"]
+
+
+def _prefixes() -> list[str]:
+    outside = {prefix for prefix in (sys.prefix, sys.base_prefix) if Path("/usr") not in Path(prefix).parents}
+    return sorted(outside - {os.sep, "/usr"})
