@@ -13,7 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from platform_validator.store.memory import MemoryStore
 
 from platform_protocol.ids import ChallengeId, ClaimId, JobId
 from platform_protocol.notifications import JobCancelled, NewJob
@@ -40,6 +39,7 @@ from platform_validator.platform_client.conformance import a_result
 from platform_validator.platform_client.memory import MemoryPlatform
 from platform_validator.platform_client.notifications import NotificationLoop
 from platform_validator.scoring import ScoringRule
+from platform_validator.store.memory import MemoryStore
 from platform_validator.store.records import InstanceState, JobOutcome, JobRecord, Stage
 
 CHALLENGE = ChallengeId("00000000-0000-4000-8000-0000000000c1")

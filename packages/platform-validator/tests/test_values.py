@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from platform_validator.store.memory import MemoryStore
 
 from platform_protocol.ids import ChallengeId
 from platform_protocol.session.messages import (
@@ -21,6 +20,7 @@ from platform_protocol.session.messages import (
     ValuesSet,
 )
 from platform_validator.clock import SystemClock
+from platform_validator.store.memory import MemoryStore
 from platform_validator.values import MAX_VALUE, DynamicValues, ValuesRequest
 
 A, B = ChallengeId("a"), ChallengeId("b")
