@@ -84,7 +84,7 @@ async def evaluate(ctx: Context, payload: dict[str, Any]) -> dict[str, Any]:  # 
     ctx.progress(10, f"{len(train)} digits to learn from, {len(test)} to classify")
     outcome = require_ok(
         await ctx.submission.run(
-            ["python3", "main.py", f"/work/{TRAIN_FILE}"],
+            ["python3", "main.py", f"/workspace/{TRAIN_FILE}"],
             stdin=questions(test),
             timeout=TIME_LIMIT,
             memory=MEMORY,

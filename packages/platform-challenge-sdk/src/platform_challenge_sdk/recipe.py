@@ -67,7 +67,7 @@ class Order:
         words = ["--unshare-all", "--unshare-user", "--uid", str(_UID), "--gid", str(_UID)]
         words += ["--disable-userns", "--cap-drop", "ALL", "--die-with-parent", "--new-session"]
         words += ["--hostname", "submission", "--clearenv", "--seccomp", str(seccomp)]
-        environment = {"PATH": _SAFE_PATH, "HOME": "/work", "LANG": "C.UTF-8", "TMPDIR": "/tmp"}  # noqa: S108 - the run's own
+        environment = {"PATH": _SAFE_PATH, "HOME": "/workspace", "LANG": "C.UTF-8", "TMPDIR": "/tmp"}  # noqa: S108 - the run's own
         environment["PYTHONDONTWRITEBYTECODE"] = "1"
         for name, value in environment.items():
             words += ["--setenv", name, value]
@@ -81,10 +81,10 @@ class Order:
         for index, prefix in enumerate(_prefixes()):
             words += ["--ro-bind", f"{room}/python{index}", prefix]
         words += ["--proc", "/proc", "--dev", "/dev", "--bind", f"{room}/disk/shm", "/dev/shm"]  # noqa: S108 - as above
-        words += ["--remount-ro", "/dev", "--bind", f"{room}/disk/work", "/work"]
+        words += ["--remount-ro", "/dev", "--bind", f"{room}/disk/workspace", "/workspace"]
         words += ["--bind", f"{room}/disk/tmp", "/tmp", "--ro-bind", f"{room}/submission", "/submission"]  # noqa: S108 - as above
         for name, descriptor in files.items():
-            words += ["--file", str(descriptor), f"/work/{name}"]
+            words += ["--file", str(descriptor), f"/workspace/{name}"]
         return [*words, "--remount-ro", "/", "--chdir", "/submission"]
 
 

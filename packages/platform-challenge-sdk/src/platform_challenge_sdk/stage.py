@@ -61,7 +61,7 @@ class Stage:
             self._furnish()
         disk = self._room / "disk"
         _mount("tmpfs", disk, "tmpfs", f"size={self._config['disk']},nr_inodes={_INODES},mode=755")
-        for name in ("work", "tmp", "shm"):
+        for name in ("workspace", "tmp", "shm"):
             (disk / name).mkdir(mode=0o777)
 
     def _furnish(self) -> None:

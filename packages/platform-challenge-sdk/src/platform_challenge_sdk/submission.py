@@ -40,7 +40,7 @@ class Submission:
     ) -> Outcome:
         """Run a command of the submission contained, and wait for the end of its whole tree.
 
-        Inside: `/submission` (read-only, the working directory), `/work` and `/tmp` (writable, gone
+        Inside: `/submission` (read-only, the working directory), `/workspace` and `/tmp` (writable, gone
         afterwards), a Python, and nothing else: no network, no SDK, no other process.
 
         Args:
@@ -48,9 +48,9 @@ class Submission:
             stdin: Its standard input.
             timeout: Seconds until the whole tree is killed.
             memory: Bytes for all its processes together, and of address space for each.
-            files: Plain names to contents, placed in `/work`.
+            files: Plain names to contents, placed in `/workspace`.
             network: Not offered yet: there is no egress proxy.
-            disk: Bytes of `/work`, `/tmp` and `/dev/shm` together.
+            disk: Bytes of `/workspace`, `/tmp` and `/dev/shm` together.
             output: Bytes of stdout and stderr together; more ends the run.
 
         Raises:
