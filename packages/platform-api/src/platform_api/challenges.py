@@ -4,20 +4,51 @@ from __future__ import annotations
 
 import re
 import uuid
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import sqlalchemy as sa
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from platform_api.database import now_ms
+from platform_api.bodies import i_json
+from platform_api.clock import now_ms
 from platform_api.errors import ApiError
 from platform_api.push import record_change
 from platform_api.tables import challenges
 from platform_protocol.resources import Resources
 
-_REPO = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+|(https?|ssh|file)://\S+")
+_REPO = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+|(https?|ssh|file)://[!-~]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_WEEK_S = 7 * 24 * 3600
+_NULLABLE = {"compose_hash"}
+
+
+def _repository(value: str) -> str:
+    if not _REPO.fullmatch(value):
+        raise ValueError("expected owner/name, or an https, ssh or file URL")
+    return value
+
+
+def _full_commit(value: str) -> str:
+    if not _COMMIT.fullmatch(value):
+        raise ValueError("expected a commit of 40 or 64 hex digits, not a branch or tag")
+    return value
+
+
+def _printable(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("expected printable characters")
+    return value
+
+
+Name = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_printable)]
+Repository = Annotated[str, Field(max_length=1024), AfterValidator(_repository)]
+Commit = Annotated[str, AfterValidator(_full_commit)]
+ComposeHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Mechanism = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Timeout = Annotated[int, Field(ge=1, le=_WEEK_S)]
+Status = Annotated[str, Field(pattern=r"^(active|paused)$")]
 
 
 class JobTemplate(BaseModel):
@@ -25,10 +56,13 @@ class JobTemplate(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    job_name: Annotated[str, Field(max_length=64)] | None = None
-    payload: dict[str, Any] = Field(default_factory=dict)
+    job_name: Name | None = None
+    payload: Annotated[dict[str, Any], AfterValidator(i_json)] = Field(default_factory=dict)
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
-    timeout_s: Annotated[int, Field(ge=1, le=7 * 24 * 3600)] | None = None
+    timeout_s: Timeout | None = None
+
+
+Templates = Annotated[list[JobTemplate], Field(min_length=1, max_length=100)]
 
 
 class NewChallenge(BaseModel):
@@ -36,45 +70,40 @@ class NewChallenge(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: Annotated[str, Field(min_length=1, max_length=64)]
-    github_repo: Annotated[str, Field(max_length=1024)]
-    github_commit: str
-    compose_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    mechanism_id: int = 0
-    emission_share: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    name: Name
+    github_repo: Repository
+    github_commit: Commit
+    compose_hash: ComposeHash | None = None
+    mechanism_id: Mechanism = 0
+    emission_share: Share = 0.0
     resources: Resources = Resources(cpu_cores=1, memory_mb=512, disk_mb=1024)
-    jobs: list[JobTemplate] = Field(default_factory=lambda: [JobTemplate()], min_length=1, max_length=100)
-    timeout_s: Annotated[int, Field(ge=1, le=7 * 24 * 3600)] = 3600
-    status: Annotated[str, Field(pattern=r"^(active|paused)$")] = "active"
-
-    @field_validator("github_repo")
-    @classmethod
-    def _repo(cls, value: str) -> str:
-        if not _REPO.fullmatch(value):
-            raise ValueError("expected owner/name, or an https, ssh or file URL")
-        return value
-
-    @field_validator("github_commit")
-    @classmethod
-    def _commit(cls, value: str) -> str:
-        if not _COMMIT.fullmatch(value):
-            raise ValueError("expected a commit of 40 or 64 hex digits, not a branch or tag")
-        return value
+    jobs: Templates = Field(default_factory=lambda: [JobTemplate()])
+    timeout_s: Timeout = 3600
+    status: Status = "active"
 
 
 class ChallengeChange(BaseModel):
-    """`PATCH /challenges/{id}`: what is given is changed."""
+    """`PATCH /challenges/{id}`: what is given is changed. Only `compose_hash` may be null (not published)."""
 
     model_config = ConfigDict(extra="forbid")
 
-    github_repo: str | None = None
-    github_commit: Annotated[str, Field(pattern=_COMMIT.pattern)] | None = None
-    compose_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    emission_share: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    name: Name | None = None
+    github_repo: Repository | None = None
+    github_commit: Commit | None = None
+    compose_hash: ComposeHash | None = None
+    mechanism_id: Mechanism | None = None
+    emission_share: Share | None = None
     resources: Resources | None = None
-    jobs: list[JobTemplate] | None = None
-    timeout_s: Annotated[int, Field(ge=1)] | None = None
-    status: Annotated[str, Field(pattern=r"^(active|paused)$")] | None = None
+    jobs: Templates | None = None
+    timeout_s: Timeout | None = None
+    status: Status | None = None
+
+    @model_validator(mode="after")
+    def _nothing_null(self) -> Self:
+        null = [name for name in sorted(self.model_fields_set - _NULLABLE) if getattr(self, name) is None]
+        if null:
+            raise ValueError(f"expected a value, or nothing at all: {', '.join(null)}")
+        return self
 
 
 async def add_challenge(connection: AsyncConnection, new: NewChallenge) -> dict[str, Any]:

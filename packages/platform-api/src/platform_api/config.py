@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+import re
+from datetime import timedelta
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from platform_protocol.signing import BadUrl, audience_of
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?) ?(s|min|m|h|)")
+_SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
+_DRIVERS = {
+    "sqlite": "sqlite+aiosqlite",
+    "postgresql": "postgresql+asyncpg",
+    "postgres": "postgresql+asyncpg",
+}
+_MAX_PORT = 65535
+_LONGEST_LEASE = timedelta(days=1)
 
 
 def _split(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-def _seconds(value: object) -> object:
-    return value.removesuffix("s") if isinstance(value, str) else value
+def _duration(value: object) -> object:
+    if isinstance(value, timedelta):
+        return value
+    found = _DURATION.fullmatch(str(value).strip())
+    if found is None:
+        raise ValueError("expected a duration such as 120s, 2min or 1h")
+    return timedelta(seconds=float(found[1]) * _SECONDS[found[2]])
+
+
+def _lease(value: timedelta) -> timedelta:
+    if not timedelta(seconds=1) <= value <= _LONGEST_LEASE:
+        raise ValueError("expected a duration from 1s to 24h")
+    return value
+
+
+def _audience(value: str) -> str:
+    try:
+        return audience_of(value)
+    except BadUrl as error:
+        raise ValueError("expected http(s)://host[:port]") from error
 
 
 class ApiSettings(BaseSettings):
@@ -25,46 +57,45 @@ class ApiSettings(BaseSettings):
 
     database_url: str = "sqlite+aiosqlite:///./platform-api.db"
     listen: str = "127.0.0.1:8080"
-    public_url: str | None = None
-    audiences: Annotated[list[str], NoDecode, BeforeValidator(_split)] = Field(default_factory=list)
-    lease_term: Annotated[float, BeforeValidator(_seconds), Field(ge=1, le=86_400)] = 120.0
+    public_url: Annotated[str, AfterValidator(_audience)] | None = None
+    audiences: Annotated[
+        list[Annotated[str, AfterValidator(_audience)]], NoDecode, BeforeValidator(_split)
+    ] = Field(default_factory=list)
+    lease_term: Annotated[timedelta, BeforeValidator(_duration), AfterValidator(_lease)] = timedelta(
+        seconds=120
+    )
 
     @field_validator("database_url")
     @classmethod
     def _driver(cls, value: str) -> str:
-        for plain, driver in (
-            ("sqlite://", "sqlite+aiosqlite://"),
-            ("postgresql://", "postgresql+asyncpg://"),
-        ):
-            if value.startswith(plain):
-                return driver + value.removeprefix(plain)
-        if not value.startswith(("sqlite+aiosqlite://", "postgresql+asyncpg://")):
-            raise ValueError("expected sqlite:///path or postgresql://…")
-        return value
+        try:
+            url = make_url(value)
+        except ArgumentError as error:
+            raise ValueError("expected sqlite:///path or postgresql://user@host/database") from error
+        name = _DRIVERS.get(url.drivername, url.drivername)
+        if name not in _DRIVERS.values() or (name.startswith("sqlite") and not url.database):
+            raise ValueError("expected sqlite:///path or postgresql://user@host/database")
+        return url.set(drivername=name).render_as_string(hide_password=False)
 
     @field_validator("listen")
     @classmethod
     def _listen(cls, value: str) -> str:
         host, _, port = value.rpartition(":")
-        if not host or not port.isdigit() or int(port) > 65535:  # noqa: PLR2004 - TCP's ports
+        if not host or not port.isdigit() or int(port) > _MAX_PORT:
             raise ValueError("expected HOST:PORT")
         return value
 
-    @field_validator("public_url")
-    @classmethod
-    def _url(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                audience_of(value)
-            except BadUrl as error:
-                raise ValueError(str(error)) from error
-        return value
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port to listen on; an IPv6 host without its brackets."""
+        host, _, port = self.listen.rpartition(":")
+        return host.strip("[]"), int(port)
 
     @property
     def accepted_audiences(self) -> list[str]:
         """Whom requests may be signed for: the list, else the public URL and loopback."""
         if self.audiences:
-            return [audience_of(url) for url in self.audiences]
-        port = self.listen.rpartition(":")[2]
-        local = [f"http://127.0.0.1:{port}", f"http://localhost:{port}"]
-        return [audience_of(url) for url in ([self.public_url] if self.public_url else []) + local]
+            return self.audiences
+        port = self.address[1]
+        local = [audience_of(f"http://127.0.0.1:{port}"), audience_of(f"http://localhost:{port}")]
+        return list(dict.fromkeys([*([self.public_url] if self.public_url else []), *local]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +16,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _BUSY_MS = 15_000
+_WRITES = "platform_api_writes"
+_MIGRATING = 0x706C6174
+"""Advisory lock: of several replicas that start at once, one migrates and the others wait."""
 
 
 class Database:
@@ -24,6 +26,7 @@ class Database:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
+        self._writing = engine.execution_options(**{_WRITES: True})
 
     @classmethod
     async def open(cls, url: str) -> Database:
@@ -35,12 +38,19 @@ class Database:
         parsed = make_url(url)
         if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
             os.close(os.open(str(parsed.database), os.O_RDWR | os.O_CREAT, 0o600))
-        engine = create_async_engine(url, pool_pre_ping=parsed.get_backend_name() != "sqlite")
-        if parsed.get_backend_name() == "sqlite":
+        sqlite = parsed.get_backend_name() == "sqlite"
+        # Parameters hold lease tokens, and the errors that quote them are logged.
+        engine = create_async_engine(url, pool_pre_ping=not sqlite, hide_parameters=True)
+        if sqlite:
             _prepare_sqlite(engine)
-        async with engine.begin() as connection:
-            await connection.run_sync(_migrate)
-        return cls(engine)
+        database = cls(engine)
+        try:
+            async with database.write() as connection:
+                await connection.run_sync(_migrate)
+        except BaseException:
+            await engine.dispose()
+            raise
+        return database
 
     async def close(self) -> None:
         """Close connections."""
@@ -49,12 +59,12 @@ class Database:
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that is committed at the end, or rolled back."""
-        async with self._engine.begin() as connection:
+        async with self._writing.begin() as connection:
             yield connection
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
-        """A connection for reading."""
+        """A transaction for reading; it holds up no writer."""
         async with self._engine.connect() as connection:
             yield connection
 
@@ -75,16 +85,15 @@ def _prepare_sqlite(engine: AsyncEngine) -> None:
 
     @sa.event.listens_for(engine.sync_engine, "begin")
     def begun(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        # A reader that later writes would fail with SQLITE_BUSY_SNAPSHOT, so who writes locks first.
+        writes = connection.get_execution_options().get(_WRITES)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def _migrate(connection: sa.Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATING)))
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS))
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
-
-
-def now_ms() -> int:
-    """Unix milliseconds."""
-    return time.time_ns() // 1_000_000

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 
 class ApiError(Exception):
@@ -14,3 +14,13 @@ class ApiError(Exception):
         self.code = code
         self.detail = detail
         self.extra = extra
+
+
+class _Faults(Protocol):
+    def errors(self) -> Any: ...
+
+
+def faults_of(error: _Faults) -> str:
+    """The first ten faults of a validation as one sentence: where, and what was expected."""
+    found = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:10]]
+    return "; ".join(found)

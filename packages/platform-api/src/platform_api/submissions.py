@@ -6,17 +6,25 @@ import uuid
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from platform_api.challenges import get_challenge
-from platform_api.database import now_ms
+from platform_api.challenges import JobTemplate, Name, get_challenge
+from platform_api.clock import now_ms
 from platform_api.errors import ApiError
 from platform_api.push import record_change
+from platform_api.queue import OPEN
 from platform_api.tables import jobs, submissions
 from platform_protocol.canonical import sha256_hex
 
-MAX_BYTES = 64 * 1024 * 1024
 _MAX_NAME = 255
+_SHOWN = ("id", "challenge_id", "miner_hotkey", "sha256", "size", "filename", "created_at")
+
+
+class NewJob(JobTemplate):
+    """`POST /jobs`: a job without a miner's upload."""
+
+    challenge_id: Name
 
 
 async def add_submission(
@@ -34,34 +42,28 @@ async def add_submission(
     if not data:
         raise ApiError(422, "empty", "expected the submission's bytes as the body")
     digest = sha256_hex(data)
-    same = sa.and_(
-        submissions.c.challenge_id == challenge_id,
-        submissions.c.miner_hotkey == miner,
-        submissions.c.sha256 == digest,
-    )
-    earlier = await connection.scalar(sa.select(submissions.c.id).where(same))
-    if earlier is not None:
-        query = sa.select(jobs.c.id).where(jobs.c.submission_id == earlier)
-        before = list((await connection.execute(query)).scalars())
-        return {"id": earlier, "sha256": digest, "size": len(data), "jobs": before, "duplicate": True}
-    identity, now = str(uuid.uuid4()), now_ms()
-    await connection.execute(
-        sa.insert(submissions).values(
-            id=identity,
-            challenge_id=challenge_id,
-            miner_hotkey=miner,
-            sha256=digest,
-            size=len(data),
-            filename=filename,
-            data=data,
-            created_at=now,
-        )
-    )
+    shown = {"sha256": digest, "size": len(data)}
+    identity = str(uuid.uuid4())
+    row = {
+        "id": identity,
+        "challenge_id": challenge_id,
+        "miner_hotkey": miner,
+        "filename": filename,
+        "data": data,
+        "created_at": now_ms(),
+        **shown,
+    }
+    try:
+        async with connection.begin_nested():
+            await connection.execute(sa.insert(submissions).values(**row))
+    except IntegrityError:
+        earlier = await _same(connection, challenge_id, miner, digest)
+        return shown | {"id": earlier, "jobs": await _jobs_of(connection, earlier), "duplicate": True}
     made = [
         await add_job(connection, challenge, template, submission_id=identity, miner=miner)
         for template in challenge["jobs"]
     ]
-    return {"id": identity, "sha256": digest, "size": len(data), "jobs": made, "duplicate": False}
+    return shown | {"id": identity, "jobs": made, "duplicate": False}
 
 
 async def add_job(
@@ -94,19 +96,17 @@ async def add_job(
 
 
 async def get_submission(connection: AsyncConnection, identity: str) -> dict[str, Any]:
-    """One submission's row.
+    """One submission without its bytes, with the ids of its jobs.
 
     Raises:
         ApiError: 404 `unknown_submission`.
     """
-    row = (
-        (await connection.execute(sa.select(submissions).where(submissions.c.id == identity)))
-        .mappings()
-        .one_or_none()
-    )
+    columns = [submissions.c[name] for name in _SHOWN]
+    query = sa.select(*columns).where(submissions.c.id == identity)
+    row = (await connection.execute(query)).mappings().one_or_none()
     if row is None:
         raise ApiError(404, "unknown_submission", f"no submission {identity[:64]}")
-    return dict(row)
+    return dict(row) | {"jobs": await _jobs_of(connection, identity)}
 
 
 async def bundle_for(connection: AsyncConnection, identity: str, hotkey: str) -> bytes:
@@ -115,23 +115,38 @@ async def bundle_for(connection: AsyncConnection, identity: str, hotkey: str) ->
     Raises:
         ApiError: 404 `unknown_submission`; 403 `no_lease`.
     """
-    row = await get_submission(connection, identity)
-    held = await connection.scalar(
-        sa.select(sa.func.count())
-        .select_from(jobs)
-        .where(
-            jobs.c.submission_id == identity,
-            jobs.c.holder == hotkey,
-            jobs.c.token.is_not(None),
-            jobs.c.status.in_(("pending", "claimed")),
-        )
+    held = sa.exists().where(
+        jobs.c.submission_id == identity,
+        jobs.c.holder == hotkey,
+        jobs.c.token.is_not(None),
+        jobs.c.status.in_(OPEN),
     )
-    if not held:
+    data = await connection.scalar(sa.select(submissions.c.data).where(submissions.c.id == identity, held))
+    if data is None:
+        await get_submission(connection, identity)
         raise ApiError(403, "no_lease", "only the validator that holds a job of this submission may read it")
-    return bytes(row["data"])
+    return bytes(data)
+
+
+async def _same(connection: AsyncConnection, challenge_id: str, miner: str, digest: str) -> str:
+    query = sa.select(submissions.c.id).where(
+        submissions.c.challenge_id == challenge_id,
+        submissions.c.miner_hotkey == miner,
+        submissions.c.sha256 == digest,
+    )
+    return str((await connection.execute(query)).scalar_one())
+
+
+async def _jobs_of(connection: AsyncConnection, submission_id: str) -> list[str]:
+    query = sa.select(jobs.c.id).where(jobs.c.submission_id == submission_id)
+    return list((await connection.execute(query.order_by(jobs.c.created_at, jobs.c.id))).scalars())
 
 
 def _check_name(filename: str) -> None:
-    bad = not filename or len(filename.encode()) > _MAX_NAME or not filename.isprintable()
+    bad = not filename or len(filename) > _MAX_NAME or not (filename.isascii() and filename.isprintable())
     if bad or "/" in filename or "\\" in filename or filename in (".", ".."):
-        raise ApiError(422, "bad_filename", "X-Filename: expected a plain file name of 1 to 255 bytes")
+        raise ApiError(
+            422,
+            "bad_filename",
+            "X-Filename: expected a plain file name of 1 to 255 printable ASCII characters",
+        )

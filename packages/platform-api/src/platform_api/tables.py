@@ -88,10 +88,17 @@ jobs = sa.Table(
     sa.Column("claimed_at", sa.BigInteger),
     sa.Column("expires_at", sa.BigInteger),
     sa.Column("released_token", sa.String(64)),
+    sa.Column("died_with", _KEY),
+    sa.Column("log_next", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("log_bytes", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("log_gaps", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("log_dropped", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("result", sa.Text),
     sa.Column("result_sha256", _KEY),
     sa.Column("score", sa.Float),
     sa.Column("finished_at", sa.BigInteger, index=True),
+    sa.Index("ix_jobs_challenge", "challenge_id", "status"),
+    sa.Index("ix_jobs_submission", "submission_id"),
 )
 
 job_logs = sa.Table(
