@@ -16,7 +16,8 @@ import pytest
 
 from platform_challenge_sdk.challenge import Challenge
 from platform_challenge_sdk.context import Context
-from platform_challenge_sdk.serve import ChallengeServer, Health
+from platform_challenge_sdk.health import Health
+from platform_challenge_sdk.serve import ChallengeServer
 from platform_protocol.ids import ChallengeId, Hotkey, JobId, VmName
 from platform_protocol.session.messages import ValuesRequest, ValuesResult, ValuesSet
 from platform_protocol.session.v2 import Offer

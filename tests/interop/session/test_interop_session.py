@@ -20,7 +20,8 @@ from websockets.exceptions import ConnectionClosed
 from platform_challenge_sdk.agent import Agent
 from platform_challenge_sdk.challenge import Challenge
 from platform_challenge_sdk.context import Context
-from platform_challenge_sdk.serve import ChallengeServer, Health
+from platform_challenge_sdk.health import Health
+from platform_challenge_sdk.serve import ChallengeServer
 from platform_protocol.ids import ChallengeId, Hotkey, JobId, VmName
 from platform_protocol.session.messages import ValuesGet, ValuesResult, ValuesSet
 from platform_protocol.session.v2 import Offer, ValidatorHandshake
