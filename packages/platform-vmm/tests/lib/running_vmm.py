@@ -18,7 +18,8 @@ from platform_vmm.sandbox.cgroups import ControlGroups
 from platform_vmm.sandbox.driver import SandboxDriver
 from platform_vmm.sandbox.recipe import MIB, Recipe
 
-UID = 300_900
+UID = 2_400_000 + os.getpid() % 100_000 * 2
+"""Apart from every VMM of this host, and from another test process."""
 
 
 def compose(runtime: Runtime, command: Sequence[str], **service: Any) -> str:
