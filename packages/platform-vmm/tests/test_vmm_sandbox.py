@@ -151,7 +151,7 @@ async def test_the_console_keeps_a_cap_and_never_blocks_the_guest(bench: Bench) 
 @needs_root
 async def test_twenty_cycles_leave_nothing(bench: Bench) -> None:
     """Every second one is killed while its tree ignores signals and has left its session."""
-    stubborn = "import os, signal, time\nsignal.signal(15, signal.SIG_IGN)\nos.fork(); os.setsid() if os.getpid() != 2 else 0\nprint('up', flush=True); time.sleep(60)"
+    stubborn = "import os, signal, time\nsignal.signal(15, signal.SIG_IGN)\n[os.setsid() for _ in range(1) if os.fork() == 0]\nprint('up', flush=True); time.sleep(60)"
     mounts = Path("/proc/self/mountinfo").read_text()
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     for cycle in range(20):
