@@ -54,8 +54,7 @@ def load_settings(
             values[key] = _value(known[key], origin)
         except ValueError as error:
             faults.append(_fault(known[key], origin, str(error)))
-    if not faults:
-        faults += _contradictions(values, origins)
+    faults += _contradictions(values, origins)
     if faults:
         raise ConfigFaults(faults)
     return Settings(values, origins)
@@ -125,34 +124,35 @@ def _unknown(key: str, known: Mapping[str, Option], path: Path | None) -> str:
 
 
 def _contradictions(values: Mapping[str, Any], origins: Mapping[str, Origin]) -> list[str]:
+    """What each value allows and together they do not; a value that has its own fault is not there."""
     faults = []
-    level = values["sandbox_config.isolation_level"]
-    if values["attestation.allow_simulated"]:
+    level = values.get("sandbox_config.isolation_level")
+    if values.get("attestation.allow_simulated"):
         where = origins["attestation.allow_simulated"].where
         if level is IsolationLevel.TEE:
             faults.append(
                 f"attestation.allow_simulated ({where}): at level Tee only a TDX quote is accepted: "
                 "unset it, or lower the level"
             )
-        elif values["attestation.simulated_root_file"] is None:
+        elif values.get("attestation.simulated_root_file", "") is None:
             faults.append(f"attestation.allow_simulated ({where}): needs attestation.simulated_root_file")
-    if level is IsolationLevel.NONE and not values["sandbox_config.unsafe_no_isolation"]:
+    if level is IsolationLevel.NONE and not values.get("sandbox_config.unsafe_no_isolation", True):
         faults.append("sandbox_config.isolation_level: None needs sandbox_config.unsafe_no_isolation = true")
-    if values["validator.http_listen"] == values["validator.admin_listen"]:
+    listen = values.get("validator.http_listen")
+    if listen is not None and listen == values.get("validator.admin_listen"):
         faults.append("validator.admin_listen: expected another address than validator.http_listen")
     faults += [
-        f"{key}: expected one of {', '.join(known)}, got {values[key]!r}"
+        f"{key} ({origins[key].where}): expected one of {', '.join(known)}, got {values[key]!r}"
         for key, known in (
             ("scoring_config.algorithm", ("Linear", "Logarithmic", "Exponential")),
             ("scoring_config.normalization", ("None", "MinMax", "ZScore", "Robust")),
             ("validator.log_format", ("auto", "json", "people")),
         )
-        if values[key] not in known
+        if key in values and values[key] not in known
     ]
-    allowed = {"https", "ssh", "file"}
     faults += [
-        f"sources.allow: expected https, ssh or file, got {one!r}"
-        for one in values["sources.allow"]
-        if one not in allowed
+        f"sources.allow ({origins['sources.allow'].where}): expected https, ssh or file, got {one!r}"
+        for one in values.get("sources.allow", ())
+        if one not in ("https", "ssh", "file")
     ]
     return faults

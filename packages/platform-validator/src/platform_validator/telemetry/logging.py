@@ -86,13 +86,16 @@ def configure_logging(directives: Directives, form: str, stream: TextIO | None =
 
 def redact(_: Any, __: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
     """Last: values of secret-looking names and secret-looking text go; text is escaped and capped."""
-    return {
-        key: "[redacted]" if _SECRET_NAMES.search(key) and key not in _SHOWN else _clean(value, key)
-        for key, value in event.items()
-    }
+    return {key: _shown(key, value) for key, value in event.items()}
+
+
+def _shown(key: str, value: Any) -> Any:
+    return "[redacted]" if _SECRET_NAMES.search(key) and key not in _SHOWN else _clean(value, key)
 
 
 def _clean(value: Any, key: str) -> Any:
+    if isinstance(value, Mapping):
+        return {_clean(str(name), key): _shown(str(name), one) for name, one in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_clean(one, key) for one in value]
     if not isinstance(value, str):

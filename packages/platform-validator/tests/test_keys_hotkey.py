@@ -1,0 +1,128 @@
+"""The hotkey's private key: found by its address in every place where operators keep it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from platform_protocol.signing import Keypair
+from platform_validator.keys import KeyNotFound, KeyUnusable, find_hotkey, keypair_from_text
+
+# Substrate's published development accounts (docs.substrate.io, "Accounts, addresses, and keys").
+PHRASE = "bottom drive obey lake curtain smoke basket hold race lonely fit walk"
+ALICE = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
+ALICE_SEED = "0xe5be9a5092b81bca64be81d212e7f2f9eba183bb7a90954f7b76361f6edb5c0a"
+
+
+def find(home: Path, **places: object) -> Keypair:
+    """Alice's key."""
+    given: dict[str, object] = {"passphrase": None, "hotkey_file": None} | places
+    return find_hotkey(ALICE, home=home, **given)  # type: ignore[arg-type] # each place has its own type
+
+
+def private(path: Path, text: str) -> Path:
+    """A file that only its owner reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o600)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        (PHRASE, "5DfhGyQdFobKM8NsWvEeAKk5EQQgYe9AydgJ7rMB6E1EqRzV"),
+        (f"{PHRASE}//Alice", ALICE),
+        (f"  {PHRASE.replace(' ', '  ')} //Alice\n", ALICE),
+        (f"{PHRASE}//Bob", "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"),
+        (f"{PHRASE}//Alice//stash", "5GNJqTPyNqANBkUVMN1LPPrxXnFouWXoe2wNSmmEoLctxiZY"),
+        (ALICE_SEED, ALICE),
+    ],
+)
+def test_secrets_give_their_published_addresses(text: str, address: str) -> None:
+    assert keypair_from_text(text).address == address
+
+
+def test_a_soft_junction_and_a_number_give_other_keys() -> None:
+    """Three different children, each the same every time."""
+    found = [keypair_from_text(f"{PHRASE}{path}").address for path in ("/Alice", "//1", "/1", "//1")]
+    assert len(set(found)) == 3
+    assert found[1] == found[3]
+
+
+@pytest.mark.parametrize("text", ["", "abandon " * 12, PHRASE.replace("walk", "fit"), "0x12"])
+def test_what_is_no_secret_is_refused_without_being_shown(text: str) -> None:
+    with pytest.raises(KeyUnusable) as caught:
+        keypair_from_text(text)
+    assert "fit" not in str(caught.value)
+
+
+def test_the_passphrase_is_enough(tmp_path: Path) -> None:
+    assert find(tmp_path, passphrase=f"{PHRASE}//Alice").address == ALICE
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ALICE_SEED,
+        f"{PHRASE}//Alice",
+        json.dumps({"secretSeed": ALICE_SEED, "ss58Address": ALICE}),
+        json.dumps({"secretPhrase": f"{PHRASE}//Alice"}),
+    ],
+)
+def test_a_hotkey_file_holds_a_keyfile_a_mnemonic_or_a_seed(tmp_path: Path, text: str) -> None:
+    path = private(tmp_path / "hotkey", text)
+    assert find(tmp_path, hotkey_file=path).address == ALICE
+
+
+def test_a_service_credential_is_used(tmp_path: Path) -> None:
+    private(tmp_path / "credentials" / "hotkey", ALICE_SEED)
+    assert find(tmp_path, credentials=tmp_path / "credentials").address == ALICE
+
+
+def test_a_wallet_is_found_by_its_address(tmp_path: Path) -> None:
+    """Others are passed over, whatever is in them."""
+    wallets = tmp_path / ".bittensor" / "wallets"
+    private(wallets / "a" / "hotkeys" / "broken", "{")
+    private(wallets / "a" / "hotkeys" / "other", json.dumps({"ss58Address": "5other", "secretSeed": "0x"}))
+    mine = {"ss58Address": ALICE, "secretSeed": ALICE_SEED, "publicKey": "0x00"}
+    private(wallets / "b" / "hotkeys" / "mine", json.dumps(mine))
+    assert find(tmp_path).address == ALICE
+
+
+def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    """Naming the command that mends it."""
+    path = private(tmp_path / "hotkey", ALICE_SEED)
+    path.chmod(0o640)
+    with pytest.raises(KeyUnusable, match="chmod 600"):
+        find(tmp_path, hotkey_file=path)
+
+
+def test_an_encrypted_keyfile_is_named_as_such(tmp_path: Path) -> None:
+    path = private(tmp_path / "hotkey", "$NACLxxxx")
+    with pytest.raises(KeyUnusable, match="is encrypted, which is not supported yet"):
+        find(tmp_path, hotkey_file=path)
+
+
+def test_another_address_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(KeyUnusable, match="VALIDATOR_HOTKEY is 5Grw"):
+        find(tmp_path, passphrase=PHRASE)
+
+
+def test_a_malformed_file_does_not_show_what_is_in_it(tmp_path: Path) -> None:
+    path = private(tmp_path / "hotkey", json.dumps({"secretSeed": "0xnotasecret"}))
+    with pytest.raises(KeyUnusable) as caught:
+        find(tmp_path, hotkey_file=path)
+    assert "notasecret" not in str(caught.value)
+
+
+def test_no_key_lists_where_it_looked(tmp_path: Path) -> None:
+    other = private(tmp_path / ".bittensor" / "wallets" / "a" / "hotkeys" / "other", "{}")
+    with pytest.raises(KeyNotFound) as caught:
+        find(tmp_path, hotkey_file=tmp_path / "absent", credentials=tmp_path)
+    message = str(caught.value)
+    assert [str(tmp_path / "absent") in message, str(other) in message, "HOTKEY_PASSPHRASE" in message] == [
+        True
+    ] * 3
