@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,7 +29,10 @@ from platform_vmm.machines import guest_uids
 from platform_vmm.simulation.pki import load_pki
 from platform_vmm.simulation.quote import Measurements, make_quote
 
-pytestmark = pytest.mark.usefixtures("as_root")
+pytestmark = [
+    pytest.mark.usefixtures("as_root"),
+    pytest.mark.slow,  # each starts real VMM processes, some of them several times
+]
 
 
 @dataclass
@@ -278,3 +282,18 @@ async def test_dcap_qvl_fetches_the_collateral_with_the_token_in_its_url(serve: 
         assert dcap_qvl.verify_with_root_ca(raw, found, root, int(time.time())).status == "UpToDate"
         with pytest.raises(ValueError, match="401"):
             await dcap_qvl.get_collateral(f"http://127.0.0.1:{free_port}/pccs", raw)
+
+
+async def test_after_kill_9_in_the_middle_of_boots_nothing_lives(serve: Any) -> None:
+    """At moments spread over a boot, also before the guest's first process exists."""
+    for wait in range(6):
+        async with serve() as vmm:
+            made = [await vmm.create("sleep", "600") for _ in range(3)]
+            await asyncio.sleep(wait * 0.02)
+            await vmm.end(signal.SIGKILL)
+            await until(lambda: not _processes(vmm.state))
+            for identity in made:
+                shutil.rmtree(vmm.state / "vms" / identity)
+    async with serve() as vmm:
+        await vmm.end(signal.SIGTERM)
+        assert _groups(vmm.state) == []

@@ -143,12 +143,13 @@ def listeners(ports: list[int]) -> list[socket.socket]:
     return found
 
 
-def spawn(config: dict[str, Any], log: int, go: int) -> int:
-    """Fork the child that becomes bubblewrap once a byte arrives on `go`."""
+def spawn(config: dict[str, Any], log: int, go: int, other: int) -> int:
+    """Fork the child that becomes bubblewrap once a byte arrives on `go`, or ends when `other` closes."""
     child = os.fork()
     if child:
         return child
     try:
+        os.close(other)
         if os.read(go, 1) != b"g":
             os._exit(125)
         write("/proc/self/oom_score_adj", str(config["oom_score"]))
@@ -289,7 +290,7 @@ def main() -> None:
         step = "listeners"
         inside = listeners(config["ports"])
         ready, go = os.pipe()
-        child = spawn(config, log, ready)
+        child = spawn(config, log, ready, go)
         os.close(ready)
         os.close(log)
         step = "privileges"
@@ -307,6 +308,7 @@ def main() -> None:
         code = serve(control, child)
         control.send(json.dumps({"exit": code}).encode())
     except (OSError, ValueError, subprocess.SubprocessError) as error:
+        reap(0)
         try:
             control.send(json.dumps({"failed": f"{step}: {error}"}).encode())
         except OSError:
