@@ -20,6 +20,7 @@ _DRIVERS = {
     "postgresql": "postgresql+asyncpg",
     "postgres": "postgresql+asyncpg",
 }
+_EXPECTED_URL = "expected sqlite:///path or postgresql://user@host/database"
 _MAX_PORT = 65535
 _LONGEST_LEASE = timedelta(days=1)
 
@@ -70,11 +71,11 @@ class ApiSettings(BaseSettings):
     def _driver(cls, value: str) -> str:
         try:
             url = make_url(value)
-        except ArgumentError as error:
-            raise ValueError("expected sqlite:///path or postgresql://user@host/database") from error
+        except (ArgumentError, ValueError) as error:
+            raise ValueError(_EXPECTED_URL) from error
         name = _DRIVERS.get(url.drivername, url.drivername)
         if name not in _DRIVERS.values() or (name.startswith("sqlite") and not url.database):
-            raise ValueError("expected sqlite:///path or postgresql://user@host/database")
+            raise ValueError(_EXPECTED_URL)
         return url.set(drivername=name).render_as_string(hide_password=False)
 
     @field_validator("listen")

@@ -17,6 +17,7 @@ app = typer.Typer(
     help="The control plane: challenges, job queue, results, push.",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_show_locals=False,
 )
 admin = typer.Typer(help="Administration, on the database directly.", no_args_is_help=True)
 app.command()(serve)

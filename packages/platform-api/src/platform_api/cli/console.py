@@ -106,5 +106,5 @@ def _shown(name: str, value: Any) -> str:
         return repr(str(value)[:120])
     try:
         return repr(make_url(str(value)).render_as_string(hide_password=True))
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         return "something that is no URL"
