@@ -42,7 +42,7 @@ def pki(image_state: Path) -> Pki:
 
 @pytest.fixture
 def bench(tmp_path: Path, runtime: Runtime) -> Iterator[Bench]:
-    groups = ControlGroups(f"platform-vmm-test-{tmp_path.name[:40]}")
+    groups = ControlGroups(f"platform-vmm-test-{os.getpid()}-{tmp_path.name[:30]}")
     yield Bench(tmp_path, runtime, groups)
     groups.close()
 
