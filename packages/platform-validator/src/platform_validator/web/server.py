@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 from platform_validator.errors import ValidatorError
 
 _GRACE = 2
+_BACKLOG = 512
 
 
 class AddressInUse(ValidatorError):
@@ -71,6 +72,7 @@ def _bind(where: tuple[str, int] | Path) -> socket.socket:
         try:
             listener.bind(str(where))
             where.chmod(0o600)
+            listener.listen(_BACKLOG)
         except OSError as error:
             listener.close()
             raise AddressInUse(f"{where} cannot be bound: {error.strerror}") from error
@@ -81,6 +83,7 @@ def _bind(where: tuple[str, int] | Path) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise AddressInUse(

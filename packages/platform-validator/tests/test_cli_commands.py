@@ -1,0 +1,166 @@
+"""The command line: exit codes, faults, what is shown without a daemon, and that no secret is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from platform_protocol.ids import ClaimId
+from platform_protocol.signing import Keypair
+from platform_validator.cli.main import app
+from platform_validator.state import StateDirectory
+from platform_validator.store.conformance import cvm, instance, job
+from platform_validator.store.sqlite import SqliteStore
+
+SEED = "0x" + "11" * 32
+
+
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A folder, a home and a key of our own; nothing listens anywhere."""
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "VALIDATOR_HOTKEY": Keypair.from_seed(bytes.fromhex(SEED[2:])).address,
+        "HOTKEY_PASSPHRASE": SEED,
+        "PLATFORM_BASE_API": "http://127.0.0.1:1",
+        "DSTACK_VMM_URL": f"unix:{tmp_path}/vmm.sock",
+        "DSTACK_VMM_TOKEN": "hunter2hunter2",
+        "HOME": str(tmp_path),
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    return given
+
+
+def invoke(*words: str) -> Result:
+    """One command."""
+    return CliRunner().invoke(app, list(words))
+
+
+@pytest.mark.parametrize("words", [(), ("run",), ("config", "show"), ("status",), ("jobs", "list")])
+def test_wrong_settings_are_all_told_and_exit_2(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    """One line each, by every command; bare `validator` is `validator run`."""
+    monkeypatch.setenv("VALIDATOR_CPU_CORES", "none")
+    monkeypatch.delenv("PLATFORM_BASE_API")
+    result = invoke(*words)
+    assert result.exit_code == 2
+    lines = result.stderr.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["error", "error"]
+    assert "platform.base_api" in result.stderr
+    assert "resource_limits.cpu_cores (environment VALIDATOR_CPU_CORES)" in result.stderr
+
+
+def test_no_key_exits_2_and_says_where_it_looked(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HOTKEY_PASSPHRASE")
+    result = invoke("run")
+    assert result.exit_code == 2
+    assert f"{environment['HOME']}/.bittensor/wallets" in result.stderr
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_config_show_tells_origins_and_no_secret(environment: dict[str, str], as_json: bool) -> None:
+    result = invoke("config", "show", *(["--json"] if as_json else []))
+    assert result.exit_code == 0
+    assert "hunter2" not in result.stdout
+    assert SEED not in result.stdout
+    if as_json:
+        rows = {row["setting"]: row for row in json.loads(result.stdout)}
+        assert rows["dstack.token"]["value"] == "(secret)"
+        assert rows["platform.base_api"]["from"] == "environment PLATFORM_BASE_API"
+        assert rows["resource_limits.cpu_cores"]["from"] == "default"
+
+
+async def test_without_a_daemon_the_journal_is_read(environment: dict[str, str], tmp_path: Path) -> None:
+    """Under the lock, which is free again afterwards."""
+    store = await SqliteStore.open(tmp_path / "validator.db")
+    await store.open_claim(job())
+    await store.intend_vm(cvm())
+    await store.put_instance(instance())
+    await store.close()
+
+    def read() -> list[object]:
+        commands = (("status",), ("jobs", "list"), ("cvms", "list"), ("challenges", "list"))
+        return [json.loads(invoke(*words, "--json").stdout) for words in commands]
+
+    import asyncio  # noqa: PLC0415 - the commands run loops of their own
+
+    status, jobs, cvms, challenges = await asyncio.to_thread(read)
+    assert isinstance(status, dict)
+    assert (status["status"], status["open_jobs"], status["open_cvms"]) == ("stopped", 1, 1)
+    assert isinstance(jobs, list)
+    assert jobs[0]["claim_id"] == ClaimId("claim-1")
+    assert isinstance(cvms, list)
+    assert cvms[0]["name"] == "pv-1"
+    assert "sealed_secret" not in cvms[0]
+    assert isinstance(challenges, list)
+    assert challenges[0]["state"] == "Created"
+    lock = StateDirectory(tmp_path / "validator.db")
+    lock.lock()
+    lock.close()
+
+
+@pytest.mark.parametrize("words", [("status",), ("jobs", "list"), ("cvms", "list"), ("challenges", "list")])
+def test_before_the_first_start_there_is_nothing(environment: dict[str, str], words: tuple[str, ...]) -> None:
+    result = invoke(*words)
+    assert result.exit_code == 0
+    assert not Path("validator.db").exists()
+
+
+def test_a_daemon_that_does_not_answer_is_named(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "validator.db").touch()
+    holder = StateDirectory(tmp_path / "validator.db")
+    holder.lock()
+    result = invoke("status")
+    holder.close()
+    assert result.exit_code == 2
+    assert "does not answer" in result.stderr
+
+
+def test_run_on_a_locked_state_exits_3(environment: dict[str, str], tmp_path: Path) -> None:
+    holder = StateDirectory(tmp_path / "validator.db")
+    holder.lock()
+    result = invoke("run")
+    holder.close()
+    assert result.exit_code == 3
+
+
+def test_run_where_others_can_write_exits_4(environment: dict[str, str], tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    assert invoke("run").exit_code == 4
+
+
+def test_run_on_a_damaged_database_exits_4(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "validator.db").write_bytes(b"no database" * 1000)
+    assert invoke("run").exit_code == 4
+
+
+def test_check_tells_what_fails_and_what_to_do(environment: dict[str, str]) -> None:
+    """Every line has a word and a remedy; the exit code says that something fails."""
+    result = invoke("check", "--json")
+    assert result.exit_code == 1
+    found = {row["check"]: row for row in json.loads(result.stdout)}
+    assert (found["configuration"]["result"], found["key"]["result"]) == ("ok", "ok")
+    assert (found["platform api"]["result"], found["vmm"]["result"]) == ("fail", "fail")
+    assert "PLATFORM_BASE_API" in found["platform api"]["detail"]
+    assert "DSTACK_VMM_URL" in found["vmm"]["detail"]
+    assert "hunter2" not in result.stdout
+
+
+def test_check_refuses_a_base_url_that_leads_elsewhere(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VALIDATOR_BASE_URL", "http://10.0.2.2:9")
+    found = {row["check"]: row for row in json.loads(invoke("check", "--json").stdout)}
+    assert found["base url"]["result"] == "fail"
+    assert "VALIDATOR_HTTP_LISTEN" in found["base url"]["detail"]
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout.strip()[0].isdigit()
