@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -82,11 +83,18 @@ class Challenge:
         """Ask on_weights.
 
         Raises:
-            SdkError: The challenge has none.
+            SdkError: The challenge has none, or its answer is no dict of finite numbers.
         """
         if "weights" not in self._hooks:
             raise SdkError("this challenge has no on_weights handler")
-        return dict(await call(self._hooks["weights"], results))
+        weights = await call(self._hooks["weights"], results)
+        if not isinstance(weights, dict):
+            raise SdkError(f"on_weights: expected a dict, got {type(weights).__name__}")
+        for key, weight in weights.items():
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not isinstance(key, str) or not number or not math.isfinite(weight):
+                raise SdkError(f"on_weights: expected a finite number for a name, got {key!r}: {weight!r}")
+        return {key: float(weight) for key, weight in weights.items()}
 
     async def run_job(self, name: str | None, ctx: Context, payload: dict[str, Any]) -> Any:
         """Run the handler of a job."""
