@@ -58,8 +58,8 @@ async def serve(port: int, user_config: UserConfig, tmp_path: Path) -> AsyncIter
     async with asyncio.timeout(50), asyncio.TaskGroup() as tasks:
 
         async def serve_now(challenge: Challenge, **options: Any) -> tuple[ChallengeServer, TestingValidator]:
-            options = {"agent": Agent(()), "scratch": tmp_path} | options
-            server = ChallengeServer(challenge, user_config, Health("ready"), **options)
+            options.setdefault("agent", Agent(()))
+            server = ChallengeServer(challenge, user_config, Health("ready"), scratch=tmp_path, **options)
             tasks.create_task(server.serve("127.0.0.1", port, stop))
             while True:
                 try:

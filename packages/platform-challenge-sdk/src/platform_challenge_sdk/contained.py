@@ -33,6 +33,7 @@ __all__ = ["MIB", "OUTPUT_BYTES", "Order", "Outcome", "Usage", "describe_end", "
 _STAGE = Path(__file__).with_name("stage.py")
 _GRACE = 20.0
 _SIGNALLED = 128
+_NOT_FOUND, _NO_COMMAND = 127, b"bwrap: execvp "
 _FIRST_UID, _UIDS = 61_000, 4_000
 
 
@@ -51,7 +52,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended; `exit` as a shell has it, 128 + number for a signal.
+    """How a run ended; `exit` as a shell has it: 128 + number for a signal, 127 for a command not found.
 
     `killed_by`: None (it ended by itself), `timeout`, `memory` (the tree together used too much), `output`,
     `cancelled`, or `signal:<number>` (its first process died of one; 9 is also the kernel's out of memory).
@@ -166,7 +167,11 @@ def _end(process: subprocess.Popen[bytes], *, overdue: bool) -> None:
 
 def _outcome(pump: Pump) -> Outcome:
     report: dict[str, Any] = json.loads(pump.report) if pump.report else {}
-    if not report.get("started"):
+    # Before the submission's command is executed, only bubblewrap can have written this.
+    missing = "code" in report and not report["started"] and pump.stderr.startswith(_NO_COMMAND)
+    if missing:
+        report["code"] = _NOT_FOUND
+    elif not report.get("started"):
         reason = report.get("failed") or bytes(pump.stderr[-512:]).decode("utf-8", "replace").strip()
         raise ContainmentUnavailable(
             f"no sandbox can be made here, so the submission was not run: {reason or 'the stage died'}"

@@ -235,6 +235,7 @@ def main() -> None:
     with os.fdopen(int(sys.argv[1]), "rb") as file:
         config = json.load(file)
     control = config["control"]
+    os.set_inheritable(control, False)  # what runs must never speak for us
     try:
         stage = Stage(config)
         stage.enter()

@@ -1,0 +1,388 @@
+"""What a submission can and cannot do in a contained run, here and inside a sandbox like the local VMM's."""
+# ruff: noqa: E501 - a line of a submission's program stays one line
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import platform_challenge_sdk
+import platform_protocol
+from platform_challenge_sdk import ContainmentUnavailable, Outcome, Submission, stage
+from platform_challenge_sdk.contained import MIB, Order, describe_end, run_contained
+from platform_challenge_sdk.recipe import OUTPUT_BYTES
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A submission's folder, which anyone may read as the SDK's is."""
+    made = tmp_path / "submission"
+    made.mkdir()
+    made.chmod(0o755)
+    return made
+
+
+@pytest.fixture
+def run(folder: Path) -> Run:
+    """Runs a Python program as a submission."""
+
+    def run_program(program: str, **options: Any) -> Outcome:
+        (folder / "main.py").write_text(program)
+        settings: dict[str, Any] = {
+            "stdin": b"",
+            "timeout": 20.0,
+            "memory": 256 * MIB,
+            "files": {},
+            "disk": 16 * MIB,
+        } | options
+        return run_contained(Order(argv=["python3", "main.py"], submission=folder, **settings))
+
+    return run_program
+
+
+def children() -> set[str]:
+    """Our children."""
+    return {
+        pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()
+    }
+
+
+class TestRuns:
+    def test_it_sees_its_files_its_input_and_its_exit_code(self, run: Run) -> None:
+        outcome = run(
+            "import sys; print(open('/workspace/a.txt').read() + sys.stdin.read()); sys.exit(3)",
+            stdin=b"in",
+            files={"a.txt": b"file "},
+        )
+        assert (outcome.text, outcome.exit, outcome.killed_by, outcome.ok) == ("file in\n", 3, None, False)
+        assert describe_end(outcome) == "the submission ended with exit code 3"
+
+    def test_usage_is_measured_over_the_whole_tree(self, run: Run) -> None:
+        outcome = run(
+            "import os, time\nif os.fork() == 0:\n    os.setsid(); end = time.process_time() + .2\n"
+            "    x = bytearray(64 << 20)\n    while time.process_time() < end: pass\n    os._exit(0)\nos.wait()"
+        )
+        assert outcome.ok
+        assert outcome.usage.cpu_time_ms >= 200
+        assert outcome.usage.wall_ms >= 200
+        assert outcome.usage.memory_peak_bytes >= 64 * MIB
+
+    def test_its_folder_is_read_only_and_what_it_writes_elsewhere_is_small_and_gone(self, run: Run) -> None:
+        outcome = run(
+            "import os\n"
+            "for path in ('/submission/x', '/usr/x', '/x', '/dev/x', '/etc/x', '/proc/sys/kernel/core_pattern'):\n"
+            "    try: open(path, 'w'); print('wrote', path)\n    except OSError: pass\n"
+            "count = 0\n"
+            "try:\n    for name in ('/workspace/a', '/tmp/a', '/dev/shm/a'):\n"
+            "        with open(name, 'wb') as file:\n            while True: count += file.write(bytes(1 << 20))\n"
+            "except OSError as error: print(error.strerror, count >> 20)",
+            disk=4 * MIB,
+        )
+        assert outcome.text.startswith("File too large") or outcome.text.startswith("No space left")
+        assert int(outcome.text.split()[-1]) <= 4
+        assert run("import os; print(os.listdir('/workspace'), os.listdir('/tmp'))").text == "[] []\n"
+
+    def test_a_million_small_files_do_not_fit(self, run: Run) -> None:
+        outcome = run(
+            "try:\n    for n in range(10**6): open(f'/tmp/{n}', 'w').close()\n"
+            "except OSError as error: print(error.strerror, n)"
+        )
+        assert outcome.text.startswith("No space left")
+
+    def test_threads_processes_and_locks_work(self, run: Run) -> None:
+        program = (
+            "import multiprocessing, subprocess, threading\n"
+            "lock = multiprocessing.Lock()\n"
+            "thread = threading.Thread(target=lambda: print('thread', flush=True)); thread.start(); thread.join()\n"
+            "print(subprocess.run(['echo', 'process'], capture_output=True, text=True).stdout)"
+        )
+        assert run(program).text == "thread\nprocess\n\n"
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ({"files": {"../a": b""}}, "plain file name"),
+            ({"files": {"a": bytes(17 * MIB)}}, "at most disk"),
+            ({"timeout": 0}, "more than 0"),
+        ],
+    )
+    def test_orders_that_make_no_sense_are_refused(
+        self, run: Run, wrong: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            run("", **wrong)
+
+    def test_a_command_that_is_not_there_is_the_submissions_failure(self, folder: Path) -> None:
+        outcome = Submission(folder, "0" * 64).run_sync(["nothing-here"])
+        assert (outcome.exit, outcome.killed_by) == (127, None)
+        assert b"nothing-here: No such file" in outcome.stderr
+
+    async def test_network_is_refused_rather_than_forgotten(self, folder: Path) -> None:
+        with pytest.raises(ContainmentUnavailable, match="egress proxy"):
+            await Submission(folder, "0" * 64).run(["true"], network=True)
+
+    async def test_cancelling_a_run_kills_it(self, folder: Path) -> None:
+        before = children()
+        running = asyncio.ensure_future(Submission(folder, "0" * 64).run(["sleep", "50"]))
+        while children() == before:
+            await asyncio.sleep(0)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            async with asyncio.timeout(10):
+                await running
+        assert children() <= before
+
+    def test_the_end_of_its_job_kills_it(self, folder: Path) -> None:
+        ended = threading.Event()
+        ended.set()
+        outcome = Submission(folder, "0" * 64, ended=ended).run_sync(["sleep", "50"])
+        assert outcome.killed_by == "cancelled"
+
+
+class TestMalice:
+    @pytest.mark.slow  # 128 processes that fork as they are killed, on the cores that are left
+    def test_a_fork_bomb_ends_with_its_time_and_leaves_nothing(self, run: Run) -> None:
+        before = children()
+        outcome = run(
+            "import os, signal\nfor n in range(1, 64):\n    if n not in (9, 19, 32, 33): signal.signal(n, signal.SIG_IGN)\n"
+            "while True:\n    try:\n        os.fork(); os.setsid()\n    except OSError: pass",
+            timeout=0.5,
+        )
+        assert outcome.killed_by == "timeout"
+        assert describe_end(outcome) == "the submission did not end in time and was killed"
+        assert children() <= before
+
+    def test_it_may_have_so_many_processes_and_no_more(self, run: Run) -> None:
+        outcome = run(
+            "import os, time\nn = 0\ntry:\n    while True:\n"
+            "        if os.fork() == 0: time.sleep(50)\n        n += 1\nexcept OSError as error: print(n, error.strerror)"
+        )
+        count, why = outcome.text.split(" ", 1)
+        assert 64 < int(count) < 128
+        assert why == "Resource temporarily unavailable\n"
+
+    def test_one_process_cannot_have_more_than_its_memory(self, run: Run) -> None:
+        outcome = run("x = bytearray(300 << 20)")
+        assert outcome.exit == 1
+        assert b"MemoryError" in outcome.stderr
+
+    def test_many_processes_together_cannot_have_more_memory(self, run: Run) -> None:
+        outcome = run(
+            "import os, time\nfor n in range(6):\n    if os.fork() == 0:\n"
+            "        x = bytearray(40 << 20); time.sleep(50)\ntime.sleep(50)",
+            memory=128 * MIB,
+        )
+        assert outcome.killed_by == "memory"
+
+    def test_memory_that_forks_share_counts_once(self, run: Run) -> None:
+        outcome = run(
+            "import os, time\nx = bytearray(60 << 20)\nfor n in range(5):\n    if os.fork() == 0:\n"
+            "        time.sleep(.3); os._exit(0)\ntime.sleep(.4); print('done')",
+            memory=128 * MIB,
+        )
+        assert outcome.text == "done\n"
+
+    def test_a_flood_of_output_ends_it_and_is_kept_up_to_the_limit(self, run: Run) -> None:
+        outcome = run("import os\nwhile True: os.write(1, b'x' * 65536); os.write(2, b'y' * 65536)")
+        assert outcome.killed_by == "output"
+        assert len(outcome.stdout) + len(outcome.stderr) == OUTPUT_BYTES
+
+    def test_closing_its_outputs_does_not_hide_that_it_never_returns(self, run: Run) -> None:
+        outcome = run("import os, time\nos.close(1); os.close(2)\ntime.sleep(50)", timeout=0.3)
+        assert outcome.killed_by == "timeout"
+
+    def test_input_that_it_does_not_read_holds_nobody_up(self, run: Run) -> None:
+        assert run("print('early')", stdin=bytes(8 * MIB)).text == "early\n"
+
+    def test_a_daemon_does_not_survive_it(self, run: Run) -> None:
+        before = children()
+        outcome = run(
+            "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+            "        os.close(1); os.close(2); time.sleep(50)\n    os._exit(0)\nos.wait(); print('left one')"
+        )
+        assert outcome.text == "left one\n"
+        assert outcome.usage.wall_ms < 10_000
+        assert children() <= before
+
+    @pytest.mark.parametrize("number", [9, 11, 15])
+    def test_a_signal_is_named(self, run: Run, number: int) -> None:
+        outcome = run(f"import os; os.kill(os.getpid(), {number})")
+        assert (outcome.killed_by, outcome.exit) == (f"signal:{number}", 128 + number)
+
+    def test_there_is_no_network_and_no_vsock(self, run: Run) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            outcome = run(
+                "import socket\n"
+                f"for address in (('127.0.0.1', {listener.getsockname()[1]}), ('10.0.2.2', 80), ('1.1.1.1', 53), ('169.254.169.254', 80)):\n"
+                "    try: socket.create_connection(address, 1); print('reached', address)\n    except OSError: pass\n"
+                "for family in (40, 38, 17, 44):\n"
+                "    try: socket.socket(family, socket.SOCK_RAW); print('made', family)\n    except OSError: pass\n"
+            )
+        assert (outcome.stdout, outcome.stderr) == (b"", b"")
+
+    def test_the_kernels_odd_corners_are_closed(self, run: Run) -> None:
+        outcome = run(
+            "import ctypes\nlibc = ctypes.CDLL(None)\n"
+            "calls = dict(unshare=(272, 0x10000000), clone=(56, 0x10000011), ptrace=(101, 16, 1), bpf=(321, 0),\n"
+            "  keyctl=(250, 0), uring=(425, 8, 0), mount=(165, b'', b'/tmp', b'tmpfs'), chroot=(161, b'/tmp'),\n"
+            "  userfault=(323, 0), personality=(135, 0), clone3=(435, 0, 0), unknown=(467, 0))\n"
+            "for name, call in calls.items():\n    if libc.syscall(*call) != -1: print(name)"
+        )
+        assert (outcome.stdout, outcome.stderr, outcome.killed_by) == (b"", b"", None)
+
+    def test_neither_the_sdk_nor_user_config_nor_its_environment_can_be_read(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        secret = tmp_path / "user-config"
+        secret.write_text("canary")
+        monkeypatch.setenv("CANARY", "canary")
+        outcome = run(
+            "import os\n"
+            f"for path in ({str(secret)!r}, '/dstack/.host-shared/.user-config', '/var/run/dstack.sock', '/run', '/root/.ssh'):\n"
+            "    if os.path.exists(path): print(path)\n"
+            "for pid in filter(str.isdigit, os.listdir('/proc')):\n"
+            "    for name in ('environ', 'cmdline', 'mem', 'maps', 'cwd', 'root'):\n"
+            "        try:\n            with open(f'/proc/{pid}/{name}', 'rb') as file: data = file.read(65536)\n"
+            "        except OSError: continue\n"
+            "        if b'canary' in data or b'contained-' in data: print(pid, name, data)\n"
+            "print(sorted(map(int, filter(str.isdigit, os.listdir('/proc')))), os.listdir('/proc/self/fd'))\n"
+        )
+        assert outcome.text == "[1, 2] ['0', '1', '2', '3']\n"
+
+    def test_it_runs_without_capabilities_and_first_in_line_for_the_kernels_killer(self, run: Run) -> None:
+        outcome = run(
+            "print(open('/proc/self/oom_score_adj').read().strip())\n"
+            "for line in open('/proc/self/status'):\n"
+            "    if line.startswith(('CapEff', 'CapBnd', 'NoNewPrivs', 'Seccomp:')): print(line.split()[1])"
+        )
+        assert outcome.text.split() == ["1000", "0" * 16, "0" * 16, "1", "2"]
+
+    @pytest.mark.skipif(os.getuid() != 0, reason="only root's number is left behind")
+    def test_it_is_not_the_kernels_uid_0_even_when_we_are(self, run: Run) -> None:
+        seen = run("import os; print(os.stat('/usr').st_uid)").text
+        assert seen == "65534\n"
+
+
+NESTED = """
+import json, os, sys
+from pathlib import Path
+from platform_challenge_sdk.contained import MIB, Order, run_contained
+
+folder = Path("/tmp/submission")
+folder.mkdir()
+Path("/tmp/user-config").write_text("canary")
+told = [os.getuid()]
+for program, memory in json.loads(sys.argv[1]):
+    (folder / "main.py").write_text(program)
+    outcome = run_contained(Order(["python3", "main.py"], folder, b"", 5.0, memory * MIB, {}, 16 * MIB))
+    told.append([outcome.text, outcome.killed_by])
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.slow  # three processes deep, three times
+@pytest.mark.skipif(os.getuid() != 0, reason="the outer sandbox is made as root")
+class TestNested:
+    def test_it_works_as_uid_1000_without_capabilities_inside_the_vmms_sandbox(self) -> None:
+        programs = [
+            (
+                "import os; print(os.path.exists('/tmp/user-config'), sorted(map(int, filter(str.isdigit, os.listdir('/proc')))))",
+                128,
+            ),
+            (
+                "import os\nn = 0\ntry:\n    while os.fork(): n += 1\n    import time; time.sleep(50)\nexcept OSError: print(64 < n < 128)",
+                512,
+            ),
+            (
+                "import os, time\nfor n in range(6):\n    if os.fork() == 0:\n        x = bytearray(40 << 20); time.sleep(50)\ntime.sleep(50)",
+                128,
+            ),
+            (
+                "import os, time\nx = bytearray(60 << 20)\nfor n in range(5):\n    if os.fork() == 0:\n        time.sleep(.3); os._exit(0)\ntime.sleep(.4); print('done')",
+                128,
+            ),
+        ]
+        told = self.in_a_sandbox(NESTED, json.dumps(programs))
+        assert told == [1000, ["False [1, 2]\n", None], ["True\n", None], ["", "memory"], ["done\n", None]]
+
+    def test_where_namespaces_are_refused_nothing_is_run_and_the_reason_is_told(self) -> None:
+        program = (
+            "import json\nfrom pathlib import Path\n"
+            "from platform_challenge_sdk import ContainmentUnavailable, Submission\n"
+            "try: Submission(Path('/tmp'), '').run_sync(['true'])\n"
+            "except ContainmentUnavailable as error: print(json.dumps(str(error)))"
+        )
+        told = self.in_a_sandbox(program, "", "--disable-userns")
+        assert "new user or mount namespace" in told
+
+    @staticmethod
+    def in_a_sandbox(program: str, argument: str, *more: str) -> Any:
+        """What a program prints, as JSON, as uid 1000 in the sandbox of the local VMM's recipe."""
+        room = Path(tempfile.mkdtemp())
+        packages = [
+            str(Path(module.__file__ or "").parents[1])
+            for module in (platform_challenge_sdk, platform_protocol)
+        ]
+        binds = [(path, f"b{index}") for index, path in enumerate([sys.base_prefix, sys.prefix, *packages])]
+        words = ["--unshare-user", "--uid", "1000", "--gid", "1000", "--unshare-pid", "--unshare-ipc", *more]
+        words += ["--unshare-net", "--cap-drop", "ALL", "--die-with-parent", "--new-session", "--clearenv"]
+        words += ["--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin", "--symlink", "usr/lib", "/lib"]
+        words += ["--symlink", "usr/lib64", "/lib64", "--dir", "/etc"]
+        words += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+        for path, name in binds:
+            words += ["--ro-bind", f"{room}/{name}", path]
+        words += [
+            "--proc",
+            "/proc",
+            "--dev",
+            "/dev",
+            "--remount-ro",
+            "/dev",
+            "--bind",
+            f"{room}/disk/tmp",
+            "/tmp",
+        ]
+        words += ["--remount-ro", "/", "--", sys.executable, "-c", program, argument]
+        ours, theirs = socket.socketpair()
+        config = {
+            "bwrap": "/usr/bin/bwrap",
+            "arguments": words,
+            "inherit": [],
+            "room": str(room),
+            "binds": binds,
+            "disk": 64 * MIB,
+            "memory": 1024 * MIB,
+            "timeout": 40,
+            "rlimits": {"NPROC": 256},
+            "uid": 61_999,
+            "control": theirs.fileno(),
+        }
+        read, write = os.pipe()
+        os.write(write, json.dumps(config).encode())
+        os.close(write)
+        with ours, theirs:
+            done = subprocess.run(
+                [sys.executable, "-I", "-S", str(stage.__file__), str(read)],
+                pass_fds=[read, theirs.fileno()],
+                capture_output=True,
+                timeout=50,
+                check=True,
+            )
+            report = ours.recv(65536)
+        os.close(read)
+        room.rmdir()
+        assert done.stdout, (done.stderr, report)
+        return json.loads(done.stdout)
