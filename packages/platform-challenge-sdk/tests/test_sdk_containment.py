@@ -342,8 +342,7 @@ class TestNested:
         words += ["--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin", "--symlink", "usr/lib", "/lib"]
         words += ["--symlink", "usr/lib64", "/lib64", "--dir", "/etc"]
         words += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-        for path, name in binds:
-            words += ["--ro-bind", f"{room}/{name}", path]
+        # /tmp first: a checkout below it must stay visible.
         words += [
             "--proc",
             "/proc",
@@ -355,6 +354,8 @@ class TestNested:
             f"{room}/disk/tmp",
             "/tmp",
         ]
+        for path, name in binds:
+            words += ["--ro-bind", f"{room}/{name}", path]
         words += ["--remount-ro", "/", "--", sys.executable, "-c", program, argument]
         ours, theirs = socket.socketpair()
         config = {
