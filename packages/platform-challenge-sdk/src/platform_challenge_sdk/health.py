@@ -22,5 +22,6 @@ class Health:
             return json.dumps({"status": self.status})
         error = self.error[-MAX_BODY:]
         while len(body := json.dumps({"status": self.status, "error": error})) > MAX_BODY:
-            error = error[len(body) - MAX_BODY :] if len(body) - MAX_BODY < len(error) else error[1:]
+            # One character is at most twelve in JSON, so this never cuts more than it must.
+            error = error[max(1, (len(body) - MAX_BODY) // 12) :]
         return body

@@ -1,0 +1,159 @@
+"""Submissions are unpacked safely, or refused by the name of what is wrong."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from platform_challenge_sdk import archive
+from platform_challenge_sdk.errors import SubmissionUnreadable
+
+Unpack = Callable[[bytes], Path]
+
+
+def member(name: str, data: bytes = b"", **fields: object) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, data
+
+
+def tar_of(*members: tuple[tarfile.TarInfo, bytes], form: int = tarfile.PAX_FORMAT) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=form) as tar:
+        for info, data in members:
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+@pytest.fixture
+def unpack(tmp_path: Path) -> Unpack:
+    """Unpacks bytes into a folder."""
+
+    def unpacked(data: bytes) -> Path:
+        source, target = tmp_path / "archive", tmp_path / "tree"
+        source.write_bytes(data)
+        target.mkdir()
+        archive.unpack(source, target)
+        return target
+
+    return unpacked
+
+
+class TestGood:
+    @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+    @pytest.mark.parametrize("packed", [True, False], ids=["tar.gz", "tar"])
+    def test_a_tar_of_any_kind_becomes_a_read_only_tree(
+        self, unpack: Unpack, form: int, packed: bool
+    ) -> None:
+        long = "d" * 90 + "/" + "f" * 90
+        plain = tar_of(
+            member("./", type=tarfile.DIRTYPE),
+            member("./main.py", b"print()", mode=0o755),
+            member("sub/data.bin", bytes(1000)),
+            member(long, b"long"),
+            form=form,
+        )
+        tree = unpack(gzip.compress(plain) if packed else plain)
+        assert (tree / "main.py").read_bytes() == b"print()"
+        assert (tree / long).read_bytes() == b"long"
+        assert (tree / "sub" / "data.bin").stat().st_size == 1000
+        modes = {oct(path.stat().st_mode & 0o7777) for path in (tree, tree / "sub", tree / "main.py")}
+        assert modes == {"0o555"}
+        assert (tree / "sub" / "data.bin").stat().st_mode & 0o7777 == 0o444
+
+    def test_names_outside_ascii_and_fractional_times_are_read(self, unpack: Unpack) -> None:
+        tree = unpack(tar_of(member("données/é.py", b"x", mtime=1.5)))
+        assert (tree / "données" / "é.py").read_bytes() == b"x"
+
+    @pytest.mark.parametrize("data", [b"print(1)", b"", b"x" * 100_000])
+    def test_anything_else_is_a_single_file(self, unpack: Unpack, data: bytes) -> None:
+        tree = unpack(data)
+        assert [path.name for path in tree.iterdir()] == ["submission"]
+        assert (tree / "submission").read_bytes() == data
+
+    def test_a_read_only_tree_can_be_removed(self, unpack: Unpack) -> None:
+        tree = unpack(tar_of(member("a/b/c.txt", b"x")))
+        archive.remove(tree)
+        assert not tree.exists()
+
+
+class TestBad:
+    @pytest.mark.parametrize(
+        ("made", "reason"),
+        [
+            (member("a", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "links and devices"),
+            (member("a", type=tarfile.LNKTYPE, linkname="../x"), "links and devices"),
+            (member("a", type=tarfile.CHRTYPE), "links and devices"),
+            (member("a", type=tarfile.BLKTYPE), "links and devices"),
+            (member("a", type=tarfile.FIFOTYPE), "links and devices"),
+            (member("a", type=tarfile.GNUTYPE_SPARSE), "(links and devices|contradicts|not a whole)"),
+            (member("../a", b"x"), "no plain relative path"),
+            (member("a/../../b", b"x"), "no plain relative path"),
+            (member("/etc/a", b"x"), "no plain relative path"),
+            (member("a", b"x", mode=0o4755), "setuid"),
+            (member("a", b"x", mode=0o2755), "setuid"),
+            (member("/".join("d" * 40), b"x"), "deeper"),
+            (member("n" * 300, b"x"), "too long"),
+        ],
+    )
+    def test_dangerous_members_are_refused(
+        self, unpack: Unpack, made: tuple[tarfile.TarInfo, bytes], reason: str
+    ) -> None:
+        with pytest.raises(SubmissionUnreadable, match=reason):
+            unpack(tar_of(member("good.txt", b"good"), made))
+
+    @pytest.mark.parametrize(
+        ("members", "reason"),
+        [
+            ([member("a", b"1"), member("a", b"2")], "twice"),
+            ([member("a", b"1"), member("./a", b"2")], "twice"),
+            ([member("a", b"1"), member("a/b", b"2")], "share a path"),
+            ([member("a/b", b"1"), member("a", b"2")], "share a path"),
+        ],
+    )
+    def test_names_that_collide_are_refused(
+        self, unpack: Unpack, members: list[tuple[tarfile.TarInfo, bytes]], reason: str
+    ) -> None:
+        with pytest.raises(SubmissionUnreadable, match=reason):
+            unpack(tar_of(*members))
+
+    def test_too_many_entries_are_refused(self, unpack: Unpack, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(archive, "MAX_ENTRIES", 20)
+        with pytest.raises(SubmissionUnreadable, match="at most 20 entries"):
+            unpack(tar_of(*(member(f"d{n}/f", b"") for n in range(15))))
+
+    @pytest.mark.parametrize("single", [True, False], ids=["single file", "tar"])
+    def test_a_bomb_is_refused_before_it_is_written_out(
+        self, unpack: Unpack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, single: bool
+    ) -> None:
+        monkeypatch.setattr(archive, "MAX_BYTES", 1 << 20)
+        data = bytes(8 << 20)
+        with pytest.raises(SubmissionUnreadable, match="at most 1048576 bytes"):
+            unpack(gzip.compress(data if single else tar_of(member("zeros", data))))
+        assert sum(path.stat().st_size for path in (tmp_path / "tree").rglob("*")) <= 1 << 20
+
+    def test_a_header_as_large_as_a_bomb_is_refused(self, unpack: Unpack) -> None:
+        info = tarfile.TarInfo("a")
+        info.pax_headers = {"comment": "x" * (1 << 20)}
+        with pytest.raises(SubmissionUnreadable, match="a header of over"):
+            unpack(gzip.compress(tar_of((info, b""))))
+
+    @pytest.mark.parametrize("cut", [3, 600, 1030])
+    def test_a_broken_archive_is_refused(self, unpack: Unpack, cut: int) -> None:
+        whole = tar_of(member("a", os.urandom(2000)))
+        with pytest.raises(SubmissionUnreadable, match="not a whole archive"):
+            unpack(gzip.compress(whole)[:cut] if cut == 3 else whole[:cut])
+
+    def test_a_wrong_checksum_is_refused(self, unpack: Unpack) -> None:
+        data = bytearray(tar_of(member("a", b"x")))
+        data[0] ^= 1
+        with pytest.raises(SubmissionUnreadable, match="not a whole archive"):
+            unpack(bytes(data))
