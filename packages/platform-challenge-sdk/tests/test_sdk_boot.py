@@ -166,6 +166,7 @@ def guest(bundles: Bundles, port: int, tmp_path: Path) -> Iterator[Any]:
             "PLATFORM_USER_CONFIG": str(config),
             "CHALLENGE_SHA256": hashlib.sha256(bundles.data).hexdigest(),
             "CHALLENGE_ENTRY": "challenge",
+            "TMPDIR": str(tmp_path),
         }
         started.append(Guest(port, given | environment, deadline))
         return started[-1]

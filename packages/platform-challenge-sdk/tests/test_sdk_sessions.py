@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import sys
 import threading
@@ -11,26 +10,22 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from platform_challenge_sdk import Challenge, Context, SubmissionFailed
 from platform_challenge_sdk.agent import Agent
 from platform_challenge_sdk.serve import ChallengeServer
 from platform_challenge_sdk.testing_validator import CHALLENGE, HOTKEY, TestingValidator
 from platform_protocol.evidence import payload_sha256, result_record, result_report_data
-from platform_protocol.ids import ChallengeId, JobId, VmName
+from platform_protocol.ids import JobId
 from platform_protocol.session.messages import (
     Configure,
     GuestError,
-    JobCancel,
     JobExecute,
     JobProgress,
     JobResult,
     Log,
     Ping,
     Pong,
-    Ready,
-    SubmissionChunk,
     ValuesGet,
     ValuesResult,
     ValuesSet,
@@ -307,196 +302,3 @@ class TestEvidence:
         assert validator.offer.quote is None
         await validator.execute()
         assert (await validator.expect(JobResult)).evidence == {"quote": None, "event_log": ""}
-
-
-class TestOneJob:
-    async def test_a_per_job_vm_takes_one_job_in_its_life(self, serve: Serve, challenge: Challenge) -> None:
-        challenge.on_job(lambda ctx, payload: 1)
-        _, validator = await serve(challenge)
-        await validator.start()
-        await validator.execute()
-        await validator.expect(JobResult)
-        await validator.execute()
-        assert (await validator.expect(GuestError)).code == "busy"
-
-    async def test_a_shared_vm_takes_one_after_the_other(self, serve: Serve, challenge: Challenge) -> None:
-        challenge.on_job(lambda ctx, payload: ctx.job.attempt)
-        _, validator = await serve(challenge, per_job=False)
-        await validator.start()
-        for attempt in (1, 2):
-            await validator.execute(attempt=attempt)
-            assert (await validator.expect(JobResult)).result == {"score": attempt}
-
-    async def test_the_same_order_twice_runs_once(self, serve: Serve, challenge: Challenge) -> None:
-        runs: list[int] = []
-
-        @challenge.on_job()
-        def job(ctx: Context, payload: dict[str, Any]) -> int:
-            runs.append(1)
-            return 1
-
-        _, validator = await serve(challenge)
-        await validator.start()
-        order = JobExecute(job_id=JOB, attempt=1, challenge_id=CHALLENGE, payload={})
-        await validator.send(order)
-        await validator.send(order)
-        await validator.expect(JobResult)
-        await validator.send(Ping(n=1))
-        await validator.expect(Pong)
-        assert runs == [1]
-
-    async def test_a_job_before_configure_or_of_another_challenge_is_refused(
-        self, serve: Serve, challenge: Challenge
-    ) -> None:
-        challenge.on_job(lambda ctx, payload: 1)
-        _, validator = await serve(challenge)
-        await validator.connect()
-        await validator.execute()
-        assert (await validator.expect(GuestError)).code == "not_ready"
-        await validator.send(Configure(env={}, challenge_id=ChallengeId("another")))
-        await validator.expect(Ready)
-        await validator.execute()
-        assert (await validator.expect(GuestError)).code == "wrong_challenge"
-
-    async def test_a_cancelled_job_ends_once_and_kills_what_runs_of_the_submission(
-        self, serve: Serve, challenge: Challenge, tar: Tar
-    ) -> None:
-        ended = asyncio.Event()
-
-        @challenge.on_job()
-        async def job(ctx: Context, payload: dict[str, Any]) -> int:
-            try:
-                await ctx.submission.run(["python3", "main.py"], timeout=40)
-            finally:
-                ended.set()
-            return 1
-
-        _, validator = await serve(challenge)
-        await validator.start()
-        job_id = await validator.execute(tar({"main.py": "import time; time.sleep(60)"}))
-        await validator.expect(JobProgress)
-        await validator.send(JobCancel(job_id=job_id, reason="lease lost"))
-        done = await validator.expect(JobResult)
-        assert done.error is not None
-        assert (done.error.code, done.error.message) == ("cancelled", "lease lost")
-        async with asyncio.timeout(10):
-            await ended.wait()
-
-
-class TestConnections:
-    async def test_a_result_that_was_not_acknowledged_is_sent_again_after_a_resume(
-        self, serve: Serve, challenge: Challenge
-    ) -> None:
-        finish = threading.Event()
-        challenge.on_job(lambda ctx, payload: finish.wait(20) * 1)
-        _, validator = await serve(challenge)
-        await validator.start()
-        job_id = await validator.execute()
-        await validator.expect(JobProgress)
-        await validator.drop()
-        finish.set()
-        hello = await validator.connect(resume=True)
-        assert hello.known
-        assert hello.state.configured
-        assert hello.state.job_id == job_id
-        done = await validator.expect(JobResult)
-        assert done.result == {"score": 1}
-        await validator.done(done.seq)
-        await validator.send(Ping(n=1))
-        await validator.expect(Pong)
-        await validator.drop()
-        hello = await validator.connect(resume=True)
-        assert (hello.state.job, hello.received) == ("done", done.seq)
-        await validator.send(Ping(n=2))
-        assert (await validator.expect(Pong)).n == 2
-        assert not [message for message in validator.seen if isinstance(message, JobResult)]
-
-    async def test_a_values_request_without_an_answer_is_asked_again_with_its_id(
-        self, serve: Serve, challenge: Challenge
-    ) -> None:
-        @challenge.on_job()
-        async def job(ctx: Context, payload: dict[str, Any]) -> int:
-            return await ctx.values.set("k", 1)
-
-        _, validator = await serve(challenge)
-        await validator.start()
-        await validator.execute()
-        asked = await validator.expect(ValuesSet)
-        await validator.done(asked.seq)
-        await validator.drop()
-        await validator.connect(resume=True)
-        again = await validator.expect(ValuesSet)
-        assert again.request_id == asked.request_id
-        await validator.send(ValuesResult(request_id=again.request_id, version=9))
-        assert (await validator.expect(JobResult)).result == {"score": 9}
-
-    async def test_an_upload_goes_on_at_the_offset_that_hello_tells(
-        self, serve: Serve, challenge: Challenge
-    ) -> None:
-        challenge.on_job(lambda ctx, payload: (ctx.submission.path / "submission").stat().st_size)
-        _, validator = await serve(challenge)
-        await validator.start()
-        data = bytes(range(256)) * 12_000
-        digest = hashlib.sha256(data).hexdigest()
-        order = JobExecute(
-            job_id=JOB, attempt=1, challenge_id=CHALLENGE, payload={}, submission_sha256=digest
-        )
-        await validator.send(order)
-        await validator.send(SubmissionChunk(job_id=JOB, offset=0, last=False, data=data[: 1 << 20]))
-        await validator.send(Ping(n=1))
-        await validator.expect(Pong)
-        await validator.drop()
-        hello = await validator.connect(resume=True)
-        assert (hello.state.job, hello.state.submission_bytes) == ("receiving", 1 << 20)
-        await validator.upload(order.job_id, data, hello.state.submission_bytes)
-        assert (await validator.expect(JobResult)).result == {"score": len(data)}
-
-    async def test_a_dialler_without_the_secret_is_closed_with_4403(
-        self, serve: Serve, challenge: Challenge, port: int
-    ) -> None:
-        challenge.on_job(lambda ctx, payload: 1)
-        _, validator = await serve(challenge)
-        await validator.start()
-        stranger = TestingValidator(port, launch_secret=bytes(32), vm=VmName("pv-other"))
-        with pytest.raises(ConnectionClosed) as closed:
-            await stranger.connect()
-        assert closed.value.rcvd is not None
-        assert closed.value.rcvd.code == 4403
-        await validator.send(Ping(n=1))
-        assert (await validator.expect(Pong)).n == 1
-
-    async def test_a_second_handshake_waits_for_no_place(self, serve: Serve, challenge: Challenge) -> None:
-        challenge.on_job(lambda ctx, payload: 1)
-        _, validator = await serve(challenge)
-        first = await validator.dial()
-        second = await validator.dial()
-        with pytest.raises(ConnectionClosed) as closed:
-            await second.recv()
-        assert closed.value.rcvd is not None
-        assert closed.value.rcvd.code == 1013
-        await first.close()
-
-    async def test_the_live_connection_stays_until_the_new_ones_hello(
-        self, serve: Serve, challenge: Challenge, port: int
-    ) -> None:
-        challenge.on_job(lambda ctx, payload: 1)
-        _, validator = await serve(challenge)
-        await validator.start()
-        half = await validator.dial()
-        await half.send("{}")
-        with pytest.raises(ConnectionClosed):
-            await half.recv()
-        await validator.send(Ping(n=1))
-        await validator.expect(Pong)
-        old = validator.socket
-        await validator.connect(resume=True)
-        with pytest.raises(ConnectionClosed) as closed:
-            await old.recv()
-        assert closed.value.rcvd is not None
-        assert closed.value.rcvd.code == 4409
-
-    async def test_no_session_before_the_challenge_is_ready(self, serve: Serve, challenge: Challenge) -> None:
-        server, validator = await serve(challenge)
-        server.health.status = "starting"
-        with pytest.raises(InvalidStatus):
-            await validator.dial()
