@@ -138,7 +138,8 @@ class Stage:
                 killed_by = "timeout"
             else:
                 looked = time.monotonic()
-                if self._memory() > self._config["memory"]:
+                # Twice: processes that end while the tree is read are counted askew once.
+                if all(self._memory() > self._config["memory"] for _ in range(2)):
                     killed_by = "memory"
                 pause = max(_SAMPLE, _SHARE * (time.monotonic() - looked))
             if killed_by is not None:
@@ -155,7 +156,7 @@ class Stage:
         simple = sum(pages for _, pages in family) * _PAGE
         total = simple
         if simple > self._config["memory"]:
-            total = sum(min(_proportional(pid), pages * _PAGE) for pid, pages in family)
+            total = sum(_proportional(pid, pages * _PAGE) for pid, pages in family)
         self._peak = max(self._peak, total)
         return total
 
@@ -173,20 +174,25 @@ def _family() -> list[tuple[int, int]]:
     while more := [pid for pid, parent in parents.items() if parent in ours and pid not in ours]:
         ours.update(more)
         found += more
-    family = []
-    for pid in found:
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            fields = Path("/proc", str(pid), "statm").read_bytes().split()
-            family.append((pid, int(fields[1]) - int(fields[2])))
-    return family
+    return [(pid, _private(pid)) for pid in found]
 
 
-def _proportional(pid: int) -> int:
+def _private(pid: int) -> int:
+    """Private pages; 0 of a process that has ended."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        fields = Path("/proc", str(pid), "statm").read_bytes().split()
+        return int(fields[1]) - int(fields[2])
+    return 0
+
+
+def _proportional(pid: int, private: int) -> int:
+    """Bytes that a process has of its own or shares in part, at most ``private``."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc", str(pid), "smaps_rollup").read_bytes().splitlines():
             if line.startswith(b"Pss_Anon:"):
-                return int(line.split()[1]) * 1024
-    return sys.maxsize
+                return min(int(line.split()[1]) * 1024, private)
+    # Not told: it has ended meanwhile, or hides from us and is counted in full.
+    return _private(pid) * _PAGE
 
 
 def _reap_all() -> None:
