@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from platform_protocol.canonical import sha256_hex
-from platform_protocol.ids import ChallengeId, ClaimId, Hotkey, VmName
+from platform_protocol.ids import ChallengeId, ClaimId, Hotkey, JobId, VmName
 from platform_protocol.platform_messages import AttestationKind, IsolationLevel
 from platform_protocol.resources import Resources
-from platform_protocol.session.messages import ValuesRequest, ValuesResult
+from platform_protocol.session.messages import JobExecute, ValuesRequest, ValuesResult
 from platform_protocol.tokens import bundle_authorization
 from platform_protocol.user_config import UserConfig
 from platform_validator.attestation.policy import AttestationPolicy
@@ -29,11 +29,12 @@ from platform_validator.cvm.connection import SessionPace
 from platform_validator.cvm.destroyer import Destroyer
 from platform_validator.cvm.fleet import Cvm, Fleet, FleetRules
 from platform_validator.cvm.host_ports import HostPorts
+from platform_validator.cvm.jobs import GuestResult, JobOrder
 from platform_validator.cvm.memory import IMAGE, MemoryVmm
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.probe import HttpProbe
 from platform_validator.cvm.quota import Limits, Quota, Refusal, Reservation
-from platform_validator.cvm.testing_guest import GuestScript
+from platform_validator.cvm.testing_guest import GuestScript, ScriptedGuest
 from platform_validator.cvm.vmm import VmmAtCapacity, VmmRefused, VmmUnavailable, VmSpec, VmState
 from platform_validator.keyring import Keyring
 from platform_validator.store.port import StoreUnavailable
@@ -574,30 +575,39 @@ async def test_a_vm_that_somebody_else_removed_is_gone(make_world: MakeWorld) ->
     await world.nothing_is_left()
 
 
-async def test_a_restart_holds_what_still_runs_and_the_sweep_destroys_it(make_world: MakeWorld) -> None:
-    """Quota and ports are rebuilt from the journal; nobody holds the old CVMs, so they go."""
-    world = await make_world()
-    cvm = await world.boot()
-    later = Quota(LIMITS)
-    fleet = Fleet(
+def restarted(world: World, quota: Quota) -> Fleet:
+    """The fleet of a process that starts on the same journal."""
+    return Fleet(
         vmm=world.vmm,
         probe=HttpProbe(vmm=world.vmm, clock=world.clock),
         store=world.store,
         keyring=Keyring(b"k" * 32),
-        quota=later,
+        quota=quota,
         ports=HostPorts(*free_ports(4)),
         policy=AttestationPolicy(level=IsolationLevel.CONTAINER, allow_simulated=False, checker=None),
         values=NoValues(),
         clock=world.clock,
         identity=StateIdentity("0123456789", "instance"),
         validator=Hotkey("5DD"),
-        rules=FleetRules(IsolationLevel.CONTAINER, allow_simulated=False, base_url="http://10.0.2.2"),
+        rules=FleetRules(
+            IsolationLevel.CONTAINER, allow_simulated=False, base_url="http://10.0.2.2", pace=QUICK
+        ),
     )
+
+
+async def test_a_restart_holds_what_still_runs_until_it_is_given_up(make_world: MakeWorld) -> None:
+    """Quota and ports are rebuilt from the journal; the sweep leaves what may yet be adopted."""
+    world = await make_world()
+    cvm = await world.boot()
+    later = Quota(LIMITS)
+    fleet = restarted(world, later)
     await fleet.restore()
     assert later.view().used == RESOURCES
     [view] = fleet.views()
-    assert (view.name, view.challenge_id) == (cvm.name, PLAN.challenge_id)
+    assert (view.name, view.challenge_id, view.stage) == (cvm.name, PLAN.challenge_id, "restored")
     await fleet.sweep()
+    assert fleet.destroyer.names == set()
+    fleet.destroy(cvm.name)
     async with asyncio.TaskGroup() as group:
         running = group.create_task(fleet.run())
         await fleet.destroyer.finish()
@@ -605,6 +615,68 @@ async def test_a_restart_holds_what_still_runs_and_the_sweep_destroys_it(make_wo
     assert world.vmm.machines() == []
     assert later.view().cvms == 0
     assert fleet.views() == []
+
+
+ORDER = JobOrder(JobId("job-1"), 1, PLAN.challenge_id, None, {}, None)
+
+
+async def carried_on(fleet: Fleet, name: VmName) -> GuestResult | errors.CvmError:
+    """Adopt a CVM and wait for the job's result, or for what ends it."""
+    await fleet.restore()
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(fleet.run())
+        while fleet._tasks is None:
+            await asyncio.sleep(0)
+        try:
+            cvm = await fleet.adopt(name, PLAN)
+            return await cvm.session.execute(
+                ORDER, None, on_started=lambda: None, on_progress=lambda *_: None, on_log=lambda *_: None
+            )
+        except errors.CvmError as error:
+            return error
+        finally:
+            running.cancel()
+
+
+async def test_a_running_job_is_adopted_by_a_later_process(make_world: MakeWorld) -> None:
+    """The session is resumed with what the journal holds; the job runs once and its result arrives."""
+    world = await make_world()
+    finish = asyncio.Event()
+
+    async def work(_guest: ScriptedGuest, order: JobExecute, _submission: bytes) -> dict[str, Any]:
+        await finish.wait()
+        return {"score": 0.25, "job": order.job_id}
+
+    world.script.work = work
+    cvm = await world.boot()
+    first = asyncio.create_task(
+        cvm.session.execute(
+            ORDER, None, on_started=lambda: None, on_progress=lambda *_: None, on_log=lambda *_: None
+        )
+    )
+    guest = world.vmm.machine(cvm.name).guest
+    assert guest is not None
+    await guest.until(lambda guest: len(guest.orders) == 1)
+    cvm.session.close()
+    with pytest.raises(errors.SessionLost):
+        await first
+    finish.set()
+    result = await carried_on(restarted(world, Quota(LIMITS)), cvm.name)
+    assert isinstance(result, GuestResult)
+    assert result.result == {"score": 0.25, "job": "job-1"}
+    assert (len(guest.orders), len(guest.configured)) == (1, 1)
+
+
+async def test_what_rebooted_meanwhile_is_not_adopted(make_world: MakeWorld) -> None:
+    """It does not know the session any more: whatever it would say is about another life."""
+    world = await make_world()
+    cvm = await world.boot()
+    world.vmm.restart(cvm.name)
+    fleet = restarted(world, Quota(LIMITS))
+    found = await carried_on(fleet, cvm.name)
+    assert isinstance(found, errors.SessionLost)
+    assert "rebooted" in str(found)
+    assert cvm.name in fleet.destroyer.names
 
 
 async def test_foreign_vms_survive_the_sweep(make_world: MakeWorld) -> None:

@@ -11,6 +11,7 @@ from platform_protocol.ids import ChallengeId
 from platform_protocol.platform_messages import ActiveChallenge
 from platform_protocol.resources import Resources
 from platform_protocol.spec import ChallengeSpec
+from platform_validator.challenges.kit import instance_part, pack
 from platform_validator.challenges.lifecycle import Aside, Fact, transition
 from platform_validator.challenges.room import Guest
 from platform_validator.cvm.plan import CvmPlan
@@ -76,6 +77,7 @@ class Instance:
         self.users = 0
         self.boot_failures = 0
         self.lasting = False
+        self._kit: str | None = None
 
     def __repr__(self) -> str:
         return (
@@ -92,6 +94,12 @@ class Instance:
     def state(self) -> InstanceState:
         """Its state."""
         return self.record.state
+
+    def kit(self, plan: CvmPlan, spec: ChallengeSpec) -> str:
+        """The instance's part of its jobs' kits; made once."""
+        if self._kit is None:
+            self._kit = instance_part(plan, spec)
+        return self._kit
 
     def told(self, fact: Fact, *, at: datetime, reason: str | None = None) -> InstanceState | Aside:
         """Apply a fact to the record (not yet stored); returns what the lifecycle said."""
@@ -158,6 +166,10 @@ class InstanceRef:
     def commit(self) -> str:
         """The commit that a job of this reference runs."""
         return self._instance.record.commit
+
+    def kit(self, running_since: datetime) -> bytes:
+        """What a later process needs to finish a job that runs since then."""
+        return pack(running_since, self._instance.kit(self.plan, self.spec))
 
     def ready_size(self) -> Resources | None:
         """The size of the idle ready CVM that `take_ready` would give, or None."""

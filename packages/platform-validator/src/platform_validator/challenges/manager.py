@@ -16,7 +16,7 @@ from platform_validator.challenges.parts import RunnerParts
 from platform_validator.challenges.resolve import HostRules
 from platform_validator.challenges.room import CvmFleet
 from platform_validator.challenges.runner import ChallengeRunner
-from platform_validator.challenges.source import GitSource
+from platform_validator.challenges.source import Source
 from platform_validator.clock import Clock
 from platform_validator.cvm.quota import Quota
 from platform_validator.cvm.vmm import VmmClient
@@ -51,7 +51,7 @@ class ChallengeManager:
         *,
         client: PlatformClient,
         store: Store,
-        source: GitSource,
+        source: Source,
         vmm: VmmClient,
         fleet: CvmFleet,
         quota: Quota,

@@ -12,7 +12,7 @@ from pathlib import Path
 from platform_protocol.ids import ClaimId, JobId, VmId, VmName
 from platform_protocol.platform_messages import AttestationKind, IsolationLevel
 from platform_validator.clock import Clock
-from platform_validator.cvm.errors import CvmError
+from platform_validator.cvm.errors import CvmError, SessionLost
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.quota import Quota, Reservation
 from platform_validator.cvm.session import GuestResult, JobOrder
@@ -129,6 +129,14 @@ class MemoryFleet:
             self.destroy(name)
             raise
         self.booted.append(cvm)
+        return cvm
+
+    async def adopt(self, name: VmName, plan: CvmPlan) -> MemoryCvm:
+        """The one of that name, if it is alive."""
+        del plan
+        cvm = self.alive.get(name)
+        if cvm is None:
+            raise SessionLost(f"{name} is gone")
         return cvm
 
     def destroy(self, name: VmName) -> None:

@@ -10,7 +10,7 @@ from typing import Protocol
 from platform_protocol.ids import ChallengeId
 from platform_validator.challenges.resolve import HostRules
 from platform_validator.challenges.room import CvmFleet
-from platform_validator.challenges.source import GitSource
+from platform_validator.challenges.source import Source
 from platform_validator.clock import Clock
 from platform_validator.cvm.quota import Quota
 from platform_validator.cvm.vmm import VmmClient
@@ -32,7 +32,7 @@ class RunnerParts:
     """What every runner shares."""
 
     store: Store
-    source: GitSource
+    source: Source
     vmm: VmmClient
     fleet: CvmFleet
     quota: Quota

@@ -73,5 +73,8 @@ class CvmFleet(Protocol):
     ) -> Guest:
         """Boot one; the reservation belongs to it from the call on. Raises what `cvm.errors` names."""
 
+    async def adopt(self, name: VmName, plan: CvmPlan) -> Guest:
+        """Take over one that an earlier process left running. Raises what `cvm.errors` names."""
+
     def destroy(self, name: VmName) -> None:
         """Have it destroyed; never waits."""

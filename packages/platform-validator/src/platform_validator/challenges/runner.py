@@ -21,6 +21,7 @@ from platform_validator.challenges.parts import RunnerParts
 from platform_validator.challenges.resolve import Unfit, resolve
 from platform_validator.challenges.room import Guest
 from platform_validator.challenges.source import FetchedTree, SourceError
+from platform_validator.crashpoint import crashpoint
 from platform_validator.cvm.errors import CvmError, NoCapacity
 from platform_validator.cvm.quota import Refusal, Reservation
 from platform_validator.cvm.vmm import VmmError
@@ -161,6 +162,7 @@ class ChallengeRunner:
             self._candidate = Instance(self._record(wanted, key, digest), wanted)
             self._retry_at = 0.0
             await self._parts.store.put_instance(self._candidate.record)
+            crashpoint("instance_created")
             if self._serving is not None:
                 self._serving.record = replace(self._serving.record, superseded_by=key)
                 await self._parts.store.put_instance(self._serving.record)
@@ -279,6 +281,7 @@ class ChallengeRunner:
             old.told(Fact.SUPERSEDED, at=now)
         try:
             await self._parts.store.switch_instances(candidate.record, old.record if old else None)
+            crashpoint("instance_switched")
         except BaseException:
             candidate.record = new_before
             if old is not None and old_before is not None:
@@ -396,6 +399,7 @@ class ChallengeRunner:
     async def _retire(self) -> None:
         for instance in [each for each in self._old if each.users == 0]:
             instance.told(Fact.DRAINED, at=self._parts.clock.now())
+            crashpoint("instance_recycled")
             await self._parts.store.remove_instance(instance.key)
             self._old.remove(instance)
             _log.info("instance_gone", challenge_id=self._id, commit=instance.record.commit)

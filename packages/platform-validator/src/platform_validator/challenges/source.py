@@ -15,6 +15,7 @@ import shutil
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from platform_protocol.bundle import BundleInvalid, TreeEntry, pack, unpack
@@ -57,6 +58,16 @@ class _Listed:
     object_id: str
     size: int
     path: str
+
+
+class Source(Protocol):
+    """Gives a challenge's tree at a commit: `GitSource`, or a simulation's."""
+
+    async def fetch(self, repository: str, commit: str) -> FetchedTree:
+        """The tree. Raises SourceError."""
+
+    def file_of(self, tree: FetchedTree, path: str) -> bytes:
+        """A file of a fetched tree. Raises SourceError."""
 
 
 class GitSource:

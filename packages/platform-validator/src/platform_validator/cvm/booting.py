@@ -17,6 +17,7 @@ from platform_protocol.session.v2 import Offer
 from platform_protocol.user_config import UserConfig
 from platform_validator.attestation.policy import Accepted, AttestationPolicy, Expected
 from platform_validator.clock import Clock
+from platform_validator.crashpoint import crashpoint
 from platform_validator.cvm.connection import Callee, SessionPace
 from platform_validator.cvm.errors import (
     AttestationRefused,
@@ -24,11 +25,13 @@ from platform_validator.cvm.errors import (
     BootTimedOut,
     CreateFailed,
     NoCapacity,
+    SessionLost,
 )
 from platform_validator.cvm.members import Cvm, Member
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.probe import Probe
-from platform_validator.cvm.session import CvmSession, ValuesHandler
+from platform_validator.cvm.session import ValuesHandler
+from platform_validator.cvm.sessions import Session, SessionMaker
 from platform_validator.cvm.vmm import VmmAtCapacity, VmmClient, VmmError, VmmRefused, VmmUnavailable, VmSpec
 from platform_validator.store.port import DuplicateRecord, Store
 from platform_validator.store.records import Purpose, VmPhase
@@ -90,8 +93,10 @@ class Booter:
         clock: Clock,
         validator: Hotkey,
         rules: FleetRules,
+        sessions: SessionMaker,
     ) -> None:
         self._vmm = vmm
+        self._sessions = sessions
         self._probe = probe
         self._store = store
         self._policy = policy
@@ -120,34 +125,74 @@ class Booter:
 
         enter("creating")
         vm_id = await self._create(member, plan, secret)
+        crashpoint("create_sent")
         await self._store.vm_created(name, vm_id)
+        crashpoint("id_stored")
         enter("booting")
+        crashpoint("booting")
         try:
             async with asyncio.timeout(rules.boot.total_seconds()):
                 address = await self._probe.until_ready(vm_id)
         except TimeoutError as error:
             raise BootTimedOut(f"{name} was not ready within {rules.boot.total_seconds():.0f} s") from error
         enter("attesting")
+        crashpoint("attesting")
         found: list[Accepted] = []
-        callee = Callee(
-            address, name, secret, member.record.session_id, self._validator, rules.allow_session_v1
-        )
-        member.session = session = CvmSession(
-            callee,
-            challenge_id=plan.challenge_id,
-            env=plan.env,
-            judge=lambda offer: self._judge(member, plan, vm_id, offer, found),
-            values=self._values,
-            pace=rules.pace,
-        )
+        session = self._session(member, plan, secret, vm_id, address, found, resume=False)
         tasks.create_task(session.run())
         await self._until_ready(member, session, found, deadline)
         await self._store.vm_phase(name, VmPhase.READY, at=self._clock.now())
         member.stage = "ready"
         return Cvm(name, vm_id, plan, found[0].kind, await self._level_of(plan.image), session)
 
+    async def adopt(self, member: Member, plan: CvmPlan, secret: bytes, *, tasks: asyncio.TaskGroup) -> Cvm:
+        """See `Fleet.adopt`: the CVM was made, attested and configured by an earlier process."""
+        record, limit = member.record, self._rules.attest.total_seconds()
+        if record.vm_id is None or record.attestation is None:
+            raise SessionLost(f"{record.name} had not come up")
+        member.stage = "attesting"
+        deadline = self._clock.monotonic() + limit
+        try:
+            async with asyncio.timeout(limit):
+                address = await self._probe.until_ready(record.vm_id)
+        except TimeoutError as error:
+            raise SessionLost(f"{record.name} did not answer within {limit:.0f} s") from error
+        found: list[Accepted] = []
+        session = self._session(member, plan, secret, record.vm_id, address, found, resume=True)
+        tasks.create_task(session.run())
+        await self._until_ready(member, session, found, deadline)
+        member.stage = "ready"
+        level = await self._level_of(plan.image)
+        return Cvm(record.name, record.vm_id, plan, found[0].kind, level, session)
+
+    def _session(
+        self,
+        member: Member,
+        plan: CvmPlan,
+        secret: bytes,
+        vm_id: VmId,
+        address: tuple[str, int],
+        found: list[Accepted],
+        *,
+        resume: bool,
+    ) -> Session:
+        record = member.record
+        callee = Callee(
+            address, record.name, secret, record.session_id, self._validator, self._rules.allow_session_v1
+        )
+        member.session = session = self._sessions(
+            callee,
+            challenge_id=plan.challenge_id,
+            env=plan.env,
+            judge=lambda offer: self._judge(member, plan, vm_id, offer, found),
+            values=self._values,
+            pace=self._rules.pace,
+            resume=resume,
+        )
+        return session
+
     async def _until_ready(
-        self, member: Member, session: CvmSession, found: list[Accepted], deadline: float
+        self, member: Member, session: Session, found: list[Accepted], deadline: float
     ) -> None:
         limit = max(self._rules.attest.total_seconds(), deadline - self._clock.monotonic())
         try:
@@ -208,6 +253,11 @@ class Booter:
         self, member: Member, plan: CvmPlan, vm_id: VmId, offer: Offer, found: list[Accepted]
     ) -> None:
         accepted = await self._accept(plan, offer)
+        record = member.record
+        if not found and record.attestation is not None:
+            # Judged by an earlier process: it must show what it showed then.
+            found.append(Accepted(AttestationKind(record.attestation), record.vm_instance))
+            member.attestation = found[0].kind
         if found:
             if accepted != found[0]:
                 raise AttestationRefused("instance_id", "a resumed session shows another instance or kind")
@@ -216,7 +266,7 @@ class Booter:
             await self._check_instance(vm_id, accepted.instance)
         try:
             await self._store.vm_attested(
-                member.record.name, attestation=accepted.kind.value, vm_instance=accepted.instance
+                record.name, attestation=accepted.kind.value, vm_instance=accepted.instance
             )
         except DuplicateRecord as error:
             raise AttestationRefused(

@@ -10,6 +10,7 @@ import structlog
 
 from platform_protocol.ids import VmId, VmName
 from platform_validator.clock import Clock
+from platform_validator.crashpoint import crashpoint
 from platform_validator.cvm.vmm import VmmClient, VmmError, VmNotFound, VmState
 from platform_validator.store.port import Store, StoreUnavailable, UnknownRecord
 from platform_validator.store.records import VmPhase
@@ -74,7 +75,7 @@ class Destroyer:
         self._begun.clear()
         async with asyncio.TaskGroup() as tasks:
             while True:
-                for name in self._doomed.keys() - self._begun:
+                for name in [each for each in self._doomed if each not in self._begun]:
                     self._begun.add(name)
                     tasks.create_task(self._destroy(self._doomed[name]))
                 self._fresh.clear()
@@ -92,6 +93,7 @@ class Destroyer:
                 await self._note(doomed)
                 await self._once(doomed.name)
                 await self._store.vm_phase(doomed.name, VmPhase.GONE, at=self._clock.now())
+                crashpoint("destroyed")
                 break
             except UnknownRecord:
                 break
@@ -119,11 +121,12 @@ class Destroyer:
             _log.warning("destruction_not_journaled", vm=doomed.name, reason=str(error))
 
     async def _once(self, name: VmName) -> None:
-        for vm_id in await self._ids(name):
+        for vm_id in sorted(await self._ids(name)):
             try:
                 await self._vmm.stop(vm_id)
                 await self._until(vm_id, stopped=True)
                 await self._vmm.remove(vm_id)
+                crashpoint("destroy_sent")
             except VmNotFound:
                 pass
             await self._until(vm_id, stopped=False)

@@ -14,6 +14,7 @@ from platform_protocol.ids import ClaimId, Hotkey, VmName
 from platform_protocol.tokens import bundle_vm, check_bundle_authorization
 from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.clock import Clock
+from platform_validator.crashpoint import crashpoint
 from platform_validator.cvm.booting import Booter, FleetRules, lifetimes_of
 from platform_validator.cvm.destroyer import Destroyer
 from platform_validator.cvm.errors import BootFailed, CreateFailed, NoCapacity, SessionLost
@@ -23,9 +24,10 @@ from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.probe import Probe
 from platform_validator.cvm.quota import Quota, Refusal, Reservation
 from platform_validator.cvm.reclaim import plan_reclaim
-from platform_validator.cvm.session import ValuesHandler
+from platform_validator.cvm.session import CvmSession, ValuesHandler
+from platform_validator.cvm.sessions import SessionMaker
 from platform_validator.cvm.vmm import VmmClient, VmmError
-from platform_validator.keyring import Keyring
+from platform_validator.keyring import Keyring, KeyringBroken
 from platform_validator.store.port import Store, StoreUnavailable
 from platform_validator.store.records import Purpose, StateIdentity, VmPhase, VmRecord
 
@@ -57,6 +59,10 @@ class Fleet:
         identity: Names our VMs.
         validator: Our address.
         rules: Levels and URLs.
+        sessions: Makes sessions.
+        new_id: Makes the random part of names, and session ids (UUIDs).
+        random_bytes: Makes launch secrets.
+        on_reclaimed: Called for each CVM that the sweep found without a holder.
     """
 
     def __init__(
@@ -74,8 +80,15 @@ class Fleet:
         identity: StateIdentity,
         validator: Hotkey,
         rules: FleetRules,
+        sessions: SessionMaker = CvmSession,
+        new_id: Callable[[], str] = lambda: str(uuid.uuid4()),
+        random_bytes: Callable[[int], bytes] = secrets.token_bytes,
+        on_reclaimed: Callable[[], None] = lambda: None,
     ) -> None:
+        self._on_reclaimed = on_reclaimed
         self._vmm = vmm
+        self._new_id = new_id
+        self._random_bytes = random_bytes
         self._store = store
         self._keyring = keyring
         self._quota = quota
@@ -92,6 +105,7 @@ class Fleet:
             clock=clock,
             validator=validator,
             rules=rules,
+            sessions=sessions,
         )
         self._members: dict[VmName, Member] = {}
         self._restored: dict[VmName, Member] = {}
@@ -110,7 +124,7 @@ class Fleet:
         for record in await self._store.open_vms():
             [self._reservations[record.name]] = self._quota.rebuild([(record.name, record.resources)])
             self._ports.hold(record.host_port)
-            self._restored[record.name] = Member(record, stage="destroying")
+            self._restored[record.name] = Member(record, stage="restored")
 
     async def run(self) -> None:
         """Destruction and the periodic sweep, until cancelled."""
@@ -171,9 +185,35 @@ class Fleet:
         self._quota.release(reservation)
         raise NoCapacity(f"no host port was free in {_PORT_TRIES} tries")
 
+    async def adopt(self, name: VmName, plan: CvmPlan) -> Cvm:
+        """Take over a CVM that an earlier process left running, and resume its session.
+
+        It keeps its reservation and its port. When this raises, it is on its way out.
+
+        Raises:
+            SessionLost: It is gone, rebooted, or its session cannot be resumed.
+            BootFailed: The VMM says that it ended.
+            AttestationRefused: It shows something else than it did.
+            AttestationUnavailable: It could not be judged.
+            SessionRefused: The SDK refused.
+            VmmUnavailable: The VMM does not answer.
+        """
+        member, tasks = self._restored.get(name), self._tasks
+        if member is None or tasks is None or name in self.destroyer.names:
+            raise SessionLost(f"{name} is not held any more")
+        try:
+            member.secret = self._keyring.open(member.record.sealed_secret, name.encode())
+            member.plan = plan
+            return await self._booter.adopt(member, plan, member.secret, tasks=tasks)
+        except BaseException as error:
+            self.destroy(name, reason=str(error) or type(error).__name__)
+            if isinstance(error, KeyringBroken):
+                raise SessionLost(f"the launch secret of {name} cannot be read: {error}") from error
+            raise
+
     def destroy(self, name: VmName, reason: str | None = None) -> None:
         """Hand a CVM to destruction. Never waits; doing it twice changes nothing."""
-        member = self._members.get(name)
+        member = self._members.get(name) or self._restored.get(name)
         if member is not None:
             member.stage = "destroying"
             if member.session is not None:
@@ -209,13 +249,14 @@ class Fleet:
         plan = plan_reclaim(
             records,
             seen,
-            set(self._members) | self.destroyer.names,
+            self._members.keys() | self._restored.keys() | self.destroyer.names,
             ended=ended,
             state_id=self._state_id,
             now=self._clock.now(),
         )
         for name in plan.destroy:
             _log.warning("cvm_reclaimed", vm=name)
+            self._on_reclaimed()
             self.destroy(name, reason="reclaimed by the sweep")
         if plan.strays != self.strays:
             _log.warning("vms_not_in_our_journal", vms=plan.strays, remedy="validator cvms reclaim")
@@ -235,8 +276,8 @@ class Fleet:
     async def _intend(
         self, plan: CvmPlan, purpose: Purpose, reservation: Reservation, claim_id: ClaimId | None
     ) -> tuple[Member, bytes]:
-        name = VmName(f"{self._prefix}{uuid.uuid4()}")
-        secret = secrets.token_bytes(32)
+        name = VmName(f"{self._prefix}{self._new_id()}")
+        secret = self._random_bytes(32)
         now = self._clock.now()
         try:
             port = self._ports.take()
@@ -253,7 +294,7 @@ class Fleet:
             sealed_secret=self._keyring.seal(secret, name.encode()),
             compose=plan.compose,
             host_port=port,
-            session_id=str(uuid.uuid4()),
+            session_id=self._new_id(),
             intended_at=now,
             hard_deadline=now + lifetimes_of(plan, purpose).hard,
             claim_id=claim_id,
@@ -264,6 +305,7 @@ class Fleet:
             self._ports.give_back(port)
             self._quota.release(reservation)
             raise
+        crashpoint("intent_written")
         self._members[name] = member = Member(record, plan, secret)
         self._reservations[name] = reservation
         return member, secret

@@ -9,7 +9,7 @@ from platform_protocol.ids import ChallengeId, VmId, VmName
 from platform_protocol.platform_messages import AttestationKind, IsolationLevel
 from platform_validator.cvm.destroyer import Doomed
 from platform_validator.cvm.plan import CvmPlan
-from platform_validator.cvm.session import CvmSession
+from platform_validator.cvm.sessions import Session
 from platform_validator.store.records import Purpose, VmRecord
 
 
@@ -22,7 +22,7 @@ class Cvm:
     plan: CvmPlan
     attestation: AttestationKind
     isolation_level: IsolationLevel
-    session: CvmSession
+    session: Session
 
     @property
     def compose_hash(self) -> str:
@@ -52,7 +52,7 @@ class Member:
     plan: CvmPlan | None = None
     secret: bytes | None = field(default=None, repr=False)
     stage: str = "creating"
-    session: CvmSession | None = None
+    session: Session | None = None
     attestation: AttestationKind | None = None
 
     def view(self, end: Doomed | None) -> CvmView:

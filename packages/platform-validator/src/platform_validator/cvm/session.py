@@ -80,6 +80,7 @@ class CvmSession:
         judge: The policy, over the handshake's offer.
         values: Answers values requests.
         pace: How long things may take.
+        resume: The session was begun by an earlier process: the SDK must know it, configured.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class CvmSession:
         judge: Judge,
         values: ValuesHandler,
         pace: SessionPace | None = None,
+        resume: bool = False,
     ) -> None:
         self._callee = callee
         self._vm = callee.vm
@@ -103,7 +105,10 @@ class CvmSession:
         self._socket: ClientConnection | None = None
         self._picked_up = False
         self._old: SessionV1 | None = None
-        self._first = True
+        self._first = not resume
+        self._adopted = resume
+        self._state = GuestState(configured=True)
+        self._early: JobResult | None = None
         self._closing = False
         self._running: RunningJob | None = None
         self._unanswered = 0
@@ -147,8 +152,10 @@ class CvmSession:
         try:
             if self._old is not None:
                 await self._over_v1(self._old, running)
+            elif self._early is not None and self._early.job_id == order.job_id:
+                self._finished(self._early)
             elif self._picked_up:
-                await self._give_job(GuestState(configured=True))
+                await self._give_job(self._state)
             return await self._or_lost(result)
         finally:
             self._running = None
@@ -220,10 +227,21 @@ class CvmSession:
             if not hello.known and not self._first:
                 await abandon(socket)
                 raise SessionLost(f"{self._vm} rebooted: it does not know the session")
+            if self._adopted:
+                await self._take_over(socket, hello)
             self._first, pause = False, self._pace.retry
             await self._converse(socket, hello)
             reached = time.monotonic()
             self.reconnects += 1
+
+    async def _take_over(self, socket: ClientConnection, hello: GuestHello) -> None:
+        """What an earlier process began goes on only if it came as far as `ready`."""
+        if not hello.state.configured:
+            await abandon(socket)
+            raise SessionLost(f"{self._vm} was never configured")
+        self._adopted = False
+        if not self._ready.done():
+            self._ready.set_result(None)
 
     async def _connect(self) -> tuple[ClientConnection, GuestHello | None]:
         """A greeted connection; its hello is None in version 1."""
@@ -248,7 +266,7 @@ class CvmSession:
         return hello
 
     async def _converse(self, socket: ClientConnection, hello: GuestHello) -> None:
-        self._socket, self._unanswered = socket, 0
+        self._socket, self._unanswered, self._state = socket, 0, hello.state
         try:
             async with asyncio.TaskGroup() as tasks:
                 pinging = tasks.create_task(self._ping(socket))
@@ -368,6 +386,10 @@ class CvmSession:
 
     def _finished(self, message: JobResult) -> None:
         running = self._running
+        if running is None and self._state.job_id == message.job_id and self._early is None:
+            # Of a job that an earlier process gave: whoever adopts it will ask for it.
+            self._early = message
+            return
         if running is None or message.job_id != running.order.job_id or running.result.done():
             # Nobody waits for it (cancelled, timed out, a second one): it must not hold up the others.
             _log.info("result_unwanted", vm=self._vm, job_id=message.job_id)

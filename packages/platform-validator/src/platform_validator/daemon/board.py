@@ -9,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from platform_validator.challenges.source import GitSource
 from platform_validator.config import Settings
 from platform_validator.daemon.parts import Components
 from platform_validator.platform_client.notifications import NotificationLoop
@@ -28,6 +29,7 @@ class Board:
         self.vmm_error: str | None = "not asked yet"
         self.vmm_version = ""
         self.components: Components | None = None
+        self.source: GitSource | None = None
         self.notifications: NotificationLoop | None = None
         self.extra: dict[str, Any] = {}
 
@@ -47,9 +49,9 @@ class Board:
     def bundle(self, sha256: str, authorization: str) -> Path | None:
         """See the port."""
         parts = self.components
-        if parts is None or not parts.fleet.may_fetch_bundle(authorization, sha256):
+        if parts is None or self.source is None or not parts.fleet.may_fetch_bundle(authorization, sha256):
             return None
-        path = parts.source.bundle_path(sha256)
+        path = self.source.bundle_path(sha256)
         return path if path.exists() else None
 
     def status(self) -> dict[str, Any]:
@@ -132,6 +134,7 @@ class Board:
             self._metrics.quota(kind, getattr(quota.used, kind), getattr(quota.limits.resources, kind))
         self._metrics.quota("cvms", quota.cvms, quota.max_cvms)
         self._metrics.cvms(dict(Counter(view.stage for view in parts.fleet.views())))
+        self._metrics.strays(len(parts.fleet.strays))
         self._metrics.challenges(dict(Counter(view.state.value for view in parts.challenges.views())))
 
 

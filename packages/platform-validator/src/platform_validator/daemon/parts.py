@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import secrets
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,27 +12,32 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from platform_protocol.ids import Hotkey
 from platform_protocol.signing import Keypair
 from platform_validator.attestation.collateral import from_pccs
 from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.attestation.quote import QuoteChecker
 from platform_validator.challenges.manager import ChallengeManager
 from platform_validator.challenges.resolve import HostRules
-from platform_validator.challenges.source import GitSource
+from platform_validator.challenges.source import GitSource, Source
 from platform_validator.clock import Clock, SystemClock
 from platform_validator.config import Settings
 from platform_validator.cvm.collateral import from_vmm
 from platform_validator.cvm.dstack import DstackVmm
 from platform_validator.cvm.fleet import Fleet, FleetRules
 from platform_validator.cvm.host_ports import HostPorts
-from platform_validator.cvm.probe import HttpProbe
+from platform_validator.cvm.probe import HttpProbe, Probe
 from platform_validator.cvm.quota import Limits, Quota
+from platform_validator.cvm.session import CvmSession
+from platform_validator.cvm.sessions import SessionMaker
+from platform_validator.cvm.vmm import VmmClient
 from platform_validator.jobs.executor import JobExecutor
-from platform_validator.jobs.lease import LeaseRules, ThreadRenewer
+from platform_validator.jobs.lease import LeaseRules, Renewer, ThreadRenewer
 from platform_validator.jobs.manager import JobManager
 from platform_validator.jobs.outbox import Outbox
 from platform_validator.keyring import Keyring
 from platform_validator.platform_client.http import HttpPlatformClient
+from platform_validator.platform_client.port import PlatformClient
 from platform_validator.platform_client.renewals import BlockingRenewals
 from platform_validator.platform_client.signer import RequestSigner
 from platform_validator.scoring import ScoringRule
@@ -53,12 +59,31 @@ class Connections:
 
 
 @dataclass(frozen=True, slots=True)
+class Outside:
+    """Everything that the components reach the world through; a simulation gives its twins.
+
+    `rng` is for jitter, `new_id` makes UUIDs, `random_bytes` secrets.
+    """
+
+    clock: Clock
+    client: PlatformClient
+    vmm: VmmClient
+    probe: Probe
+    sessions: SessionMaker
+    source: Source
+    policy: AttestationPolicy
+    renewer: Renewer
+    rng: random.Random
+    new_id: Callable[[], str]
+    random_bytes: Callable[[int], bytes]
+
+
+@dataclass(frozen=True, slots=True)
 class Components:
     """Step 4: what does the work."""
 
     quota: Quota
     fleet: Fleet
-    source: GitSource
     challenges: ChallengeManager
     outbox: Outbox
     jobs: JobManager
@@ -111,76 +136,98 @@ def _allow_session_v1(settings: Settings) -> bool:
     return bool(settings["attestation.allow_simulated"] if given is None else given)
 
 
+def make_outside(settings: Settings, connections: Connections, *, cache: Path) -> tuple[Outside, GitSource]:
+    """The real outside, and its source of challenges' code.
+
+    Raises:
+        StateUnusable: A file that the settings name cannot be read.
+    """
+    clock = connections.clock
+    renewals = BlockingRenewals(
+        base_url=settings["platform.base_api"], signer=connections.signer, clock=clock
+    )
+    rules = LeaseRules(outage_grace=settings["jobs.outage_grace"], stall_limit=settings["jobs.stall_limit"])
+    source = GitSource(cache=cache, allow=frozenset(settings["sources.allow"]))
+    outside = Outside(
+        clock=clock,
+        client=connections.client,
+        vmm=connections.vmm,
+        probe=HttpProbe(vmm=connections.vmm, clock=clock),
+        sessions=CvmSession,
+        source=source,
+        policy=make_policy(settings, connections),
+        renewer=ThreadRenewer(renew=renewals.renew, clock=clock, rules=rules),
+        rng=random.SystemRandom(),
+        new_id=lambda: str(uuid.uuid4()),
+        random_bytes=secrets.token_bytes,
+    )
+    return outside, source
+
+
 def make_components(
     settings: Settings,
-    keypair: Keypair,
-    connections: Connections,
+    outside: Outside,
     *,
+    validator: Hotkey,
     store: Store,
     identity: StateIdentity,
     keyring: Keyring,
     metrics: Metrics,
     cache: Path,
-    on_active: Callable[[], None],
 ) -> Components:
-    """Quota, fleet, challenges, outbox, executor, job manager.
-
-    Raises:
-        StateUnusable: A file that the settings name cannot be read.
-    """
-    clock, client, vmm = connections.clock, connections.client, connections.vmm
-    rng = random.SystemRandom()
+    """Quota, fleet, challenges, outbox, executor, job manager."""
+    clock, client, rng = outside.clock, outside.client, outside.rng
     quota = Quota(Limits(settings.limits, settings["resource_limits.max_cvms"]))
     fleet = Fleet(
-        vmm=vmm,
-        probe=HttpProbe(vmm=vmm, clock=clock),
+        vmm=outside.vmm,
+        probe=outside.probe,
         store=store,
         keyring=keyring,
         quota=quota,
         ports=HostPorts(*settings["dstack.port_range"]),
-        policy=make_policy(settings, connections),
+        policy=outside.policy,
         values=DynamicValues(store=store, clock=clock),
         clock=clock,
         identity=identity,
-        validator=keypair.address,
+        validator=validator,
         rules=FleetRules(
             level=settings.level,
             allow_simulated=settings["attestation.allow_simulated"],
             base_url=settings["validator.base_url"],
             allow_session_v1=_allow_session_v1(settings),
         ),
+        sessions=outside.sessions,
+        new_id=outside.new_id,
+        random_bytes=outside.random_bytes,
+        on_reclaimed=lambda: metrics.reclaimed("sweep"),
     )
-    source = GitSource(cache=cache, allow=frozenset(settings["sources.allow"]))
     challenges = ChallengeManager(
         client=client,
         store=store,
-        source=source,
-        vmm=vmm,
+        source=outside.source,
+        vmm=outside.vmm,
         fleet=fleet,
         quota=quota,
         rules=HostRules(level=settings.level, limits=settings.limits, runtime=settings["cvm.runtime"]),
         clock=clock,
         rng=rng,
-        on_active=on_active,
     )
     outbox = Outbox(client=client, store=store, clock=clock, rng=rng, metrics=metrics)
-    renewals = BlockingRenewals(
-        base_url=settings["platform.base_api"], signer=connections.signer, clock=clock
-    )
-    rules = LeaseRules(outage_grace=settings["jobs.outage_grace"], stall_limit=settings["jobs.stall_limit"])
     executor = JobExecutor(
         client=client,
         store=store,
         fleet=fleet,
         quota=quota,
-        renewer=ThreadRenewer(renew=renewals.renew, clock=clock, rules=rules),
+        renewer=outside.renewer,
         outbox=outbox,
         scoring=ScoringRule.named(
             settings["scoring_config.algorithm"], settings["scoring_config.normalization"]
         ),
         cache=cache,
         clock=clock,
+        rng=rng,
         metrics=metrics,
+        outage_grace=settings["jobs.outage_grace"],
     )
     jobs = JobManager(
         client=client,
@@ -190,8 +237,9 @@ def make_components(
         executor=executor,
         clock=clock,
         rng=rng,
-        new_id=lambda: str(uuid.uuid4()),
+        new_id=outside.new_id,
         max_concurrent=settings["jobs.max_concurrent"],
         metrics=metrics,
     )
-    return Components(quota, fleet, source, challenges, outbox, jobs)
+    challenges.on_active = lambda: jobs.wake("local")
+    return Components(quota, fleet, challenges, outbox, jobs)

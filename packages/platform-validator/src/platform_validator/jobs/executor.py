@@ -8,41 +8,51 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import structlog
 
+from platform_protocol.ids import ClaimId, VmName
 from platform_protocol.platform_messages import ReleaseReason, ResultOutcome
 from platform_validator.challenges.room import CvmFleet, Guest
 from platform_validator.clock import Clock
+from platform_validator.crashpoint import crashpoint
 from platform_validator.cvm.errors import CvmError, NoCapacity, SessionLost
+from platform_validator.cvm.jobs import GuestResult
 from platform_validator.cvm.quota import Quota
-from platform_validator.cvm.session import GuestResult, JobOrder
 from platform_validator.cvm.vmm import VmmError
 from platform_validator.jobs.capacity import largest
 from platform_validator.jobs.ending import Ending, blame, lease_ended
+from platform_validator.jobs.giving_back import GivingBack
 from platform_validator.jobs.lease import Renewer
 from platform_validator.jobs.logs import LogStream
 from platform_validator.jobs.observe import JobMetrics
 from platform_validator.jobs.outbox import Outbox
+from platform_validator.jobs.recovery import RESTARTED
 from platform_validator.jobs.result import Finding, judge, result_body
 from platform_validator.jobs.work import ClaimedJob
 from platform_validator.platform_client.backoff import Backoff
-from platform_validator.platform_client.port import PlatformClient, PlatformError, PlatformUnavailable
+from platform_validator.platform_client.port import (
+    JobUnknown,
+    LeaseRefused,
+    PlatformClient,
+    PlatformError,
+    PlatformUnavailable,
+)
 from platform_validator.scoring import ScoringRule, UnknownScoring
 from platform_validator.store.port import Store, StoreUnavailable
-from platform_validator.store.records import JobOutcome, Purpose, Stage
+from platform_validator.store.records import JobOutcome, JobRecord, Purpose, Stage
 
 FEED_EVERY = 30.0
+OUTAGE_GRACE = timedelta(hours=1)
 ACKNOWLEDGED_WITHIN = timedelta(minutes=2)
 COLLECTED_WITHIN = timedelta(seconds=30)
-MAX_LOG_LINES = 10_000
+CANCEL_GRACE = timedelta(seconds=3)
 _STORE_RETRY = 2.0
 _FETCH_RETRY = Backoff(timedelta(milliseconds=500), timedelta(seconds=10))
-_JITTER = random.SystemRandom()
 _ORDER = list(Stage)
 
 _log = structlog.get_logger(__name__)
@@ -59,9 +69,12 @@ class JobExecutor:
         renewer: Keeps the leases.
         outbox: Woken when a result was stored.
         scoring: The operator's rule; a challenge's `[scoring]` wins over it.
+        rng: Jitter.
         cache: The cache folder; `submissions/` is made below it.
         clock: Time.
+        rng: Jitter.
         metrics: Is told.
+        outage_grace: How long the first renewal after a restart may stay unanswered.
     """
 
     def __init__(
@@ -76,8 +89,13 @@ class JobExecutor:
         scoring: ScoringRule,
         cache: Path,
         clock: Clock,
+        rng: random.Random,
         metrics: JobMetrics,
+        outage_grace: timedelta = OUTAGE_GRACE,
     ) -> None:
+        self._outage_grace = outage_grace
+        self._rng = rng
+        self._giving_back = GivingBack(client=client, clock=clock, rng=rng, retry=_FETCH_RETRY)
         self._client = client
         self._store = store
         self._fleet = fleet
@@ -98,7 +116,7 @@ class JobExecutor:
         structlog.contextvars.bind_contextvars(job_id=job.job_id, attempt=job.claim.attempt)
         job.stage_since = self._clock.monotonic()
         try:
-            ending = await self._with_lease(job)
+            ending = await self._run(job)
         except asyncio.CancelledError:
             if not job.stored:
                 await self._finish(job, Ending(JobOutcome.CANCELLED, "drained", ReleaseReason.DRAIN))
@@ -111,22 +129,52 @@ class JobExecutor:
             self._submission_path(job).unlink(missing_ok=True)
             structlog.contextvars.unbind_contextvars("job_id", "attempt")
 
-    async def _with_lease(self, job: ClaimedJob) -> Ending:
+    async def _run(self, job: ClaimedJob) -> Ending:
+        if job.adopts is None:
+            return await self._with_lease(job, job.claim.lease.term_s)
+        # After a restart only the answer to a renewal says that the lease is still ours.
+        try:
+            term = await self._renewed(job)
+        except (LeaseRefused, JobUnknown) as error:
+            return lease_ended(error.code, job.stage)
+        except PlatformError as error:
+            return blame(error, stage=job.stage, started=False)
+        return await self._with_lease(job, term)
+
+    async def _renewed(self, job: ClaimedJob) -> float:
+        """The term that a first renewal brings; it is waited for as long as an outage is borne."""
+        failures = 0
+        gives_up_at = self._clock.monotonic() + self._outage_grace.total_seconds()
+        while True:
+            job.asked_at = self._clock.boottime()
+            try:
+                term = await self._client.renew(job.job_id, job.claim.lease.token)
+            except PlatformUnavailable as error:
+                failures += 1
+                _log.warning("not_renewed_after_restart", tries=failures, error=str(error))
+                if self._clock.monotonic() >= gives_up_at:
+                    raise
+                await self._clock.sleep(_FETCH_RETRY.wait(failures, self._rng, error.retry_after))
+            else:
+                return term.total_seconds()
+
+    async def _with_lease(self, job: ClaimedJob, term: float) -> Ending:
         """The steps in a task of their own, so that a refused renewal ends them and nothing else."""
         async with asyncio.TaskGroup() as group:
             steps = group.create_task(self._steps(job))
 
-            def lost(reason: str) -> None:
-                if not job.stored:
-                    job.lost = reason
+            def stop(ending: Ending) -> None:
+                if not job.stored and job.ending is None:
+                    job.ending = ending
                     steps.cancel()
 
+            job.stop = stop
             async with self._renewer.keep(
                 job.job_id,
                 job.claim.lease.token,
-                term=job.claim.lease.term_s,
+                term=term,
                 asked_at=job.asked_at,
-                on_lost=lost,
+                on_lost=lambda reason: stop(lease_ended(reason, job.stage)),
             ) as lease:
                 job.lease = lease
                 job.stream = LogStream(
@@ -139,7 +187,7 @@ class JobExecutor:
                 shipping.cancel()
             job.lease = None
         if steps.cancelled():
-            return lease_ended(job.lost, job.stage)
+            return job.ending or Ending(JobOutcome.CANCELLED, None, ReleaseReason.OPERATOR, job.stage)
         return steps.result()
 
     async def _steps(self, job: ClaimedJob) -> Ending:
@@ -172,6 +220,8 @@ class JobExecutor:
             return None
         await asyncio.to_thread(self._submissions.mkdir, parents=True, exist_ok=True, mode=0o700)
         target = self._submission_path(job)
+        if job.adopts is not None and target.exists():
+            return target
         failures = 0
         while True:
             try:
@@ -180,12 +230,18 @@ class JobExecutor:
                 # The lease lives through an outage, and so does the fetch; a refused renewal ends both.
                 failures += 1
                 _log.warning("submission_not_fetched", tries=failures, error=str(error))
-                await self._clock.sleep(_FETCH_RETRY.wait(failures, _JITTER, error.retry_after))
+                await self._clock.sleep(_FETCH_RETRY.wait(failures, self._rng, error.retry_after))
             else:
                 return target
 
     async def create_vm(self, job: ClaimedJob) -> Guest:
-        """A CVM for this job alone: the ready one that was set aside for it, or one that boots now."""
+        """A CVM for this job alone: the ready one that was set aside for it, or one that boots now.
+
+        A job that ran under an earlier process goes on in the CVM that it ran in.
+        """
+        if job.adopts is not None:
+            job.cvm = adopted = await self._fleet.adopt(job.adopts, job.plan)
+            return adopted
         await self._stage(job, Stage.CREATING)
         if job.cvm is not None:
             job.vm = job.cvm.name
@@ -194,7 +250,7 @@ class JobExecutor:
         reservation, job.reservation = job.reservation, None
         if reservation is None:
             raise NoCapacity("a job without a CVM and without a reservation")
-        plan = replace(job.ref.plan, resources=largest(job.ref.plan.resources, job.claim.resources))
+        plan = replace(job.plan, resources=largest(job.plan.resources, job.claim.resources))
         async with asyncio.TaskGroup() as group:
             boot = group.create_task(
                 _caught(
@@ -218,7 +274,10 @@ class JobExecutor:
     ) -> tuple[Finding, GuestResult | None]:
         """Have the SDK run it, within the job's time, counted from the SDK's acknowledgement."""
         await self._stage(job, Stage.RUNNING)
-        limit = self._time_limit(job)
+        crashpoint("running")
+        limit = job.time_limit
+        if job.adopts is not None:
+            limit = max(limit - job.ran, COLLECTED_WITHIN)
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(ACKNOWLEDGED_WITHIN.total_seconds()) as deadline:
@@ -229,18 +288,22 @@ class JobExecutor:
                         deadline.reschedule(loop.time() + limit.total_seconds())
 
                 result = await cvm.session.execute(
-                    _order(job),
+                    job.order(),
                     submission,
                     on_started=started,
-                    on_progress=lambda percent, message: _progress(job, percent, message),
-                    on_log=lambda level, message: _logged(job, level, message),
+                    on_progress=job.progressed,
+                    on_log=job.logged,
                 )
+        except asyncio.CancelledError:
+            await self._take_leave(job, cvm)
+            raise
         except TimeoutError:
             if not job.started:
                 raise SessionLost("the SDK did not acknowledge the job in time") from None
             await _briefly(cvm.session.cancel(job.job_id, "timeout"))
-            seconds = limit.total_seconds()
+            seconds = job.time_limit.total_seconds()
             return Finding.timed_out(f"timeout: no result within {seconds:.0f} s"), None
+        crashpoint("result_received")
         await self._stage(job, Stage.COLLECTING)
         return await asyncio.to_thread(self._judged, job, result), result
 
@@ -248,20 +311,21 @@ class JobExecutor:
         self, job: ClaimedJob, cvm: Guest, finding: Finding, result: GuestResult | None
     ) -> Ending:
         """Store the body that will be sent; the outbox delivers it. Then the SDK may forget it."""
-        limit_ms = int(self._time_limit(job).total_seconds() * 1000)
+        limit_ms = int(job.time_limit.total_seconds() * 1000)
         body = result_body(
             finding,
             claim=job.claim,
             logs=[*job.logs, *(result.logs if result else ())],
             execution_time_ms=result.execution_time_ms if result else limit_ms,
             usage=None,
-            commit=job.ref.commit,
-            compose_hash=job.ref.plan.compose_hash,
+            commit=job.plan.commit,
+            compose_hash=job.plan.compose_hash,
             isolation_level=cvm.isolation_level,
             attestation=cvm.attestation,
         )
         outcome = _OUTCOMES[finding.outcome]
         await self._stored(job, outcome, body)
+        crashpoint("result_stored")
         self._outbox.wake()
         if result is not None:
             await _briefly(cvm.session.acknowledge(result))
@@ -270,8 +334,10 @@ class JobExecutor:
     def destroy_vm(self, job: ClaimedJob) -> None:
         """Hand its CVM to destruction, which never waits; give back a reservation that no CVM used."""
         cvm, job.cvm = job.cvm, None
-        if cvm is not None:
-            self._fleet.destroy(cvm.name)
+        adopts, job.adopts = job.adopts, None
+        name = cvm.name if cvm is not None else adopts
+        if name is not None:
+            self._fleet.destroy(name)
         reservation, job.reservation = job.reservation, None
         if reservation is not None:
             self._quota.release(reservation)
@@ -282,10 +348,10 @@ class JobExecutor:
         if result.job_id != job.job_id or result.attempt != job.claim.attempt:
             raise SessionLost(f"the SDK sent a result for {result.job_id} attempt {result.attempt}")
         error = (result.error.code, result.error.message) if result.error is not None else None
-        return judge(result.result, error, max_bytes=job.ref.spec.result.max_bytes, rule=self._rule(job))
+        return judge(result.result, error, max_bytes=job.spec.result.max_bytes, rule=self._rule(job))
 
     def _rule(self, job: ClaimedJob) -> ScoringRule:
-        spec = job.ref.spec
+        spec = job.spec
         try:
             return self._scoring.overridden(
                 spec.scoring, low=spec.result.score_min, high=spec.result.score_max
@@ -294,10 +360,15 @@ class JobExecutor:
             _log.warning("challenge_scoring_ignored", error=str(error))
             return self._scoring
 
-    def _time_limit(self, job: ClaimedJob) -> timedelta:
-        asked = timedelta(seconds=job.claim.timeout_s)
-        declared = job.ref.spec.execution.timeout_s
-        return asked if declared is None else min(asked, timedelta(seconds=declared))
+    async def _take_leave(self, job: ClaimedJob, cvm: Guest) -> None:
+        """Cancelled while it runs: the SDK is told, and given a moment to end it in order."""
+        if not job.started:
+            return
+        why = job.ending.reason if job.ending is not None else None
+        with contextlib.suppress(CvmError, TimeoutError):
+            async with asyncio.timeout(CANCEL_GRACE.total_seconds()):
+                await cvm.session.cancel(job.job_id, why or "cancelled")
+                await asyncio.Event().wait()
 
     async def _stage(self, job: ClaimedJob, stage: Stage) -> None:
         """Enter a stage: shown at once, then journaled; never backwards."""
@@ -310,7 +381,9 @@ class JobExecutor:
         async with job.journal:
             if job.stage is stage and not job.stored:
                 try:
-                    await self._store.advance(job.claim_id, stage, at=self._clock.now(), vm=job.vm)
+                    now_is = self._clock.now()
+                    kit = job.kit(now_is) if stage is Stage.RUNNING and job.kit is not None else None
+                    await self._store.advance(job.claim_id, stage, at=now_is, vm=job.vm, kit=kit)
                 except StoreUnavailable as error:
                     # A stage is for people and for recovery, which reads a lost one as the one before.
                     _log.error("stage_not_stored", stage=stage, error=str(error))
@@ -345,7 +418,10 @@ class JobExecutor:
             return
         self.destroy_vm(job)
         if ending.release is not None:
-            await self._release(job, ending.release)
+            # An absent API gives out no jobs: once the term is over, the lease has lapsed by itself.
+            await self._giving_back.release(
+                job.job_id, job.claim.lease.token, ending.release, patience=job.claim.lease.term_s
+            )
         try:
             await self._store.end_job(
                 job.claim_id, outcome=ending.outcome, reason=ending.reason, at=self._clock.now()
@@ -353,24 +429,31 @@ class JobExecutor:
         except StoreUnavailable as error:
             _log.error("job_end_not_stored", error=str(error))
 
-    async def _release(self, job: ClaimedJob, reason: ReleaseReason) -> None:
-        """Until it is answered, or the lease has lapsed by itself: an absent API gives out no jobs anyway."""
-        gives_up_at = self._clock.monotonic() + job.claim.lease.term_s
-        failures = 0
+    async def release_inherited(self, job: JobRecord) -> None:
+        """Give back what an earlier process held, until that is answered; then the journal forgets it."""
+        if job.token is not None:
+            await self._giving_back.release(job.job_id, job.token, ReleaseReason.INFRA, patience=None)
         while True:
             try:
-                await self._client.release(job.job_id, job.claim.lease.token, reason)
-            except PlatformUnavailable as error:
-                failures += 1
-                _log.warning("not_released", error=str(error), tries=failures)
-                if self._clock.monotonic() >= gives_up_at:
-                    return
-                await self._clock.sleep(_FETCH_RETRY.wait(failures, _JITTER, error.retry_after))
-            except PlatformError as error:
-                _log.info("release_refused", error=str(error))
-                return
+                await self._store.end_job(
+                    job.claim_id, outcome=JobOutcome.INFRA_ERROR, reason=RESTARTED, at=self._clock.now()
+                )
+            except StoreUnavailable as error:
+                _log.error("job_end_not_stored", job_id=job.job_id, error=str(error))
+                await self._clock.sleep(_STORE_RETRY)
             else:
                 return
+
+    def abandon(self, name: VmName) -> None:
+        """Hand a CVM to destruction that no job can go on in."""
+        self._fleet.destroy(name)
+
+    def keep_submissions_of(self, claims: Collection[ClaimId]) -> None:
+        """At start: remove the submissions that an earlier process left for other claims."""
+        with contextlib.suppress(FileNotFoundError):
+            for path in self._submissions.iterdir():
+                if path.name not in claims:
+                    path.unlink(missing_ok=True)
 
     def _submission_path(self, job: ClaimedJob) -> Path:
         # Named by our own id: nothing of the submission's name reaches the file system.
@@ -382,30 +465,6 @@ _OUTCOMES = {
     ResultOutcome.FAILED: JobOutcome.FAILED,
     ResultOutcome.TIMEOUT: JobOutcome.TIMEOUT,
 }
-
-
-def _order(job: ClaimedJob) -> JobOrder:
-    claim = job.claim
-    return JobOrder(
-        job_id=claim.id,
-        attempt=claim.attempt,
-        challenge_id=claim.challenge_id,
-        job_name=claim.job_name,
-        payload=claim.payload,
-        submission_sha256=claim.submission.sha256 if claim.submission else None,
-    )
-
-
-def _progress(job: ClaimedJob, percent: float, message: str) -> None:
-    job.progress, job.message = percent, message[:500]
-
-
-def _logged(job: ClaimedJob, level: str, message: str) -> None:
-    if len(job.logs) >= MAX_LOG_LINES:
-        del job.logs[: MAX_LOG_LINES // 10]
-    job.logs.append(f"{level}: {message}")
-    if job.stream is not None:
-        job.stream.add(job.logs[-1])
 
 
 async def _caught(boot: Awaitable[Guest]) -> Guest | Exception:

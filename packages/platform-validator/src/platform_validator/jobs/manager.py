@@ -1,4 +1,4 @@
-"""Noticing and claiming: one loop, woken by a push or by the poll, that lists, decides and claims."""
+"""Noticing jobs: one loop, woken by a push or by the poll, that lists, decides and has them claimed."""
 
 from __future__ import annotations
 
@@ -6,55 +6,44 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 
 import structlog
+from pydantic import ValidationError
 
 from platform_protocol.ids import ChallengeId, ClaimId, JobId
-from platform_protocol.platform_messages import Claim, PendingJob, ReleaseReason
+from platform_protocol.platform_messages import PendingJob, ReleaseReason
 from platform_protocol.resources import Resources
 from platform_validator.challenges.instance import InstanceRef
+from platform_validator.challenges.kit import KitUnreadable
 from platform_validator.challenges.manager import ChallengeManager
-from platform_validator.challenges.room import Guest
 from platform_validator.clock import Clock
-from platform_validator.cvm.quota import Quota, Refusal, Reservation
-from platform_validator.jobs.capacity import Capacity, CapacityFacts, Need, has_capacity, largest
+from platform_validator.cvm.quota import Quota, Refusal, subtract
+from platform_validator.jobs.capacity import Capacity, CapacityFacts, Need, covers, has_capacity
+from platform_validator.jobs.claiming import Claimer
 from platform_validator.jobs.ending import Ending
 from platform_validator.jobs.executor import JobExecutor
 from platform_validator.jobs.gate import ClaimGate
+from platform_validator.jobs.inherited import inherited_job
 from platform_validator.jobs.observe import JobMetrics
+from platform_validator.jobs.passed_over import PassedOver
+from platform_validator.jobs.recovery import Inheritance
+from platform_validator.jobs.slot import Slot, size
 from platform_validator.jobs.work import ClaimedJob, JobView
 from platform_validator.platform_client.backoff import Backoff
-from platform_validator.platform_client.port import (
-    AlreadyClaimed,
-    PlatformClient,
-    PlatformError,
-    PlatformRefused,
-    PlatformUnavailable,
-)
+from platform_validator.platform_client.port import PlatformClient, PlatformError
 from platform_validator.store.port import Store, StoreUnavailable
-from platform_validator.store.records import JobOutcome, JobRecord, Stage
+from platform_validator.store.records import JobOutcome, JobRecord, VmRecord
 
 POLL_EVERY = timedelta(seconds=5)
 CLAIM_RETRY = Backoff(timedelta(seconds=1), timedelta(seconds=10))
 CLAIM_PATIENCE = timedelta(minutes=2)
+DECLINED_FOR = timedelta(minutes=10)
+NOTHING = Resources(cpu_cores=0, memory_mb=0, disk_mb=0, gpu_count=0)
 _ROOM_RETRY = 0.5
 _SPREAD = 0.05
 
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True)
-class _Slot:
-    """A job that occupies a slot: from just before its claim until its result is stored."""
-
-    job: PendingJob
-    claim_id: ClaimId
-    ref: InstanceRef
-    cvm: Guest | None
-    reservation: Reservation | None
-    claimed: ClaimedJob | None = None
 
 
 class JobManager:
@@ -73,6 +62,7 @@ class JobManager:
         metrics: Is told.
         can_attest: Whether attestation is possible now, at the level in force.
         poll_every: Between polls, with a tenth of jitter either way.
+        beat: Called at every turn of the loop.
     """
 
     def __init__(
@@ -90,7 +80,9 @@ class JobManager:
         metrics: JobMetrics,
         can_attest: Callable[[], bool] = lambda: True,
         poll_every: timedelta = POLL_EVERY,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
+        self.beat = beat
         self._client = client
         self._store = store
         self._challenges = challenges
@@ -103,15 +95,27 @@ class JobManager:
         self._metrics = metrics
         self._can_attest = can_attest
         self._poll = poll_every.total_seconds()
-        self._slots: dict[JobId, _Slot] = {}
+        self._claimer = Claimer(
+            client=client,
+            store=store,
+            clock=clock,
+            rng=rng,
+            retry=CLAIM_RETRY,
+            patience=CLAIM_PATIENCE.total_seconds(),
+            metrics=metrics,
+        )
+        self._slots: dict[JobId, Slot] = {}
         self._gates: dict[ChallengeId, ClaimGate] = {}
         self._held: frozenset[JobId] = frozenset()
+        self._declined: dict[JobId, float] = {}
+        self._passed_over = PassedOver()
+        self._kept = NOTHING
+        self._inherited = Inheritance()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._source = "poll"
         self._claiming = True
-        self._conflicts = 0
         self._lacking_room = False
         self.last_error: str | None = None
 
@@ -122,11 +126,41 @@ class JobManager:
         self._source = source
         self._wake.set()
 
+    def inherit(self, inheritance: Inheritance) -> None:
+        """Before `run`: go on with what an earlier process left."""
+        self._inherited = inheritance
+        for record, _ in inheritance.adopt:
+            self._occupy(Slot(record.job_id, record.challenge_id, record.claim_id))
+
+    async def forget_submissions(self) -> None:
+        """At start: submissions on disk that belong to no job which goes on are removed."""
+        claims = {record.claim_id for record, _ in self._inherited.adopt}
+        await asyncio.to_thread(self._executor.keep_submissions_of, claims)
+
     def hint_cancelled(self, job_id: JobId) -> None:
         """A push says that a job was cancelled: ask with a renewal, and believe only the answer."""
         slot = self._slots.get(job_id)
         if slot is not None and slot.claimed is not None and slot.claimed.lease is not None:
             slot.claimed.lease.renew_now()
+
+    def cancel(self, job_id: JobId) -> bool:
+        """The operator ends a job here: it is given back, and not claimed again by us for a while.
+
+        Returns:
+            Whether it was running: a stored result goes on to be submitted.
+        """
+        slot = self._slots.get(job_id)
+        job = slot.claimed if slot is not None else None
+        if job is None or job.stored:
+            return False
+        self._declined[job_id] = self._clock.monotonic() + DECLINED_FOR.total_seconds()
+        job.stop(Ending(JobOutcome.CANCELLED, "operator", ReleaseReason.OPERATOR, job.stage))
+        return True
+
+    def resize(self, max_concurrent: int) -> None:
+        """Another number of slots; jobs over it finish."""
+        self._max = max_concurrent
+        self.wake("local")
 
     def stop_claiming(self) -> None:
         """Claim no more; what runs goes on."""
@@ -155,14 +189,14 @@ class JobManager:
         """Whether this job may be claimed now (the usage guide's checks, in its order)."""
         view = self._quota.view()
         return has_capacity(
-            Need(job.id, job.challenge_id, _size(job, ref)),
+            Need(job.id, job.challenge_id, size(job, ref)),
             CapacityFacts(
                 claiming=self._claiming,
-                held=self._held | self._slots.keys(),
+                held=self._held | self._slots.keys() | self._declined.keys(),
                 active=frozenset(self._challenges.active_ids()),
                 can_attest=self._can_attest(),
                 gate_open=self._gate(job.challenge_id).admits(self._clock.monotonic()),
-                free=view.free,
+                free=subtract(view.free, [self._kept]),
                 ready=ref.ready_size() if ref is not None else None,
                 active_jobs=len(self._slots),
                 max_jobs=self._max,
@@ -176,16 +210,22 @@ class JobManager:
     async def run(self) -> None:
         """Until cancelled, which releases the jobs that run."""
         async with asyncio.TaskGroup() as group:
+            inherited, self._inherited = self._inherited, Inheritance()
+            for record, vm in inherited.adopt:
+                group.create_task(self._go_on(record, vm))
+            for record in inherited.release:
+                group.create_task(self._executor.release_inherited(record))
             while True:
                 self._metrics.pass_made(self._source)
-                self._source = "poll"
+                source, self._source = self._source, "poll"
                 try:
-                    await self._pass(group)
+                    await self._pass(group, source)
                     self.last_error = None
                 except (PlatformError, StoreUnavailable) as error:
                     self.last_error = str(error)
                     _log.warning("jobs_not_listed", error=str(error))
                 self._metrics.slots(len(self._slots), self._max)
+                self.beat()
                 await self._rest()
 
     async def _rest(self) -> None:
@@ -193,159 +233,124 @@ class JobManager:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause):
                 await self._wake.wait()
-        if self._wake.is_set() and self._source == "push" and self._conflicts:
+        conflicts = self._claimer.conflicts
+        if self._wake.is_set() and self._source == "push" and conflicts:
             # Others were pushed too: spread out a little, the more the oftener we came second.
-            await self._clock.sleep(self._rng.uniform(0.0, _SPREAD) * self._conflicts)
+            await self._clock.sleep(self._rng.uniform(0.0, _SPREAD) * conflicts)
         self._wake.clear()
 
-    async def _pass(self, group: asyncio.TaskGroup) -> None:
-        self._lacking_room = False
+    async def _pass(self, group: asyncio.TaskGroup, source: str) -> None:
+        self._lacking_room, self._kept = False, NOTHING
+        now = self._clock.monotonic()
+        self._declined = {job_id: until for job_id, until in self._declined.items() if until > now}
         active = self._challenges.active_ids()
         if not self._claiming or not active or len(self._slots) >= self._max:
             return
         pending = await self._client.pending_jobs(active)
+        self._metrics.platform_contact()
         self._held = frozenset(record.job_id for record in await self._store.open_jobs())
+        self._passed_over.keep_only({job.id for job in pending})
         for job in pending:
             if len(self._slots) >= self._max:
                 break
-            self._consider(job, group)
+            self._consider(job, group, source)
 
-    def _consider(self, job: PendingJob, group: asyncio.TaskGroup) -> None:
+    def _consider(self, job: PendingJob, group: asyncio.TaskGroup, source: str) -> None:
         ref = self._challenges.acquire(job.challenge_id)
         answer = self.has_capacity(job, ref)
-        slot = self._slot(job, ref, answer) if answer and ref is not None else None
-        if slot is None:
-            if ref is not None:
-                ref.release()
+        slot = self._set_aside(job, ref, answer, source) if answer and ref is not None else None
+        if slot is None or ref is None:
             if answer.refusal is not None:
                 self._metrics.passed_over(answer.refusal)
-            if answer.lacks_room and not self._lacking_room:
-                # One yields a pass: the next pass sees whether its room was enough.
-                self._lacking_room = self._challenges.make_room(beside=None)
+            if answer.lacks_room:
+                self._make_room(size(job, ref), job.id)
+            if ref is not None:
+                ref.release()
             return
         self._challenges.room_taken()
-        self._slots[job.id] = slot
-        self._idle.clear()
-        self._gates[job.challenge_id] = self._gate(job.challenge_id).claimed()
-        group.create_task(self._claim_and_execute(slot))
+        self._passed_over.claimed(job.id)
+        self._occupy(slot)
+        self._set_gate(job.challenge_id, self._gate(job.challenge_id).claimed())
+        group.create_task(self._claim_and_execute(slot, ref, size(job, ref)))
 
-    def _slot(self, job: PendingJob, ref: InstanceRef, answer: Capacity) -> _Slot | None:
-        """Set aside what the job needs, before it is claimed."""
-        claim_id = ClaimId(self._new_id())
-        cvm = ref.take_ready() if answer.uses_ready else None
-        if cvm is not None:
-            return _Slot(job, claim_id, ref, cvm, None)
-        reservation = self._quota.reserve(_size(job, ref), owner=claim_id)
-        if isinstance(reservation, Refusal):
-            return None
-        return _Slot(job, claim_id, ref, None, reservation)
+    def _make_room(self, need: Resources, job_id: JobId) -> None:
+        """An idle ready CVM yields; a job that has waited long keeps what becomes free from later ones."""
+        if not self._lacking_room:
+            # One yields a pass: the next pass sees whether its room was enough.
+            self._lacking_room = self._challenges.make_room(beside=None)
+        waited_long = self._passed_over.noted(job_id, self._clock.monotonic())
+        if waited_long and self._kept is NOTHING and covers(self._quota.view().limits.resources, need):
+            self._kept = need
 
-    async def _claim_and_execute(self, slot: _Slot) -> None:
-        challenge_id = slot.job.challenge_id
-        try:
-            claimed = await self._claim(slot)
-            if claimed is None:
-                self._gates[challenge_id] = self._gate(challenge_id).withdrawn()
-                return
-            slot.claimed = claimed
-            slot.cvm = slot.reservation = None
-            ending = await self._executor.execute_job(claimed)
-            self._gates[challenge_id] = self._after(self._gate(challenge_id), ending)
-        except StoreUnavailable as error:
-            _log.error("job_not_journaled", job_id=slot.job.id, error=str(error))
-            self._gates[challenge_id] = self._gate(challenge_id).withdrawn()
-        finally:
-            self._give_back(slot)
-            del self._slots[slot.job.id]
-            if not self._slots:
-                self._idle.set()
-            self.wake("local")
-
-    async def _claim(self, slot: _Slot) -> ClaimedJob | None:
-        """Journal, then ask; an answer that was lost is asked for again under the same claim id."""
-        job, claim_id = slot.job, slot.claim_id
-        claimed_at = self._clock.now()
-        await self._store.open_claim(
-            JobRecord(
-                claim_id=claim_id,
-                job_id=job.id,
-                challenge_id=job.challenge_id,
-                instance_key=slot.ref.key,
-                resources=_size(job, slot.ref),
-                stage=Stage.PENDING,
-                claimed_at=claimed_at,
-            )
-        )
-        answer = await self._ask_for(slot)
-        if answer is None:
-            return None
-        claim, asked_at = answer
-        try:
-            await self._store.claim_granted(
-                claim_id,
-                granted=claim.model_dump_json().encode(),
-                attempt=claim.attempt,
-                token=claim.lease.token,
-                at=self._clock.now(),
-            )
-        except StoreUnavailable:
-            # What cannot be journaled must not be run; `operator` counts to no limit of the job.
-            with contextlib.suppress(PlatformError):
-                await self._client.release(job.id, claim.lease.token, ReleaseReason.OPERATOR)
-            raise
-        self._metrics.claim_answered("granted")
-        self._conflicts = max(self._conflicts - 1, 0)
-        _log.info("job_claimed", job_id=job.id, attempt=claim.attempt, challenge_id=job.challenge_id)
-        return ClaimedJob(
-            claim_id=claim_id,
-            claim=claim,
-            ref=slot.ref,
-            asked_at=asked_at,
-            claimed_at=claimed_at,
-            cvm=slot.cvm,
-            reservation=slot.reservation,
-            vm=slot.cvm.name if slot.cvm is not None else None,
-        )
-
-    async def _ask_for(self, slot: _Slot) -> tuple[Claim, float] | None:
-        """The claim and CLOCK_BOOTTIME from before the request that was answered."""
-        gives_up_at = self._clock.monotonic() + CLAIM_PATIENCE.total_seconds()
-        failures = 0
-        while True:
-            asked_at = self._clock.boottime()
-            try:
-                return await self._client.claim(slot.job.id, slot.claim_id), asked_at
-            except PlatformRefused as error:
-                await self._not_granted(slot, error.code, conflict=isinstance(error, AlreadyClaimed))
+    def _set_aside(self, job: PendingJob, ref: InstanceRef, answer: Capacity, source: str) -> Slot | None:
+        """What the job needs, before it is claimed."""
+        slot = Slot(job.id, job.challenge_id, ClaimId(self._new_id()), job.created_at, ref, source=source)
+        slot.cvm = ref.take_ready() if answer.uses_ready else None
+        if slot.cvm is None:
+            reservation = self._quota.reserve(size(job, ref), owner=slot.claim_id)
+            if isinstance(reservation, Refusal):
                 return None
-            except PlatformUnavailable as error:
-                failures += 1
-                _log.warning("claim_unanswered", job_id=slot.job.id, error=str(error), tries=failures)
-                self._metrics.claim_answered("unanswered")
-                if self._clock.monotonic() >= gives_up_at:
-                    await self._not_granted(slot, "claim_unanswered", conflict=False)
-                    return None
-                await self._clock.sleep(CLAIM_RETRY.wait(failures, self._rng, error.retry_after))
+            slot.reservation = reservation
+        return slot
 
-    async def _not_granted(self, slot: _Slot, code: str, *, conflict: bool) -> None:
-        self._metrics.claim_answered(code)
-        self._conflicts = min(self._conflicts + 1, 10) if conflict else self._conflicts
-        _log.info("claim_not_granted", job_id=slot.job.id, code=code)
-        await self._store.end_job(
-            slot.claim_id, outcome=JobOutcome.CANCELLED, reason=code, at=self._clock.now()
-        )
+    async def _claim_and_execute(self, slot: Slot, ref: InstanceRef, need: Resources) -> None:
+        try:
+            claimed = await self._claimer.claim(slot, ref, need)
+            if claimed is None:
+                self._set_gate(slot.challenge_id, self._gate(slot.challenge_id).withdrawn())
+                return
+            slot.cvm = slot.reservation = None
+            await self._execute(slot, claimed)
+        except StoreUnavailable as error:
+            self._metrics.store_failed()
+            _log.error("job_not_journaled", job_id=slot.job_id, error=str(error))
+            self._set_gate(slot.challenge_id, self._gate(slot.challenge_id).withdrawn())
+        finally:
+            self._vacate(slot)
 
-    def _give_back(self, slot: _Slot) -> None:
-        """What was set aside and never handed to the executor."""
-        if slot.cvm is not None:
+    async def _go_on(self, record: JobRecord, vm: VmRecord) -> None:
+        """A job that runs in a CVM which an earlier process left."""
+        slot = self._slots[record.job_id]
+        try:
+            job = inherited_job(record, vm, now=self._clock.now())
+        except (KitUnreadable, ValidationError) as error:
+            _log.error("job_not_adoptable", job_id=record.job_id, error=str(error))
+            self._executor.abandon(vm.name)
+            await self._executor.release_inherited(record)
+        else:
+            await self._execute(slot, job)
+        finally:
+            self._vacate(slot)
+
+    async def _execute(self, slot: Slot, job: ClaimedJob) -> None:
+        slot.claimed = job
+        ending = await self._executor.execute_job(job)
+        self._set_gate(slot.challenge_id, self._after(self._gate(slot.challenge_id), ending))
+
+    def _occupy(self, slot: Slot) -> None:
+        self._slots[slot.job_id] = slot
+        self._idle.clear()
+
+    def _vacate(self, slot: Slot) -> None:
+        """Give back what was set aside and never handed to the executor, and the slot."""
+        if slot.cvm is not None and slot.ref is not None:
             slot.ref.give_back(slot.cvm)
         if slot.reservation is not None:
             self._quota.release(slot.reservation)
         slot.cvm = slot.reservation = None
-        slot.ref.release()
+        if slot.ref is not None:
+            slot.ref.release()
+        del self._slots[slot.job_id]
+        if not self._slots:
+            self._idle.set()
+        self.wake("local")
 
     def _gate(self, challenge_id: ChallengeId) -> ClaimGate:
         return self._gates.get(challenge_id, ClaimGate())
+
+    def _set_gate(self, challenge_id: ChallengeId, gate: ClaimGate) -> None:
+        self._gates[challenge_id] = gate
+        self._metrics.gate(challenge_id, open_=gate.admits(self._clock.monotonic()))
 
     def _after(self, gate: ClaimGate, ending: Ending) -> ClaimGate:
         match ending.outcome:
@@ -355,8 +360,3 @@ class JobManager:
                 return gate.failed(ending.stage, self._clock.monotonic())
             case _:
                 return gate.withdrawn()
-
-
-def _size(job: PendingJob, ref: InstanceRef | None) -> Resources:
-    """What a CVM for this job needs: the challenge's size, or the job's where that is larger."""
-    return job.resources if ref is None else largest(ref.plan.resources, job.resources)

@@ -36,6 +36,27 @@ class JobMetrics(Protocol):
     def delivery(self, answer: str) -> None:
         """`accepted`, a refusal's code, or `unanswered`."""
 
+    def claim_dispatched(self, source: str) -> None:
+        """A claim was granted for a pass that `push`, `poll` or `local` woke."""
+
+    def queued(self, seconds: float) -> None:
+        """How long a job had been pending when it was claimed here."""
+
+    def lease_renewed(self, answer: str) -> None:
+        """A renewal was `granted`, `refused` or `unanswered`."""
+
+    def recovered(self, fate: str) -> None:
+        """At start an open job was found, and this becomes of it."""
+
+    def platform_contact(self) -> None:
+        """The Platform API answered."""
+
+    def store_failed(self) -> None:
+        """The journal could not be written."""
+
+    def gate(self, challenge_id: ChallengeId, *, open_: bool) -> None:
+        """A challenge's claim gate now."""
+
 
 class Unmeasured:
     """Measures nothing."""
@@ -62,4 +83,25 @@ class Unmeasured:
         """Nothing."""
 
     def delivery(self, answer: str) -> None:
+        """Nothing."""
+
+    def claim_dispatched(self, source: str) -> None:
+        """Nothing."""
+
+    def queued(self, seconds: float) -> None:
+        """Nothing."""
+
+    def lease_renewed(self, answer: str) -> None:
+        """Nothing."""
+
+    def recovered(self, fate: str) -> None:
+        """Nothing."""
+
+    def platform_contact(self) -> None:
+        """Nothing."""
+
+    def store_failed(self) -> None:
+        """Nothing."""
+
+    def gate(self, challenge_id: ChallengeId, *, open_: bool) -> None:
         """Nothing."""

@@ -12,6 +12,7 @@ import structlog
 
 from platform_protocol.ids import ClaimId
 from platform_validator.clock import Clock
+from platform_validator.crashpoint import crashpoint
 from platform_validator.jobs.observe import JobMetrics
 from platform_validator.platform_client.backoff import Backoff
 from platform_validator.platform_client.port import (
@@ -103,7 +104,9 @@ class Outbox:
     async def _try(self, entry: OutboxRecord) -> None:
         log = _log.bind(job_id=entry.job_id, claim_id=entry.claim_id)
         try:
+            crashpoint("submit_sent")
             await self._client.submit_result(entry.job_id, entry.body)
+            crashpoint("submit_acknowledged")
         except (LeaseRefused, ResultRefused, JobUnknown) as error:
             self._metrics.delivery(error.code)
             log.warning("result_refused", code=error.code, error=str(error))
@@ -112,6 +115,7 @@ class Outbox:
             await self._again(entry, error)
         else:
             self._metrics.delivery("accepted")
+            self._metrics.platform_contact()
             log.info("result_accepted")
             await self._settle(entry, None)
 

@@ -1,21 +1,26 @@
-"""What is done, before any new work, about the jobs and CVMs that an earlier process left behind."""
+"""What becomes, at start, of the jobs and CVMs that an earlier process left behind.
+
+Decided purely (`left_behind`). What needs only the journal is done at once, in order; what needs the
+Platform API or a CVM (adopting, releasing) is handed to the job loop, which begins with it.
+"""
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
 from typing import Protocol
 
 import structlog
 
 from platform_protocol.ids import VmName
-from platform_protocol.platform_messages import ReleaseReason
 from platform_validator.clock import Clock
-from platform_validator.platform_client.port import PlatformClient, PlatformError
 from platform_validator.store.port import Store
-from platform_validator.store.records import JobOutcome, JobRecord, Stage
+from platform_validator.store.records import JobOutcome, JobRecord, Stage, VmPhase, VmRecord
 
 RESTARTED = "validator_restarted"
+ADOPTABLE_FOR = timedelta(minutes=2)
 
 _log = structlog.get_logger(__name__)
 
@@ -27,69 +32,100 @@ class Destroyer(Protocol):
         """Have it destroyed."""
 
 
+class Fate(StrEnum):
+    """What becomes of an open job."""
+
+    SUBMIT = "submit"
+    FINISH = "finish"
+    ADOPT = "adopt"
+    RELEASE = "release"
+    FORGET = "forget"
+
+
 @dataclass(frozen=True, slots=True)
-class Recovered:
-    """What was found: results to be submitted, jobs released, claims forgotten, CVMs being destroyed."""
+class Inheritance:
+    """What an earlier process left: jobs to go on with, each with its CVM, and jobs to give back.
 
-    to_submit: int
-    finished: int
-    released: int
-    forgotten: int
-    destroying: int
+    The counts are of stored results, of ends that were only to be noted, of claims that were never
+    answered, and of CVMs that are being destroyed.
+    """
+
+    adopt: tuple[tuple[JobRecord, VmRecord], ...] = ()
+    release: tuple[JobRecord, ...] = ()
+    to_submit: int = 0
+    finished: int = 0
+    forgotten: int = 0
+    destroying: int = 0
 
 
-def left_behind(job: JobRecord, *, in_outbox: bool) -> str:
-    """What becomes of an open job: `submit`, `finish`, `release` or `forget`. Pure."""
+def left_behind(job: JobRecord, vm: VmRecord | None, *, in_outbox: bool, now: datetime) -> Fate:
+    """What becomes of an open job. `vm` is its CVM, where the journal holds one that is not gone."""
     # 1. A stored result is submitted as it is.
     if in_outbox:
-        return "submit"
+        return Fate.SUBMIT
     # 2. Its result was acknowledged; only the last note is missing.
     if job.stage is Stage.SUBMITTED:
-        return "finish"
-    # 3. Granted and without a result: given back, never run again on our own authority.
-    if job.token is not None:
-        return "release"
-    # 4. A claim whose answer never came: if it was granted, its lease lapses.
-    return "forget"
+        return Fate.FINISH
+    # 3. A claim whose answer never came: if it was granted, its lease lapses.
+    if job.token is None:
+        return Fate.FORGET
+    # 4. It runs, in a CVM that was good and has time left: the session is resumed.
+    if (
+        job.kit is not None
+        and vm is not None
+        and vm.phase is VmPhase.READY
+        and vm.attestation is not None
+        and now + ADOPTABLE_FOR < vm.hard_deadline
+    ):
+        return Fate.ADOPT
+    # 5. Granted, and not that far: given back, never run again on our own authority.
+    return Fate.RELEASE
 
 
-async def recover(*, store: Store, client: PlatformClient, fleet: Destroyer, clock: Clock) -> Recovered:
-    """Bring the journal in order; a lease that cannot be released lapses.
+async def recover(
+    *, store: Store, fleet: Destroyer, clock: Clock, counted: Callable[[str], None] = lambda _fate: None
+) -> Inheritance:
+    """Bring the journal in order and have the CVMs destroyed that no job goes on in.
 
     Raises:
         StoreUnavailable: The journal cannot be read or written.
     """
     undelivered = {entry.claim_id for entry in await store.outbox()}
-    counts = {"submit": 0, "finish": 0, "release": 0, "forget": 0}
-    released: list[JobRecord] = []
+    vms = {record.name: record for record in await store.open_vms()}
+    adopt: list[tuple[JobRecord, VmRecord]] = []
+    release: list[JobRecord] = []
+    counts = dict.fromkeys(Fate, 0)
     for job in await store.open_jobs():
-        fate = left_behind(job, in_outbox=job.claim_id in undelivered)
+        vm = vms.get(job.vm) if job.vm is not None else None
+        fate = left_behind(job, vm, in_outbox=job.claim_id in undelivered, now=clock.now())
         counts[fate] += 1
+        counted(fate.value)
         match fate:
-            case "finish":
+            case Fate.FINISH:
                 outcome = job.outcome or JobOutcome.SUCCEEDED
                 await store.end_job(job.claim_id, outcome=outcome, reason=None, at=clock.now())
-            case "release":
-                released.append(job)
-            case "forget":
+            case Fate.FORGET:
                 await store.end_job(
                     job.claim_id, outcome=JobOutcome.CANCELLED, reason="claim_unanswered", at=clock.now()
                 )
-    open_vms = await store.open_vms()
-    for vm in open_vms:
-        fleet.destroy(vm.name)
-    async with asyncio.TaskGroup() as group:
-        for job in released:
-            group.create_task(_release(job, store, client, clock))
-    found = Recovered(counts["submit"], counts["finish"], counts["release"], counts["forget"], len(open_vms))
-    _log.info("recovered", **{name: getattr(found, name) for name in Recovered.__slots__})
-    return found
-
-
-async def _release(job: JobRecord, store: Store, client: PlatformClient, clock: Clock) -> None:
-    if job.token is not None:
-        try:
-            await client.release(job.job_id, job.token, ReleaseReason.INFRA)
-        except PlatformError as error:
-            _log.warning("not_released", job_id=job.job_id, error=str(error))
-    await store.end_job(job.claim_id, outcome=JobOutcome.INFRA_ERROR, reason=RESTARTED, at=clock.now())
+            case Fate.ADOPT if vm is not None:
+                adopt.append((job, vm))
+            case Fate.RELEASE:
+                release.append(job)
+    kept = {vm.name for _, vm in adopt}
+    doomed = [name for name in vms if name not in kept]
+    for name in doomed:
+        fleet.destroy(name)
+    _log.info(
+        "recovered",
+        **{fate.value: count for fate, count in counts.items()},
+        cvms_destroying=len(doomed),
+    )
+    return Inheritance(
+        adopt=tuple(adopt),
+        release=tuple(release),
+        to_submit=counts[Fate.SUBMIT],
+        finished=counts[Fate.FINISH],
+        forgotten=counts[Fate.FORGET],
+        destroying=len(doomed),
+    )

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from platform_protocol.ids import ChallengeId, ClaimId, JobId, VmName
 from platform_protocol.platform_messages import Claim
-from platform_validator.challenges.instance import InstanceRef
+from platform_protocol.spec import ChallengeSpec
 from platform_validator.challenges.room import Guest
+from platform_validator.cvm.jobs import JobOrder
+from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.quota import Reservation
+from platform_validator.jobs.ending import Ending
 from platform_validator.jobs.lease import HeldLease
 from platform_validator.jobs.logs import LogStream
 from platform_validator.store.records import JobOutcome, JobRecord, Stage
+
+MAX_LOG_LINES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +58,24 @@ class JobView:
 
 @dataclass(slots=True)
 class ClaimedJob:
-    """A granted claim and what was set aside for it: either a ready CVM or a reservation.
+    """A granted claim and what was set aside for it: a ready CVM, a reservation, or a CVM to adopt.
 
-    `asked_at` is CLOCK_BOOTTIME from before the claim was sent: the lease counts from there.
+    `asked_at` is CLOCK_BOOTTIME from before the claim was sent: the lease counts from there. `ran` is how
+    long it ran under an earlier process, and `adopts` the CVM that it ran in. `kit` makes what is
+    journaled when it begins to run, given since when.
     """
 
     claim_id: ClaimId
     claim: Claim
-    ref: InstanceRef
+    plan: CvmPlan
+    spec: ChallengeSpec
     asked_at: float
     claimed_at: datetime
+    kit: Callable[[datetime], bytes] | None = None
     cvm: Guest | None = None
     reservation: Reservation | None = None
+    adopts: VmName | None = None
+    ran: timedelta = timedelta(0)
     stage: Stage = Stage.CLAIMED
     stage_since: float = 0.0
     vm: VmName | None = None
@@ -71,7 +83,8 @@ class ClaimedJob:
     message: str | None = None
     started: bool = False
     stored: bool = False
-    lost: str | None = None
+    ending: Ending | None = None
+    stop: Callable[[Ending], None] = lambda _ending: None
     lease: HeldLease | None = None
     stream: LogStream | None = None
     logs: list[str] = field(default_factory=list)
@@ -81,6 +94,37 @@ class ClaimedJob:
     def job_id(self) -> JobId:
         """The job."""
         return self.claim.id
+
+    @property
+    def time_limit(self) -> timedelta:
+        """How long the submission may run: the job's, or the challenge's where that is shorter."""
+        asked = timedelta(seconds=self.claim.timeout_s)
+        declared = self.spec.execution.timeout_s
+        return asked if declared is None else min(asked, timedelta(seconds=declared))
+
+    def order(self) -> JobOrder:
+        """What the SDK is told to run."""
+        claim = self.claim
+        return JobOrder(
+            job_id=claim.id,
+            attempt=claim.attempt,
+            challenge_id=claim.challenge_id,
+            job_name=claim.job_name,
+            payload=claim.payload,
+            submission_sha256=claim.submission.sha256 if claim.submission else None,
+        )
+
+    def progressed(self, percent: float, message: str) -> None:
+        """The guest says how far it is."""
+        self.progress, self.message = percent, message[:500]
+
+    def logged(self, level: str, message: str) -> None:
+        """The guest says something."""
+        if len(self.logs) >= MAX_LOG_LINES:
+            del self.logs[: MAX_LOG_LINES // 10]
+        self.logs.append(f"{level}: {message}")
+        if self.stream is not None:
+            self.stream.add(self.logs[-1])
 
     def view(self) -> JobView:
         """As it is now, ahead of the journal."""

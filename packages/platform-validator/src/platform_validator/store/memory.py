@@ -30,9 +30,11 @@ _DELETE = "!delete"
 class MemoryStore:
     """`fail` is asked before each call by its name; where it is true the call raises StoreUnavailable."""
 
-    def __init__(self, fail: Callable[[str], bool] = lambda _: False) -> None:
+    def __init__(
+        self, fail: Callable[[str], bool] = lambda _: False, identity: StateIdentity | None = None
+    ) -> None:
         self.fail = fail
-        self._identity = StateIdentity(secrets.token_hex(5), str(uuid.uuid4()))
+        self._identity = identity or StateIdentity(secrets.token_hex(5), str(uuid.uuid4()))
         self._jobs: dict[ClaimId, JobRecord] = {}
         self._outbox: dict[ClaimId, OutboxRecord] = {}
         self._vms: dict[VmName, VmRecord] = {}
@@ -83,14 +85,20 @@ class MemoryStore:
         )
 
     async def advance(
-        self, claim_id: ClaimId, stage: Stage, *, at: datetime, vm: VmName | None = None
+        self,
+        claim_id: ClaimId,
+        stage: Stage,
+        *,
+        at: datetime,
+        vm: VmName | None = None,
+        kit: bytes | None = None,
     ) -> None:
         """See the port."""
         del at
         self._check("advance")
         job = self._job(claim_id)
         if _STAGES.index(stage) >= _STAGES.index(job.stage):
-            self._jobs[claim_id] = replace(job, stage=stage, vm=vm or job.vm)
+            self._jobs[claim_id] = replace(job, stage=stage, vm=vm or job.vm, kit=kit or job.kit)
 
     async def store_result(
         self, claim_id: ClaimId, outcome: JobOutcome, body: bytes, *, at: datetime
@@ -130,6 +138,22 @@ class MemoryStore:
         """See the port."""
         self._check("recent_jobs")
         return list(reversed(self._jobs.values()))[:limit]
+
+    async def compact(self, *, ended_before: datetime, keep: int) -> int:
+        """See the port."""
+        self._check("compact")
+        old = list(self._jobs.values())[: max(len(self._jobs) - keep, 0)]
+        jobs = [job for job in old if job.stage is Stage.DONE and _before(job.ended_at, ended_before)]
+        vms = [
+            vm for vm in self._vms.values() if vm.phase is VmPhase.GONE and _before(vm.gone_at, ended_before)
+        ]
+        sessions = {vm.session_id for vm in vms}
+        for job in jobs:
+            del self._jobs[job.claim_id]
+        for vm in vms:
+            del self._vms[vm.name]
+        self._replies = {key: reply for key, reply in self._replies.items() if key[0] not in sessions}
+        return len(jobs) + len(vms)
 
     # Outbox
 
@@ -305,3 +329,7 @@ class MemoryStore:
         if name not in self._vms:
             raise UnknownRecord(f"no CVM {name}")
         return self._vms[name]
+
+
+def _before(moment: datetime | None, limit: datetime) -> bool:
+    return moment is not None and moment < limit

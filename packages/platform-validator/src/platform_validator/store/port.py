@@ -78,9 +78,15 @@ class Store(Protocol):
         """
 
     async def advance(
-        self, claim_id: ClaimId, stage: Stage, *, at: datetime, vm: VmName | None = None
+        self,
+        claim_id: ClaimId,
+        stage: Stage,
+        *,
+        at: datetime,
+        vm: VmName | None = None,
+        kit: bytes | None = None,
     ) -> None:
-        """The job reached a stage; `vm` is kept from then on when given.
+        """The job reached a stage; `vm` and `kit` are kept from then on when given.
 
         Raises:
             UnknownRecord: No such claim.
@@ -114,6 +120,13 @@ class Store(Protocol):
 
     async def recent_jobs(self, limit: int) -> Sequence[JobRecord]:
         """The newest claims, open or ended, newest first."""
+
+    async def compact(self, *, ended_before: datetime, keep: int) -> int:
+        """Forget what has ended, in batches; returns how many rows of jobs and CVMs went.
+
+        Jobs that ended before that moment, but for the newest `keep` claims; CVMs gone before it, with the
+        replies kept for their sessions. Never anything open, and never a value.
+        """
 
     # Outbox
 

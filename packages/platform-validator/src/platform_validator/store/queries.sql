@@ -13,7 +13,7 @@ UPDATE jobs_journal SET stage = 'claimed', granted = :granted, attempt = :attemp
 WHERE claim_id = :claim_id;
 
 -- name: job_advance
-UPDATE jobs_journal SET stage = :stage, vm = COALESCE(:vm, vm) WHERE claim_id = :claim_id;
+UPDATE jobs_journal SET stage = :stage, vm = COALESCE(:vm, vm), kit = COALESCE(:kit, kit) WHERE claim_id = :claim_id;
 
 -- name: job_result
 UPDATE jobs_journal SET stage = 'submitting', outcome = :outcome
@@ -43,6 +43,24 @@ SELECT * FROM jobs_journal WHERE stage <> 'done' ORDER BY position;
 
 -- name: jobs_recent
 SELECT * FROM jobs_journal ORDER BY position DESC LIMIT :limit;
+
+-- name: jobs_compact
+DELETE FROM jobs_journal WHERE position IN (
+    SELECT position FROM jobs_journal
+    WHERE stage = 'done' AND ended_at < :before
+      AND position <= (SELECT COALESCE(MAX(position), 0) FROM jobs_journal) - :keep
+    ORDER BY ended_at LIMIT :batch
+);
+
+-- name: replies_compact
+DELETE FROM values_replies WHERE session_id IN (
+    SELECT session_id FROM cvms_journal WHERE phase = 'gone' AND gone_at < :before ORDER BY gone_at LIMIT :batch
+);
+
+-- name: vms_compact
+DELETE FROM cvms_journal WHERE position IN (
+    SELECT position FROM cvms_journal WHERE phase = 'gone' AND gone_at < :before ORDER BY gone_at LIMIT :batch
+);
 
 -- name: outbox_insert
 INSERT INTO jobs_outbox (claim_id, job_id, body, stored_at)

@@ -80,7 +80,8 @@ class StateIdentity:
 class JobRecord:
     """One claim and what became of it.
 
-    `granted` is the API's claim answer as received (UTF-8 JSON), None until it came.
+    `granted` is the API's claim answer as received (UTF-8 JSON), None until it came. `kit` is what a later
+    process needs to finish it, None until it runs.
     """
 
     claim_id: ClaimId
@@ -98,6 +99,7 @@ class JobRecord:
     reason: str | None = None
     started_at: datetime | None = None
     ended_at: datetime | None = None
+    kit: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

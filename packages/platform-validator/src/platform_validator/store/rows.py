@@ -54,6 +54,7 @@ def job_of(row: sqlite3.Row) -> JobRecord:
         reason=row["reason"],
         started_at=_optional(row["started_at"]),
         ended_at=_optional(row["ended_at"]),
+        kit=row["kit"],
     )
 
 

@@ -43,6 +43,7 @@ from platform_validator.store.rows import (
 T = TypeVar("T")
 _STAGES, _PHASES = list(Stage), list(VmPhase)
 _DELETE = "!delete"
+_BATCH = 500
 
 
 class SqliteStore:
@@ -119,7 +120,13 @@ class SqliteStore:
         )
 
     async def advance(
-        self, claim_id: ClaimId, stage: Stage, *, at: datetime, vm: VmName | None = None
+        self,
+        claim_id: ClaimId,
+        stage: Stage,
+        *,
+        at: datetime,
+        vm: VmName | None = None,
+        kit: bytes | None = None,
     ) -> None:
         """See the port."""
         del at
@@ -129,7 +136,7 @@ class SqliteStore:
             if row is None:
                 raise UnknownRecord(f"no claim {claim_id}")
             if _STAGES.index(stage) >= _STAGES.index(Stage(row["stage"])):
-                self._run("job_advance", claim_id=claim_id, stage=stage.value, vm=vm)
+                self._run("job_advance", claim_id=claim_id, stage=stage.value, vm=vm, kit=kit)
 
         await self._do(work)
 
@@ -168,6 +175,20 @@ class SqliteStore:
     async def recent_jobs(self, limit: int) -> Sequence[JobRecord]:
         """See the port."""
         return [job_of(row) for row in await self._do(lambda: self._all("jobs_recent", limit=limit))]
+
+    async def compact(self, *, ended_before: datetime, keep: int) -> int:
+        """See the port."""
+        before, removed = stamp(ended_before), 0
+
+        def work() -> int:
+            gone = self._run("jobs_compact", before=before, keep=keep, batch=_BATCH)
+            self._run("replies_compact", before=before, batch=_BATCH)
+            return gone + self._run("vms_compact", before=before, batch=_BATCH)
+
+        # One transaction a batch: jobs that write meanwhile wait for one at most.
+        while batch := await self._do(work):
+            removed += batch
+        return removed
 
     # Outbox
 

@@ -32,6 +32,27 @@ class Metrics:
         self._contact = self._gauge("platform_last_contact_seconds", "Since the Platform API last answered")
         self._lag = self._gauge("loop_lag_seconds", "How late the event loop runs")
         self._restarts = self._counter("background_restarts", "Loops that died and were restarted", "loop")
+        self._dispatched = self._counter(
+            "claims_dispatched", "Claims granted, by what woke the pass", "source"
+        )
+        self._queue = self._histogram(
+            "job_queue_wait_seconds", "Time that jobs were pending before a claim here"
+        )
+        self._renewals = self._counter("lease_renewals", "Lease renewals by answer", "answer")
+        self._recovered = self._counter(
+            "recovered_jobs", "Open jobs found at start, by what became of them", "fate"
+        )
+        self._reclaimed = self._counter(
+            "cvms_reclaimed", "CVMs without a holder, found and destroyed", "where"
+        )
+        self._strays = self._gauge("stray_vms", "VMs with our state id that are not in our journal")
+        self._store_failures = self._counter("store_failures", "Journal writes that failed")
+        self._gates = self._gauge(
+            "claim_gate_closed", "1 while no job of a challenge is claimed", "challenge_id"
+        )
+        self._answered = self._gauge(
+            "platform_last_contact_timestamp_seconds", "When the Platform API last answered"
+        )
         self._reconnects = self._counter("notification_connections", "WebSocket connections opened")
 
     def text(self) -> bytes:
@@ -75,7 +96,43 @@ class Metrics:
         """A result was sent."""
         self._deliveries.labels(answer).inc()
 
+    def claim_dispatched(self, source: str) -> None:
+        """A claim was granted."""
+        self._dispatched.labels(source).inc()
+
+    def queued(self, seconds: float) -> None:
+        """How long a job had waited."""
+        self._queue.observe(seconds)
+
+    def lease_renewed(self, answer: str) -> None:
+        """A renewal was answered, or not."""
+        self._renewals.labels(answer).inc()
+
+    def recovered(self, fate: str) -> None:
+        """An open job was found at start."""
+        self._recovered.labels(fate).inc()
+
+    def platform_contact(self) -> None:
+        """The Platform API answered now."""
+        self._answered.set_to_current_time()
+
+    def store_failed(self) -> None:
+        """A journal write failed."""
+        self._store_failures.inc()
+
+    def gate(self, challenge_id: str, *, open_: bool) -> None:
+        """A challenge's claim gate now."""
+        self._gates.labels(challenge_id).set(int(not open_))
+
     # What the daemon reports
+
+    def reclaimed(self, where: str) -> None:
+        """A CVM without a holder was found, at `start` or by the `sweep`."""
+        self._reclaimed.labels(where).inc()
+
+    def strays(self, count: int) -> None:
+        """VMs with our state id that our journal does not know, now."""
+        self._strays.set(count)
 
     def quota(self, resource: str, used: int, limit: int) -> None:
         """A resource's account now."""

@@ -1,0 +1,35 @@
+"""A job that occupies a slot of this validator, from just before its claim until its result is stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from platform_protocol.ids import ChallengeId, ClaimId, JobId
+from platform_protocol.platform_messages import PendingJob
+from platform_protocol.resources import Resources
+from platform_validator.challenges.instance import InstanceRef
+from platform_validator.challenges.room import Guest
+from platform_validator.cvm.quota import Reservation
+from platform_validator.jobs.capacity import largest
+from platform_validator.jobs.work import ClaimedJob
+
+
+@dataclass(slots=True)
+class Slot:
+    """What was set aside for one job. `ref` None: an earlier process claimed it."""
+
+    job_id: JobId
+    challenge_id: ChallengeId
+    claim_id: ClaimId
+    created_at: datetime | None = None
+    ref: InstanceRef | None = None
+    cvm: Guest | None = None
+    reservation: Reservation | None = None
+    source: str = "poll"
+    claimed: ClaimedJob | None = None
+
+
+def size(job: PendingJob, ref: InstanceRef | None) -> Resources:
+    """What a CVM for this job needs: the challenge's size, or the job's where that is larger."""
+    return job.resources if ref is None else largest(ref.plan.resources, job.resources)
