@@ -28,6 +28,7 @@ from platform_validator.cvm.errors import AttestationUnavailable, BootFailed, Se
 from platform_validator.cvm.quota import Limits, Quota
 from platform_validator.cvm.session import GuestResult, JobOrder
 from platform_validator.cvm.vmm import VmmFacts, VmmImage
+from platform_validator.jobs.ends import JobEnds
 from platform_validator.jobs.executor import JobExecutor
 from platform_validator.jobs.lease import LeaseRules, TaskRenewer
 from platform_validator.jobs.manager import JobManager
@@ -120,6 +121,7 @@ class House:
             rng=rng,
         )
         self.outbox = Outbox(client=self.client, store=self.store, clock=clock, rng=rng, metrics=Unmeasured())
+        ends = JobEnds(store=self.store, clock=clock)
         self.executor = JobExecutor(
             client=self.client,
             store=self.store,
@@ -131,6 +133,7 @@ class House:
             cache=self.folder / "cache",
             clock=clock,
             rng=rng,
+            ends=ends,
             metrics=Unmeasured(),
         )
         self.jobs = JobManager(
@@ -143,6 +146,7 @@ class House:
             rng=rng,
             new_id=lambda: str(uuid.uuid4()),
             max_concurrent=self.max_concurrent,
+            ends=ends,
             metrics=Unmeasured(),
             poll_every=timedelta(seconds=0.05),
         )
@@ -679,7 +683,7 @@ async def test_what_a_crash_left_is_submitted_released_or_forgotten(house: House
     await house.store.store_result(done, JobOutcome.SUCCEEDED, a_result(claim), at=clock.now())
     await abandoned(house, JobId("never-answered"))
     found = await recover(store=house.store, fleet=house.fleet, clock=clock)
-    assert (found.to_submit, len(found.release), found.forgotten) == (1, 1, 1)
+    assert found.fates == {"submit": 1, "finish": 0, "adopt": 0, "release": 1, "forget": 1}
     house.jobs.inherit(found)
     async with house.open():
         while await house.store.open_jobs():

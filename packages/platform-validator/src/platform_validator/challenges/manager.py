@@ -21,7 +21,7 @@ from platform_validator.clock import Clock
 from platform_validator.cvm.quota import Quota
 from platform_validator.cvm.vmm import VmmClient
 from platform_validator.platform_client.port import PlatformClient, PlatformError
-from platform_validator.store.port import Store
+from platform_validator.store.port import Store, StoreUnavailable
 
 MONITOR_EVERY = timedelta(seconds=60)
 RETRY_AFTER = timedelta(seconds=5)
@@ -150,8 +150,15 @@ class ChallengeManager:
 
     async def _forget(self) -> None:
         """Instances of an earlier process: their CVMs are gone or being destroyed, so they start anew."""
-        for record in await self._store.instances():
-            await self._store.remove_instance(record.key)
+        while True:
+            try:
+                for record in await self._store.instances():
+                    await self._store.remove_instance(record.key)
+            except StoreUnavailable as error:
+                _log.error("instances_not_forgotten", error=str(error))
+                await self._clock.sleep(RETRY_AFTER.total_seconds())
+            else:
+                return
 
     async def _look(self, group: asyncio.TaskGroup) -> bool:
         try:

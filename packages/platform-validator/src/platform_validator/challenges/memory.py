@@ -33,6 +33,7 @@ class MemorySession:
         self.started: Callable[[], None] = lambda: None
         self.progress: Callable[[float, str], None] = lambda _percent, _message: None
         self.log: Callable[[str, str], None] = lambda _level, _message: None
+        self.dead = False
         self.cancelled: list[tuple[JobId, str]] = []
         self.acknowledged: list[GuestResult] = []
 
@@ -52,6 +53,11 @@ class MemorySession:
     async def cancel(self, job_id: JobId, reason: str) -> None:
         """Note it."""
         self.cancelled.append((job_id, reason))
+
+    async def confirm(self) -> None:
+        """It lives, unless told otherwise."""
+        if self.dead:
+            raise SessionLost("the guest is dead")
 
     async def acknowledge(self, result: GuestResult) -> None:
         """Note it."""

@@ -31,6 +31,9 @@ class GuestSession(Protocol):
     async def cancel(self, job_id: JobId, reason: str) -> None:
         """Have the SDK end the job."""
 
+    async def confirm(self) -> None:
+        """Return once the SDK has shown that it lives. Raises SessionLost when it does not."""
+
     async def acknowledge(self, result: GuestResult) -> None:
         """Tell the SDK that the result is durable here."""
 

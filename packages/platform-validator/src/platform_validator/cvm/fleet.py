@@ -122,6 +122,8 @@ class Fleet:
             StoreUnavailable: The journal cannot be read.
         """
         for record in await self._store.open_vms():
+            if record.name in self._restored:
+                continue
             [self._reservations[record.name]] = self._quota.rebuild([(record.name, record.resources)])
             self._ports.hold(record.host_port)
             self._restored[record.name] = Member(record, stage="restored")

@@ -6,6 +6,7 @@ Reading, pinging and answering values happen in `run`, a task of the fleet; whoe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections import OrderedDict
@@ -104,6 +105,7 @@ class CvmSession:
         self._pace = pace or SessionPace()
         self._socket: ClientConnection | None = None
         self._picked_up = False
+        self._pong = asyncio.Event()
         self._old: SessionV1 | None = None
         self._first = not resume
         self._adopted = resume
@@ -179,6 +181,32 @@ class CvmSession:
     async def cancel(self, job_id: JobId, reason: str) -> None:
         """Have the SDK end a job; a lost connection is no error."""
         await self._send(JobCancel(job_id=job_id, reason=reason[:1000]))
+
+    async def confirm(self) -> None:
+        """Return once the SDK answers a ping, over this connection or a resumed one.
+
+        Raises:
+            SessionLost: It does not, or not in time.
+        """
+        if self._old is not None:
+            # Version 1 answers no pings while a handler runs; a broken connection is lost at once.
+            return
+        self._pong.clear()
+        ponged = asyncio.ensure_future(self._ponged())
+        try:
+            async with asyncio.timeout(self._pace.resume_for):
+                await self._or_lost(ponged)
+        except TimeoutError as error:
+            raise SessionLost(f"{self._vm} does not answer any more") from error
+        finally:
+            ponged.cancel()
+
+    async def _ponged(self) -> None:
+        while not self._pong.is_set():
+            await self._send(Ping(n=0))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._pace.retry_most):
+                    await self._pong.wait()
 
     async def acknowledge(self, result: GuestResult) -> None:
         """The result is durable here: the SDK may forget it."""
@@ -354,6 +382,7 @@ class CvmSession:
         match message:
             case Pong():
                 self._unanswered = 0
+                self._pong.set()
             case JobProgress() | Log():
                 self._told(message)
             case Ready():

@@ -51,6 +51,13 @@ class Session(Protocol):
     async def cancel(self, job_id: JobId, reason: str) -> None:
         """Have the SDK end a job; a lost connection is no error."""
 
+    async def confirm(self) -> None:
+        """Return once the SDK has shown that it lives.
+
+        Raises:
+            SessionLost: It does not answer, and the session cannot be resumed.
+        """
+
     async def acknowledge(self, result: GuestResult) -> None:
         """The result is durable here: the SDK may forget it."""
 

@@ -19,13 +19,14 @@ from platform_protocol.ids import JobId
 from platform_protocol.notifications import ChallengeUpdated, JobCancelled, NewJob
 from platform_validator.clock import Clock
 from platform_validator.daemon.parts import Components
-from platform_validator.jobs.recovery import recover
+from platform_validator.jobs.recovery import Inheritance, recover
 from platform_validator.platform_client.notifications import NotificationLoop
 from platform_validator.platform_client.port import PlatformClient
 from platform_validator.store.port import Store, StoreUnavailable
 from platform_validator.telemetry.metrics import Metrics
 
 _RESTART = 1.0
+_STORE_RETRY = 2.0
 _DESTROY_WITHIN = timedelta(seconds=60)
 _DELIVER_WITHIN = timedelta(seconds=30)
 _RELEASE_WITHIN = timedelta(seconds=30)
@@ -80,6 +81,7 @@ class Engine:
         self._hurry = asyncio.Event()
         self.drain_timeout = drain_timeout
         self.hotkey_taken = False
+        self.store_error: str | None = None
         self.phase = "starting"
         self.on_phase: Callable[[str], None] = lambda _phase: None
         self.notifications = NotificationLoop(
@@ -87,23 +89,13 @@ class Engine:
         )
 
     async def run(self) -> Drained:
-        """Recover, run the loops until told to drain, drain.
-
-        Raises:
-            StoreUnavailable: The journal cannot be read at the start.
-        """
+        """Recover, run the loops until told to drain, drain."""
         parts = self.parts
         async with asyncio.TaskGroup() as group:
             notifying = group.create_task(self._supervise("notifications", self.notifications.run))
             _log.info("step_3_websocket_connecting")
             others = [group.create_task(self._supervise(name, loop)) for name, loop in self._extra.items()]
-            await parts.fleet.restore()
-            parts.jobs.inherit(
-                await recover(
-                    store=self._store, fleet=parts.fleet, clock=self._clock, counted=self._metrics.recovered
-                )
-            )
-            await parts.jobs.forget_submissions()
+            await self._recover()
             _log.info("step_4_components_recovered")
             # The fleet runs before anything boots or adopts.
             fleet = group.create_task(self._supervise("fleet", parts.fleet.run))
@@ -117,6 +109,29 @@ class Engine:
             for task in (notifying, outbox, fleet, housekeeping, *others):
                 task.cancel()
         return left
+
+    async def _recover(self) -> None:
+        """Begins anew until the journal can be read and written: a full disk at start is waited out."""
+        parts = self.parts
+        while True:
+            try:
+                await parts.fleet.restore()
+                found = await recover(store=self._store, fleet=parts.fleet, clock=self._clock)
+            except StoreUnavailable as error:
+                self._metrics.store_failed()
+                self.store_error = str(error)
+                _log.error("not_recovered", error=str(error))
+                await self._clock.sleep(_STORE_RETRY)
+            else:
+                self.store_error = None
+                self._inherit(found)
+                await parts.jobs.forget_submissions()
+                return
+
+    def _inherit(self, found: Inheritance) -> None:
+        for fate, count in found.fates.items():
+            self._metrics.recovered(fate, count)
+        self.parts.jobs.inherit(found)
 
     # What its surroundings tell it
 

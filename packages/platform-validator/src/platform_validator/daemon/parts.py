@@ -31,6 +31,7 @@ from platform_validator.cvm.quota import Limits, Quota
 from platform_validator.cvm.session import CvmSession
 from platform_validator.cvm.sessions import SessionMaker
 from platform_validator.cvm.vmm import VmmClient
+from platform_validator.jobs.ends import JobEnds
 from platform_validator.jobs.executor import JobExecutor
 from platform_validator.jobs.lease import LeaseRules, Renewer, ThreadRenewer
 from platform_validator.jobs.manager import JobManager
@@ -213,6 +214,7 @@ def make_components(
         rng=rng,
     )
     outbox = Outbox(client=client, store=store, clock=clock, rng=rng, metrics=metrics)
+    ends = JobEnds(store=store, clock=clock)
     executor = JobExecutor(
         client=client,
         store=store,
@@ -226,6 +228,7 @@ def make_components(
         cache=cache,
         clock=clock,
         rng=rng,
+        ends=ends,
         metrics=metrics,
         outage_grace=settings["jobs.outage_grace"],
     )
@@ -239,6 +242,7 @@ def make_components(
         rng=rng,
         new_id=outside.new_id,
         max_concurrent=settings["jobs.max_concurrent"],
+        ends=ends,
         metrics=metrics,
     )
     challenges.on_active = lambda: jobs.wake("local")

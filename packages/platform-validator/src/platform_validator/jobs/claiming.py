@@ -12,6 +12,7 @@ from platform_protocol.resources import Resources
 from platform_validator.challenges.instance import InstanceRef
 from platform_validator.clock import Clock
 from platform_validator.crashpoint import crashpoint
+from platform_validator.jobs.ends import JobEnds
 from platform_validator.jobs.observe import JobMetrics
 from platform_validator.jobs.slot import Slot
 from platform_validator.jobs.work import ClaimedJob
@@ -39,6 +40,7 @@ class Claimer:
         rng: Jitter.
         retry: Between two tries of one claim.
         patience: Seconds after which a claim without an answer is given up; its lease, if any, lapses.
+        ends: Writes down claims that were not granted.
         metrics: Is told.
     """
 
@@ -51,8 +53,10 @@ class Claimer:
         rng: random.Random,
         retry: Backoff,
         patience: float,
+        ends: JobEnds,
         metrics: JobMetrics,
     ) -> None:
+        self._ends = ends
         self._client = client
         self._store = store
         self._clock = clock
@@ -98,6 +102,7 @@ class Claimer:
             # What cannot be journaled must not be run; `operator` counts to no limit of the job.
             with contextlib.suppress(PlatformError):
                 await self._client.release(slot.job_id, claim.lease.token, ReleaseReason.OPERATOR)
+            await self._ends.end(slot.claim_id, JobOutcome.INFRA_ERROR, "not_journaled")
             raise
         crashpoint("claim_stored")
         self._granted(slot, claim)
@@ -146,6 +151,4 @@ class Claimer:
         self._metrics.claim_answered(code)
         self.conflicts = min(self.conflicts + 1, 10) if conflict else self.conflicts
         _log.info("claim_not_granted", job_id=slot.job_id, code=code)
-        await self._store.end_job(
-            slot.claim_id, outcome=JobOutcome.CANCELLED, reason=code, at=self._clock.now()
-        )
+        await self._ends.end(slot.claim_id, JobOutcome.CANCELLED, code)

@@ -26,6 +26,7 @@ from platform_validator.cvm.quota import Quota
 from platform_validator.cvm.vmm import VmmError
 from platform_validator.jobs.capacity import largest
 from platform_validator.jobs.ending import Ending, blame, lease_ended
+from platform_validator.jobs.ends import JobEnds
 from platform_validator.jobs.giving_back import GivingBack
 from platform_validator.jobs.lease import Renewer
 from platform_validator.jobs.logs import LogStream
@@ -73,6 +74,7 @@ class JobExecutor:
         cache: The cache folder; `submissions/` is made below it.
         clock: Time.
         rng: Jitter.
+        ends: Writes down how jobs without a result ended.
         metrics: Is told.
         outage_grace: How long the first renewal after a restart may stay unanswered.
     """
@@ -90,10 +92,12 @@ class JobExecutor:
         cache: Path,
         clock: Clock,
         rng: random.Random,
+        ends: JobEnds,
         metrics: JobMetrics,
         outage_grace: timedelta = OUTAGE_GRACE,
     ) -> None:
         self._outage_grace = outage_grace
+        self._ends = ends
         self._rng = rng
         self._giving_back = GivingBack(client=client, clock=clock, rng=rng, retry=_FETCH_RETRY)
         self._client = client
@@ -301,6 +305,8 @@ class JobExecutor:
             if not job.started:
                 raise SessionLost("the SDK did not acknowledge the job in time") from None
             await _briefly(cvm.session.cancel(job.job_id, "timeout"))
+            # A CVM that died beneath the submission ran out of nothing: only a living one times out.
+            await cvm.session.confirm()
             seconds = job.time_limit.total_seconds()
             return Finding.timed_out(f"timeout: no result within {seconds:.0f} s"), None
         crashpoint("result_received")
@@ -326,7 +332,6 @@ class JobExecutor:
         outcome = _OUTCOMES[finding.outcome]
         await self._stored(job, outcome, body)
         crashpoint("result_stored")
-        self._outbox.wake()
         if result is not None:
             await _briefly(cvm.session.acknowledge(result))
         return Ending(outcome, finding.error)
@@ -398,18 +403,29 @@ class JobExecutor:
         while True:
             try:
                 async with job.journal:
-                    # Shielded: what was begun is finished, or the outcome would depend on the moment.
-                    await asyncio.shield(
-                        self._store.store_result(job.claim_id, outcome, body, at=self._clock.now())
-                    )
-                    job.stored = True
-                job.stage = Stage.SUBMITTING
-                _log.info("result_stored", outcome=outcome)
+                    await self._store_once(job, outcome, body)
             except StoreUnavailable as error:
                 _log.error("result_not_stored", error=str(error))
                 await self._clock.sleep(_STORE_RETRY)
             else:
                 return
+
+    async def _store_once(self, job: ClaimedJob, outcome: JobOutcome, body: bytes) -> None:
+        """What was begun is finished even when the job is cancelled meanwhile: stored, it is submitted."""
+        writing = asyncio.ensure_future(
+            self._store.store_result(job.claim_id, outcome, body, at=self._clock.now())
+        )
+        try:
+            await asyncio.shield(writing)
+        finally:
+            while not writing.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait({writing})
+            if not writing.cancelled() and writing.exception() is None:
+                job.stored, job.stage = True, Stage.SUBMITTING
+                job.ending = Ending(outcome)
+                self._outbox.wake()
+                _log.info("result_stored", outcome=outcome)
 
     async def _finish(self, job: ClaimedJob, ending: Ending) -> None:
         self._metrics.job_ended(job.claim.challenge_id, ending.outcome)
@@ -422,27 +438,13 @@ class JobExecutor:
             await self._giving_back.release(
                 job.job_id, job.claim.lease.token, ending.release, patience=job.claim.lease.term_s
             )
-        try:
-            await self._store.end_job(
-                job.claim_id, outcome=ending.outcome, reason=ending.reason, at=self._clock.now()
-            )
-        except StoreUnavailable as error:
-            _log.error("job_end_not_stored", error=str(error))
+        await self._ends.end(job.claim_id, ending.outcome, ending.reason)
 
     async def release_inherited(self, job: JobRecord) -> None:
         """Give back what an earlier process held, until that is answered; then the journal forgets it."""
         if job.token is not None:
             await self._giving_back.release(job.job_id, job.token, ReleaseReason.INFRA, patience=None)
-        while True:
-            try:
-                await self._store.end_job(
-                    job.claim_id, outcome=JobOutcome.INFRA_ERROR, reason=RESTARTED, at=self._clock.now()
-                )
-            except StoreUnavailable as error:
-                _log.error("job_end_not_stored", job_id=job.job_id, error=str(error))
-                await self._clock.sleep(_STORE_RETRY)
-            else:
-                return
+        await self._ends.end(job.claim_id, JobOutcome.INFRA_ERROR, RESTARTED)
 
     def abandon(self, name: VmName) -> None:
         """Hand a CVM to destruction that no job can go on in."""

@@ -22,6 +22,7 @@ from platform_validator.cvm.quota import Quota, Refusal, subtract
 from platform_validator.jobs.capacity import Capacity, CapacityFacts, Need, covers, has_capacity
 from platform_validator.jobs.claiming import Claimer
 from platform_validator.jobs.ending import Ending
+from platform_validator.jobs.ends import JobEnds
 from platform_validator.jobs.executor import JobExecutor
 from platform_validator.jobs.gate import ClaimGate
 from platform_validator.jobs.inherited import inherited_job
@@ -59,6 +60,7 @@ class JobManager:
         rng: Jitter.
         new_id: Makes claim ids (UUIDs).
         max_concurrent: Slots.
+        ends: Writes down how jobs without a result ended.
         metrics: Is told.
         can_attest: Whether attestation is possible now, at the level in force.
         poll_every: Between polls, with a tenth of jitter either way.
@@ -77,12 +79,14 @@ class JobManager:
         rng: random.Random,
         new_id: Callable[[], str],
         max_concurrent: int,
+        ends: JobEnds,
         metrics: JobMetrics,
         can_attest: Callable[[], bool] = lambda: True,
         poll_every: timedelta = POLL_EVERY,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.beat = beat
+        self._ends = ends
         self._client = client
         self._store = store
         self._challenges = challenges
@@ -102,6 +106,7 @@ class JobManager:
             rng=rng,
             retry=CLAIM_RETRY,
             patience=CLAIM_PATIENCE.total_seconds(),
+            ends=ends,
             metrics=metrics,
         )
         self._slots: dict[JobId, Slot] = {}
@@ -243,6 +248,7 @@ class JobManager:
         self._lacking_room, self._kept = False, NOTHING
         now = self._clock.monotonic()
         self._declined = {job_id: until for job_id, until in self._declined.items() if until > now}
+        await self._ends.retry()
         active = self._challenges.active_ids()
         if not self._claiming or not active or len(self._slots) >= self._max:
             return

@@ -45,8 +45,8 @@ class JobMetrics(Protocol):
     def lease_renewed(self, answer: str) -> None:
         """A renewal was `granted`, `refused` or `unanswered`."""
 
-    def recovered(self, fate: str) -> None:
-        """At start an open job was found, and this becomes of it."""
+    def recovered(self, fate: str, jobs: int) -> None:
+        """At start so many open jobs were found of which this becomes."""
 
     def platform_contact(self) -> None:
         """The Platform API answered."""
@@ -94,7 +94,7 @@ class Unmeasured:
     def lease_renewed(self, answer: str) -> None:
         """Nothing."""
 
-    def recovered(self, fate: str) -> None:
+    def recovered(self, fate: str, jobs: int) -> None:
         """Nothing."""
 
     def platform_contact(self) -> None:

@@ -24,7 +24,7 @@ from platform_validator.platform_client.port import (
     ResultRefused,
 )
 from platform_validator.store.port import Store, StoreError, StoreUnavailable
-from platform_validator.store.records import JobOutcome, OutboxRecord
+from platform_validator.store.records import OutboxRecord
 
 RETRY = Backoff(timedelta(seconds=1), timedelta(seconds=30))
 AT_ONCE = 8
@@ -136,9 +136,6 @@ class Outbox:
                 await self._store.outbox_refused(entry.claim_id, refusal, at=self._clock.now())
                 return
             await self._store.outbox_delivered(entry.claim_id, at=self._clock.now())
-            job = await self._store.job(entry.claim_id)
-            outcome = job.outcome if job is not None and job.outcome is not None else JobOutcome.SUCCEEDED
-            await self._store.end_job(entry.claim_id, outcome=outcome, reason=None, at=self._clock.now())
         except StoreUnavailable as error:
             _log.error("delivery_not_stored", job_id=entry.job_id, error=str(error))
             self._tries[entry.claim_id].due = self._clock.monotonic() + RETRY.first.total_seconds()

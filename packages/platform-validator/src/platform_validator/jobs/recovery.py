@@ -6,8 +6,8 @@ Platform API or a CVM (adopting, releasing) is handed to the job loop, which beg
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Protocol
@@ -46,15 +46,12 @@ class Fate(StrEnum):
 class Inheritance:
     """What an earlier process left: jobs to go on with, each with its CVM, and jobs to give back.
 
-    The counts are of stored results, of ends that were only to be noted, of claims that were never
-    answered, and of CVMs that are being destroyed.
+    `fates` counts all open jobs by what becomes of them; `destroying` CVMs that no job goes on in.
     """
 
     adopt: tuple[tuple[JobRecord, VmRecord], ...] = ()
     release: tuple[JobRecord, ...] = ()
-    to_submit: int = 0
-    finished: int = 0
-    forgotten: int = 0
+    fates: Mapping[str, int] = field(default_factory=dict)
     destroying: int = 0
 
 
@@ -82,10 +79,8 @@ def left_behind(job: JobRecord, vm: VmRecord | None, *, in_outbox: bool, now: da
     return Fate.RELEASE
 
 
-async def recover(
-    *, store: Store, fleet: Destroyer, clock: Clock, counted: Callable[[str], None] = lambda _fate: None
-) -> Inheritance:
-    """Bring the journal in order and have the CVMs destroyed that no job goes on in.
+async def recover(*, store: Store, fleet: Destroyer, clock: Clock) -> Inheritance:
+    """Bring the journal in order and have the CVMs destroyed that no job goes on in. May be repeated.
 
     Raises:
         StoreUnavailable: The journal cannot be read or written.
@@ -99,7 +94,6 @@ async def recover(
         vm = vms.get(job.vm) if job.vm is not None else None
         fate = left_behind(job, vm, in_outbox=job.claim_id in undelivered, now=clock.now())
         counts[fate] += 1
-        counted(fate.value)
         match fate:
             case Fate.FINISH:
                 outcome = job.outcome or JobOutcome.SUCCEEDED
@@ -124,8 +118,6 @@ async def recover(
     return Inheritance(
         adopt=tuple(adopt),
         release=tuple(release),
-        to_submit=counts[Fate.SUBMIT],
-        finished=counts[Fate.FINISH],
-        forgotten=counts[Fate.FORGET],
+        fates={fate.value: count for fate, count in counts.items()},
         destroying=len(doomed),
     )

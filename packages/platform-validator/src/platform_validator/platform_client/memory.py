@@ -157,8 +157,13 @@ class MemoryPlatform:
             submission=submission,
         )
         if push:
-            self._push(lambda seq: NewJob(seq=seq, job_id=job_id, challenge_id=challenge_id))
+            self.announce(job_id)
         return job_id
+
+    def announce(self, job_id: JobId) -> None:
+        """Push that a job is there."""
+        challenge_id = self.jobs[job_id].challenge_id
+        self._push(lambda seq: NewJob(seq=seq, job_id=job_id, challenge_id=challenge_id))
 
     def cancel_job(self, job_id: JobId, *, push: bool = True) -> None:
         """Cancel at once: the token is dead."""

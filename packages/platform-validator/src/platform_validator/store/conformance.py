@@ -127,7 +127,7 @@ async def delivery_empties_the_outbox(store: Store) -> None:
         await store.outbox_delivered(claim, at=NOW)
     record = await store.job(claim)
     _require(not await store.outbox(), "the entry is still there")
-    _require(record is not None and record.stage is Stage.SUBMITTED, "the stage is not submitted")
+    _require(record is not None and record.stage is Stage.DONE, "the job is not done")
 
 
 async def a_refusal_ends_the_job(store: Store) -> None:

@@ -137,7 +137,7 @@ class Store(Protocol):
         """Count a try that brought no answer."""
 
     async def outbox_delivered(self, claim_id: ClaimId, *, at: datetime) -> None:
-        """The API acknowledged it: in one transaction the entry goes and the job's stage is submitted."""
+        """The API acknowledged it: in one transaction the entry goes and the job is done."""
 
     async def outbox_refused(self, claim_id: ClaimId, code: str, *, at: datetime) -> None:
         """Refused for good: the entry goes, the job ends lease_lost (or cancelled) with the code."""

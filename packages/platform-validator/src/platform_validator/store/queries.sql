@@ -30,7 +30,7 @@ UPDATE jobs_journal SET stage = 'done', outcome = :outcome, reason = :code, ende
 WHERE claim_id = :claim_id;
 
 -- name: job_submitted
-UPDATE jobs_journal SET stage = 'submitted' WHERE claim_id = :claim_id AND stage <> 'done';
+UPDATE jobs_journal SET stage = 'done', ended_at = :at WHERE claim_id = :claim_id AND stage <> 'done';
 
 -- name: job_vm
 UPDATE jobs_journal SET vm = :vm WHERE claim_id = :claim_id;

@@ -202,11 +202,10 @@ class SqliteStore:
 
     async def outbox_delivered(self, claim_id: ClaimId, *, at: datetime) -> None:
         """See the port."""
-        del at
 
         def work() -> None:
             if self._run("outbox_delete", claim_id=claim_id):
-                self._run("job_submitted", claim_id=claim_id)
+                self._run("job_submitted", claim_id=claim_id, at=stamp(at))
 
         await self._do(work)
 

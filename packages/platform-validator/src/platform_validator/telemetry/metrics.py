@@ -108,9 +108,9 @@ class Metrics:
         """A renewal was answered, or not."""
         self._renewals.labels(answer).inc()
 
-    def recovered(self, fate: str) -> None:
-        """An open job was found at start."""
-        self._recovered.labels(fate).inc()
+    def recovered(self, fate: str, jobs: int) -> None:
+        """Open jobs were found at start."""
+        self._recovered.labels(fate).inc(jobs)
 
     def platform_contact(self) -> None:
         """The Platform API answered now."""
