@@ -53,6 +53,7 @@ class ChallengeRunner:
         self._refilling: asyncio.Task[None] | None = None
         self._retry_at = 0.0
         self._refill_at = 0.0
+        self._keyed: tuple[ActiveChallenge, tuple[str, str]] | None = None
 
     # What others ask
 
@@ -140,7 +141,9 @@ class ChallengeRunner:
         waits = [60.0]
         if self._retry_at > now:
             waits.append(self._retry_at - now)
-        if self._lacking() > 0:
+        refilling = self._refilling is not None and not self._refilling.done()
+        if self._lacking() > 0 and not refilling:
+            # A refill that is under way wakes us at its end.
             waits.append(max(self._refill_at - now, 0.05))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(waits)):
@@ -148,7 +151,7 @@ class ChallengeRunner:
         self._changed.clear()
 
     async def _follow(self, wanted: ActiveChallenge, group: asyncio.TaskGroup) -> None:
-        key, digest = instance_key(wanted)
+        key, digest = self._key_of(wanted)
         if self._candidate is not None and self._candidate.key != key:
             await self._drop_candidate(Fact.SUPERSEDED)
         if self._serving is not None and self._serving.key == key:
@@ -175,6 +178,11 @@ class ChallengeRunner:
             await self._tell(candidate, Fact.RETRIED)
         if candidate.state is InstanceState.CREATED:
             self._bringing = group.create_task(self._bring_up(candidate))
+
+    def _key_of(self, wanted: ActiveChallenge) -> tuple[str, str]:
+        if self._keyed is None or self._keyed[0] is not wanted:
+            self._keyed = wanted, instance_key(wanted)
+        return self._keyed[1]
 
     def _record(self, wanted: ActiveChallenge, key: str, digest: str) -> InstanceRecord:
         return InstanceRecord(

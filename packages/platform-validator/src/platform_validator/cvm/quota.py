@@ -70,10 +70,26 @@ def decide(limits: Limits, held: Iterable[Resources], request: Resources) -> Ref
 
 def subtract(total: Resources, shares: Iterable[Resources]) -> Resources:
     """What is left of a total; never below zero (a lowered limit leaves nothing, not less)."""
-    taken = list(shares)
+    cores, memory, disk, gpus = total.cpu_cores, total.memory_mb, total.disk_mb, total.gpu_count
+    for share in shares:
+        cores -= share.cpu_cores
+        memory -= share.memory_mb
+        disk -= share.disk_mb
+        gpus -= share.gpu_count
     return Resources(
-        **{name: max(0, getattr(total, name) - sum(getattr(s, name) for s in taken)) for _, name in _KINDS}
+        cpu_cores=max(0, cores), memory_mb=max(0, memory), disk_mb=max(0, disk), gpu_count=max(0, gpus)
     )
+
+
+def add(shares: Iterable[Resources]) -> Resources:
+    """All of them together."""
+    cores = memory = disk = gpus = 0
+    for share in shares:
+        cores += share.cpu_cores
+        memory += share.memory_mb
+        disk += share.disk_mb
+        gpus += share.gpu_count
+    return Resources(cpu_cores=cores, memory_mb=memory, disk_mb=disk, gpu_count=gpus)
 
 
 class Quota:
@@ -108,7 +124,7 @@ class Quota:
     def view(self) -> QuotaView:
         """What is used and free."""
         shares = [share.resources for share in self._held.values()]
-        used = Resources(**{name: sum(getattr(s, name) for s in shares) for _, name in _KINDS})
+        used = add(shares)
         return QuotaView(
             limits=self._limits,
             used=used,

@@ -197,7 +197,7 @@ class JobManager:
             Need(job.id, job.challenge_id, size(job, ref)),
             CapacityFacts(
                 claiming=self._claiming,
-                held=self._held | self._slots.keys() | self._declined.keys(),
+                held=frozenset({job.id}) if self._holds(job.id) else frozenset(),
                 active=frozenset(self._challenges.active_ids()),
                 can_attest=self._can_attest(),
                 gate_open=self._gate(job.challenge_id).admits(self._clock.monotonic()),
@@ -209,6 +209,9 @@ class JobManager:
                 max_cvms=view.max_cvms,
             ),
         )
+
+    def _holds(self, job_id: JobId) -> bool:
+        return job_id in self._held or job_id in self._slots or job_id in self._declined
 
     # The loop
 
