@@ -1,0 +1,1 @@
+"""The real validator code on a virtual clock, among twins that misbehave by a seeded plan."""

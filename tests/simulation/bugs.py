@@ -1,0 +1,161 @@
+"""Five faults that a validator must not have, each to be put in on purpose and caught by the laws.
+
+Each replaces one piece of the real code for as long as its context lasts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from platform_protocol.ids import VmName
+from platform_protocol.notifications import NewJob
+from platform_protocol.platform_messages import Claim, Lease
+from platform_validator.cvm import fleet as fleet_module
+from platform_validator.cvm.quota import Quota, Reservation
+from platform_validator.cvm.reclaim import Reclaim, plan_reclaim
+from platform_validator.daemon.engine import Engine
+from platform_validator.jobs.executor import JobExecutor
+from platform_validator.jobs.slot import Slot
+from platform_validator.jobs.work import ClaimedJob
+from platform_validator.platform_client.port import PlatformUnavailable
+from platform_validator.store.records import JobOutcome
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
+def stored_after_submit() -> Iterator[None]:
+    """The result is sent first and stored when it was taken."""
+
+    async def store_once(self: Any, job: ClaimedJob, outcome: JobOutcome, body: bytes) -> None:
+        await self._client.submit_result(job.job_id, body)
+        await original(self, job, outcome, body)
+
+    original: Callable[..., Awaitable[None]] = JobExecutor._store_once
+    with _replaced(JobExecutor, "_store_once", store_once):
+        yield
+
+
+@contextmanager
+def released_twice() -> Iterator[None]:
+    """A reservation comes back when its CVM is given up, and once more when it is gone."""
+
+    def forgiving(self: Any, reservation: Reservation) -> None:
+        self._held.pop(id(reservation), None)
+
+    def destroy(self: Any, name: VmName, reason: str | None = None) -> None:
+        reservation = self._reservations.get(name)
+        if reservation is not None:
+            self._quota.release(reservation)
+        original(self, name, reason)
+
+    original = fleet_module.Fleet.destroy
+    with _replaced(Quota, "release", forgiving), _replaced(fleet_module.Fleet, "destroy", destroy):
+        yield
+
+
+@contextmanager
+def silence_taken_for_yes() -> Iterator[None]:
+    """After a restart an unanswered renewal counts as granted."""
+
+    async def renewed(self: Any, job: ClaimedJob) -> float:
+        job.asked_at = self._clock.boottime()
+        try:
+            term = await self._client.renew(job.job_id, job.claim.lease.token)
+        except PlatformUnavailable:
+            return job.claim.lease.term_s
+        return term.total_seconds()
+
+    with _replaced(JobExecutor, "_renewed", renewed):
+        yield
+
+
+@contextmanager
+def push_trusted() -> Iterator[None]:
+    """A pushed job is run at once, as if it had been claimed."""
+
+    def new_job(self: Any, hint: NewJob) -> None:
+        original(self, hint)
+        jobs = self.parts.jobs
+        ref = jobs._challenges.acquire(hint.challenge_id)
+        if ref is None or hint.job_id in jobs._slots:
+            return
+        reservation = jobs._quota.reserve(ref.plan.resources, owner="trusting")
+        if not isinstance(reservation, Reservation):
+            ref.release()
+            return
+        claim = Claim(
+            id=hint.job_id,
+            challenge_id=hint.challenge_id,
+            miner_hotkey="",
+            attempt=1,
+            lease=Lease(token="pushed", term_s=120.0),
+            payload={},
+            timeout_s=60,
+            resources=ref.plan.resources,
+        )
+        slot = Slot(hint.job_id, hint.challenge_id, jobs._new_id(), ref=ref)
+        job = ClaimedJob(
+            claim_id=slot.claim_id,
+            claim=claim,
+            plan=ref.plan,
+            spec=ref.spec,
+            asked_at=self._clock.boottime(),
+            claimed_at=self._clock.now(),
+            reservation=reservation,
+        )
+        running.add(asyncio.ensure_future(jobs._executor.execute_job(job)))
+
+    original = Engine.new_job
+    running: set[Any] = set()
+    with _replaced(Engine, "new_job", new_job):
+        yield
+
+
+@contextmanager
+def owned_by_prefix() -> Iterator[None]:
+    """Whatever has our prefix in its name is ours to destroy."""
+
+    def plan(records: Sequence[Any], seen: Any, held: Any, **named: Any) -> Reclaim:
+        found = plan_reclaim(records, seen, held, **named)
+        return Reclaim(destroy=found.destroy + found.strays, strays=())
+
+    async def ids(self: Any, name: VmName) -> set[str]:
+        return {vm.id for vm in await self._vmm.list(name)}
+
+    with (
+        _replaced(fleet_module, "plan_reclaim", plan),
+        _replaced(fleet_module.Destroyer, "_ids", ids),
+    ):
+        yield
+
+
+BUGS = {
+    "stored-after-submit": stored_after_submit,
+    "released-twice": released_twice,
+    "silence-taken-for-yes": silence_taken_for_yes,
+    "push-trusted": push_trusted,
+    "owned-by-prefix": owned_by_prefix,
+}
+"""By the names that the command line knows."""
+
+
+@contextmanager
+def apply(bug: str | None) -> Iterator[None]:
+    """Put a bug in for as long as the context lasts; None: none."""
+    if bug is None:
+        yield
+        return
+    with BUGS[bug]():
+        yield

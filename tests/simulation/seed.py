@@ -1,0 +1,348 @@
+"""One seed's world from its beginning to its end, and what became of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import structlog
+from tests.simulation.host import LATEST
+from tests.simulation.laws import Laws, Script
+from tests.simulation.node import SMALL, Node, settings_for
+from tests.simulation.plan import Plan, draw
+from tests.simulation.server import Server
+from tests.simulation.virtual import NothingLeft, VirtualLoop
+from tests.simulation.world import LIFE, Book, Dead, Dice
+
+from platform_protocol.ids import ChallengeId, JobId
+from platform_protocol.notifications import JobCancelled, NewJob
+from platform_protocol.platform_messages import ActiveChallenge, IsolationLevel
+from platform_protocol.signing import Keypair
+from platform_validator.config import Settings, load_settings
+from platform_validator.crashpoint import arm
+
+LIVENESS = 12 * 3600.0
+"""Virtual seconds after the last fault within which every job must have come to an end."""
+_LOOK_EVERY = 10.0
+_FAULTS = frozenset({"loop_died", "loop_ended", "job_fault", "session_fault", "challenge_runner_died"})
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one seed's world came to."""
+
+    seed: int
+    virtual_s: float = 0.0
+    jobs: int = 0
+    digest: str = ""
+    counts: Counter[str] = field(default_factory=Counter)
+    violations: list[str] = field(default_factory=list)
+    tail: list[str] = field(default_factory=list)
+
+
+def run_seed(seed: int, *, jobs: int = 104, keep: int = 0, plan: Plan | None = None) -> Outcome:
+    """Run one seed's world. The same seed gives the same world, event for event.
+
+    Args:
+        seed: Of all chance.
+        jobs: How many are queued.
+        keep: How many of the last events the outcome brings along.
+        plan: What goes wrong, instead of what the seed draws.
+    """
+    dice = Dice(seed)
+    plan = plan or draw(seed, dice.stream("plan"), jobs=jobs)
+    book = Book(keep=keep)
+    _listen_for_faults(book)
+    loop = VirtualLoop()
+    with tempfile.TemporaryDirectory(prefix="simulation-") as folder:
+        try:
+            loop.set_exception_handler(lambda _loop, context: _unexpected(book, context))
+            world = World(plan, dice, book, Path(folder))
+            loop.run_until_complete(world.run())
+        except NothingLeft:
+            book.violations.append("everything waits, and nothing is left that could happen")
+        finally:
+            arm(None)
+            loop.close()
+    outcome = Outcome(seed, loop.now, len(plan_jobs(book)), book.digest, book.counts, book.violations)
+    outcome.tail = book.tail
+    return outcome
+
+
+def plan_jobs(book: Book) -> range:
+    """One element a job that was queued."""
+    return range(book.counts["queued"])
+
+
+def _listen_for_faults(book: Book) -> None:
+    """What the validator itself calls a fault of its own is one here."""
+
+    def heard(_logger: object, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+        life = LIFE.get()
+        if event.get("event") in _FAULTS and (life is None or life.alive):
+            error = sys.exc_info()[1]
+            book.violated("fault", f"{event.get('event')} {event.get('loop', '')}: {error!r}")
+        raise structlog.DropEvent
+
+    structlog.reset_defaults()
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR),
+        processors=[heard],
+        cache_logger_on_first_use=False,
+    )
+
+
+def _unexpected(book: Book, context: dict[str, object]) -> None:
+    error = context.get("exception")
+    if isinstance(error, Dead) or (isinstance(error, BaseExceptionGroup) and error.subgroup(Dead)):
+        return
+    book.violations.append(f"unhandled: {context.get('message')}: {error!r}")
+
+
+class World:
+    """A Platform API, its validators with their hosts and disks, and what befalls them."""
+
+    def __init__(self, plan: Plan, dice: Dice, book: Book, folder: Path) -> None:
+        self._plan = plan
+        self._dice = dice
+        self._book = book
+        self._folder = folder
+        self._laws = Laws(book)
+        self._chance = dice.stream("world")
+        self._challenges: list[ActiveChallenge] = []
+
+    async def run(self) -> None:
+        """Begin, let everything happen, heal, wait for every end, drain, and look at what is left."""
+        plan, book = self._plan, self._book
+        self._server = server = Server(self._laws, plan)
+        base = _settings()
+        self._nodes = [
+            Node(
+                number,
+                (plan, mine),
+                settings_for(base, self._dice.stream(f"settings/{number}")),
+                server,
+                self._laws,
+                self._dice,
+                self._folder,
+            )
+            for number, mine in enumerate(plan.nodes)
+        ]
+        arm(self._passes)
+        self._publish_all()
+        async with asyncio.TaskGroup() as group:
+            lives = [group.create_task(node.run()) for node in self._nodes]
+            self._schedule()
+            await asyncio.sleep(max(plan.faults_until, plan.arrive_within) + 1)
+            for node in self._nodes:
+                node.heal()
+            self._mend()
+            book.note("healed")
+            # What a VMM was asked for long ago may still come.
+            await asyncio.sleep(0 if plan.calm else LATEST)
+            await self._until("a job came to no end", self._unfinished)
+            await self._until("a journal kept something open", self._open)
+            for node in self._nodes:
+                node.end()
+            await asyncio.wait(lives, timeout=3600)
+            for task in lives:
+                task.cancel()
+        self._judge()
+
+    def _passes(self, name: str) -> None:
+        life = LIFE.get()
+        if life is not None and life.alive:
+            self._nodes[life.node].passes(name)
+
+    # What happens
+
+    def _schedule(self) -> None:
+        loop, plan = asyncio.get_running_loop(), self._plan
+        for _ in range(plan.jobs):
+            loop.call_later(self._chance.uniform(0, plan.arrive_within), self._queue)
+        events: list[tuple[float, Callable[[], None]]] = []
+        for at, good in plan.updates:
+            events.append((at, lambda good=good: self._update(good)))
+        events += [(at, self._server.restart) for at in plan.api_restarts]
+        events += [(at, self._cancel) for at in plan.cancels]
+        events += [(at, self._forge) for at in plan.forgeries]
+        for node in self._nodes:
+            events += [(at, node.kill) for at in node.mine.crashes]
+            events += [(at, node.drain) for at in node.mine.drains]
+            for window in node.mine.stops:
+                events.append((window.begin, lambda node=node, w=window: node.stop_for(w.lasting)))
+            for at, jump in node.mine.wall_jumps:
+                events.append((at, lambda node=node, jump=jump: _jump(node, jump)))
+        for at, act in events:
+            loop.call_later(at, act)
+
+    def _publish_all(self) -> None:
+        for number in range(self._plan.challenges):
+            challenge = ActiveChallenge(
+                id=ChallengeId(f"00000000-0000-4000-8000-0000000000c{number}"),
+                name=f"challenge-{number}",
+                status="active",
+                github_repo=f"simulated/challenge-{number}",
+                github_commit=self._commit(good=True),
+                resources=SMALL,
+            )
+            self._challenges.append(challenge)
+            self._server.put_challenge(challenge)
+
+    def _commit(self, *, good: bool) -> str:
+        return ("a" if good else "b") + f"{self._chance.getrandbits(156):039x}"
+
+    def _update(self, good: bool) -> None:
+        number = self._chance.randrange(len(self._challenges))
+        changed = self._challenges[number].model_copy(update={"github_commit": self._commit(good=good)})
+        self._challenges[number] = changed
+        self._server.put_challenge(changed)
+        self._book.note(f"update {number} good={good}")
+        if not good:
+            serving = [(node, node.life) for node in self._nodes if self._serves(node, changed.id)]
+            loop = asyncio.get_running_loop()
+            loop.call_later(30, self._still_serve, serving, changed)
+
+    def _mend(self) -> None:
+        """Whoever published a version that cannot be had publishes a good one."""
+        for number, challenge in enumerate(self._challenges):
+            if challenge.github_commit.startswith("b"):
+                mended = challenge.model_copy(update={"github_commit": self._commit(good=True)})
+                self._challenges[number] = mended
+                self._server.put_challenge(mended)
+
+    def _serves(self, node: Node, challenge_id: ChallengeId) -> bool:
+        engine = node.engine
+        return (
+            engine is not None
+            and node.life.alive
+            and engine.phase == "running"
+            and challenge_id in engine.parts.challenges.active_ids()
+        )
+
+    def _still_serve(self, serving: list[tuple[Node, object]], challenge: ActiveChallenge) -> None:
+        """I8: a version that cannot be had does not end the one that serves."""
+        if challenge not in self._challenges:
+            return
+        for node, life in serving:
+            same = node.life is life and node.life.alive and node.engine is not None
+            if same and node.engine is not None and node.engine.phase == "running":
+                views = {view.id: view for view in node.engine.parts.challenges.views()}
+                serves = views[challenge.id].serving if challenge.id in views else None
+                broke = serves is not None and serves.reason is not None and "failed boots" in serves.reason
+                if not self._serves(node, challenge.id) and not broke:
+                    self._book.violated("I8", f"validator {node.number} gave a running version up")
+
+    def _queue(self) -> None:
+        chance = self._chance
+        does = chance.choices(("score", "error", "hang", "kill"), (80, 10, 4, 2))[0]
+        score = round(chance.random(), 3) if does == "score" else 0.0
+        script = Script(does, score, chance.choice((0.5, 2.0, 5.0, 20.0, 45.0)))
+        challenge = chance.choice(self._challenges)
+        job_id = self._server.add_job(
+            challenge.id,
+            submission=b"code" if chance.random() < 0.2 else None,
+            priority=chance.choice((0, 0, 0, 5)),
+            timeout_s=60,
+            resources=SMALL.model_copy(update={"cpu_cores": chance.choice((1, 1, 1, 2, 3))}),
+            push=False,
+        )
+        self._laws.scripts[job_id] = script
+        self._book.counts["queued"] += 1
+        self._server.announce(job_id)
+
+    def _cancel(self) -> None:
+        running = [job.id for job in self._server.jobs.values() if job.status in {"pending", "claimed"}]
+        if running:
+            job_id = self._chance.choice(running)
+            self._server.cancel_job(job_id, push=self._chance.random() < 0.5)
+            self._book.note(f"cancel {job_id}")
+
+    def _forge(self) -> None:
+        """A push that nobody of the Platform API's sent, or that means nothing."""
+        claimed = [job.id for job in self._server.jobs.values()]
+        known = self._chance.choice(claimed) if claimed else JobId("unknown")
+        challenge_id = self._challenges[0].id
+        self._server.push_hint(
+            self._chance.choice(
+                (
+                    NewJob(seq=10**6, job_id=JobId("never-queued"), challenge_id=challenge_id),
+                    NewJob(seq=1, job_id=known, challenge_id=challenge_id),
+                    JobCancelled(seq=2, job_id=known),
+                )
+            )
+        )
+
+    # How it ends
+
+    def _unfinished(self) -> list[str]:
+        return [
+            f"{job.id} is {job.status}, attempt {job.attempt}, releases {job.releases}, lapses {job.lapses}"
+            for job in self._server.jobs.values()
+            if not job.finished
+        ]
+
+    def _open(self) -> list[str]:
+        waiting = [
+            f"outbox of {node}: {claim}" for node, held in self._laws.waiting.items() for claim in held
+        ]
+        waiting += [f"validator {node.number} does not run" for node in self._nodes if not node.runs]
+        return waiting + [
+            f"validator {node.number}: claim {record.claim_id} at {record.stage}"
+            for node in self._nodes
+            for record in node.store.now_open()
+        ]
+
+    async def _until(self, what: str, left: Callable[[], list[str]]) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + LIVENESS
+        while found := left():
+            if loop.time() >= deadline:
+                for each in found[:5]:
+                    self._book.violated("liveness", f"{what}: {each}")
+                return
+            await asyncio.sleep(_LOOK_EVERY)
+
+    def _judge(self) -> None:
+        book = self._book
+        for node in self._nodes:
+            for name in node.host.left():
+                book.violated("I3", f"validator {node.number} drained and left {name}")
+            if node.host.foreign_left() != len(node.host.foreign):
+                book.violated("I3", f"validator {node.number}: a VM of somebody else's is gone")
+        for job in self._server.jobs.values():
+            book.counts[f"ended_{job.outcome}"] += 1
+            book.counts["lapses"] += job.lapses
+            script = self._laws.scripts[job.id]
+            if self._plan.calm and script.does != "kill" and (job.lapses or job.attempt != 1):
+                book.violated("I4", f"nothing was wrong, and {job.id} took {job.attempt} attempts")
+            if script.does == "kill" and job.outcome not in {"sandbox_died", "infra_error", "cancelled"}:
+                book.violated("I9", f"{job.id} kills its CVM, and ended as {job.outcome}")
+        book.note("end")
+
+
+def _jump(node: Node, seconds: float) -> None:
+    node.wall.off += timedelta(seconds=seconds)
+
+
+def _settings() -> Settings:
+    if not _BASE:
+        environment = {
+            "VALIDATOR_HOTKEY": Keypair.from_seed(bytes(32)).address,
+            "PLATFORM_BASE_API": "http://platform.invalid",
+        }
+        _BASE.append(load_settings(environment, folder=Path(tempfile.gettempdir()) / "no-such-folder"))
+        values = dict(_BASE[0].values) | {"sandbox_config.isolation_level": IsolationLevel.CONTAINER}
+        _BASE[0] = Settings(values, _BASE[0].origins)
+    return _BASE[0]
+
+
+_BASE: list[Settings] = []
