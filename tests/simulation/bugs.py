@@ -14,6 +14,7 @@ from platform_protocol.ids import VmName
 from platform_protocol.notifications import NewJob
 from platform_protocol.platform_messages import Claim, Lease
 from platform_validator.cvm import fleet as fleet_module
+from platform_validator.cvm.destroyer import Destroyer
 from platform_validator.cvm.quota import Quota, Reservation
 from platform_validator.cvm.reclaim import Reclaim, plan_reclaim
 from platform_validator.daemon.engine import Engine
@@ -53,6 +54,7 @@ def released_twice() -> Iterator[None]:
 
     def forgiving(self: Any, reservation: Reservation) -> None:
         self._held.pop(id(reservation), None)
+        self._seen = None
 
     def destroy(self: Any, name: VmName, reason: str | None = None) -> None:
         reservation = self._reservations.get(name)
@@ -75,7 +77,7 @@ def silence_taken_for_yes() -> Iterator[None]:
             term = await self._client.renew(job.job_id, job.claim.lease.token)
         except PlatformUnavailable:
             return job.claim.lease.term_s
-        return term.total_seconds()
+        return float(term.total_seconds())
 
     with _replaced(JobExecutor, "_renewed", renewed):
         yield
@@ -136,7 +138,7 @@ def owned_by_prefix() -> Iterator[None]:
 
     with (
         _replaced(fleet_module, "plan_reclaim", plan),
-        _replaced(fleet_module.Destroyer, "_ids", ids),
+        _replaced(Destroyer, "_ids", ids),
     ):
         yield
 

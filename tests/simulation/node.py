@@ -114,7 +114,7 @@ class Node:
     async def run(self) -> None:
         """Live, and live again after each death or drain, until told that it is over."""
         book, pause = self._laws.book, self._dice.stream(f"down/{self.number}")
-        while not self._over:
+        while True:
             life = self.life = Life(self.number)
             self._lives += 1
             context = contextvars.copy_context()
@@ -128,7 +128,9 @@ class Node:
                 book.counts["crashes"] += 1
                 book.note(f"crash {self.number}")
             life.alive = False
-            await asyncio.sleep(pause.choice((0.5, 5.0, 5.0, 30.0, 200.0)) if not self._over else 0.0)
+            if self._over:
+                return
+            await asyncio.sleep(pause.choice((0.5, 5.0, 5.0, 30.0, 200.0)))
 
     async def _live(self, life: Life) -> None:
         clock = SimulatedClock(life, self.wall)

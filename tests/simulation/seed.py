@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.simulation.node import SMALL, Node, settings_for
 from tests.simulation.plan import Plan, draw
 from tests.simulation.server import Server
 from tests.simulation.virtual import NothingLeft, VirtualLoop
-from tests.simulation.world import LIFE, Book, Dead, Dice
+from tests.simulation.world import LIFE, Book, Dead, Dice, Life
 
 from platform_protocol.ids import ChallengeId, JobId
 from platform_protocol.notifications import JobCancelled, NewJob
@@ -170,7 +171,7 @@ class World:
             loop.call_later(self._chance.uniform(0, plan.arrive_within), self._queue)
         events: list[tuple[float, Callable[[], None]]] = []
         for at, good in plan.updates:
-            events.append((at, lambda good=good: self._update(good)))
+            events.append((at, partial(self._update, good)))
         events += [(at, self._server.restart) for at in plan.api_restarts]
         events += [(at, self._cancel) for at in plan.cancels]
         events += [(at, self._forge) for at in plan.forgeries]
@@ -178,9 +179,9 @@ class World:
             events += [(at, node.kill) for at in node.mine.crashes]
             events += [(at, node.drain) for at in node.mine.drains]
             for window in node.mine.stops:
-                events.append((window.begin, lambda node=node, w=window: node.stop_for(w.lasting)))
+                events.append((window.begin, partial(node.stop_for, window.lasting)))
             for at, jump in node.mine.wall_jumps:
-                events.append((at, lambda node=node, jump=jump: _jump(node, jump)))
+                events.append((at, partial(_jump, node, jump)))
         for at, act in events:
             loop.call_later(at, act)
 
@@ -228,7 +229,7 @@ class World:
             and challenge_id in engine.parts.challenges.active_ids()
         )
 
-    def _still_serve(self, serving: list[tuple[Node, object]], challenge: ActiveChallenge) -> None:
+    def _still_serve(self, serving: list[tuple[Node, Life]], challenge: ActiveChallenge) -> None:
         """I8: a version that cannot be had does not end the one that serves."""
         if challenge not in self._challenges:
             return

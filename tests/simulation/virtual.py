@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
+from concurrent.futures import Executor
 from contextvars import Context
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+_Ts = TypeVarTuple("_Ts")
+_T = TypeVar("_T")
 
 
 class NothingLeft(Exception):
@@ -20,7 +25,7 @@ class NumberedTask(asyncio.Task[Any]):
     """A task whose place in a set does not depend on its address: a replay cancels in the same order."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
-        self._number = next(named["loop"].numbers)
+        self._number: int = next(named["loop"].numbers)
         super().__init__(*arguments, **named)
 
     def __hash__(self) -> int:
@@ -64,13 +69,20 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def _write_to_self(self) -> None:
         pass
 
-    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Context | None = None) -> Any:
+    def call_soon_threadsafe(
+        self,
+        callback: Callable[[Unpack[_Ts]], object],
+        *args: *_Ts,
+        context: Context | None = None,
+    ) -> asyncio.Handle:
         """There are no threads."""
         return self.call_soon(callback, *args, context=context)
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+    def run_in_executor(
+        self, executor: Executor | None, func: Callable[[Unpack[_Ts]], _T], *args: *_Ts
+    ) -> asyncio.Future[_T]:
         """Do it now; the answer is there at the next turn."""
-        done = self.create_future()
+        done: asyncio.Future[_T] = self.create_future()
         try:
             done.set_result(func(*args))
         except Exception as error:  # noqa: BLE001 - it belongs to whoever waits
@@ -82,8 +94,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
 
 def _numbered(
-    loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], context: Context | None = None
-) -> asyncio.Task[Any]:
+    loop: asyncio.AbstractEventLoop,
+    coro: Coroutine[Any, Any, _T] | Generator[Any, None, _T],
+    context: Context | None = None,
+) -> asyncio.Task[_T]:
     return NumberedTask(coro, loop=loop, context=context)
 
 

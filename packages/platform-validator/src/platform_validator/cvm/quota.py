@@ -99,12 +99,14 @@ class Quota:
         self._limits = limits
         self._held: dict[int, Reservation] = {}
         self._refused: dict[str, int] = {}
+        self._seen: QuotaView | None = None
 
     def reserve(self, request: Resources, owner: str) -> Reservation | Refusal:
         """Take a share, or the reason why not."""
         refusal = decide(self._limits, (share.resources for share in self._held.values()), request)
         if refusal is not None:
             self._refused[refusal.reason] = self._refused.get(refusal.reason, 0) + 1
+            self._seen = None
             return refusal
         return self._hold(request, owner)
 
@@ -116,6 +118,7 @@ class Quota:
         """
         if self._held.pop(id(reservation), None) is None:
             raise ReservationSpent(f"the reservation of {reservation.owner} was released twice")
+        self._seen = None
 
     def rebuild(self, running: Iterable[tuple[str, Resources]]) -> list[Reservation]:
         """After a restart: a share for each CVM that is still there, whatever the limits say now."""
@@ -123,6 +126,11 @@ class Quota:
 
     def view(self) -> QuotaView:
         """What is used and free."""
+        if self._seen is None:
+            self._seen = self._look()
+        return self._seen
+
+    def _look(self) -> QuotaView:
         shares = [share.resources for share in self._held.values()]
         used = add(shares)
         return QuotaView(
@@ -137,4 +145,5 @@ class Quota:
     def _hold(self, resources: Resources, owner: str) -> Reservation:
         reservation = Reservation(owner, resources)
         self._held[id(reservation)] = reservation
+        self._seen = None
         return reservation

@@ -19,7 +19,7 @@ from platform_validator.challenges.kit import KitUnreadable
 from platform_validator.challenges.manager import ChallengeManager
 from platform_validator.clock import Clock
 from platform_validator.cvm.quota import Quota, Refusal, subtract
-from platform_validator.jobs.capacity import Capacity, CapacityFacts, Need, covers, has_capacity
+from platform_validator.jobs.capacity import Capacity, CapacityFacts, Need, NoCapacity, covers, has_capacity
 from platform_validator.jobs.claiming import Claimer
 from platform_validator.jobs.ending import Ending
 from platform_validator.jobs.ends import JobEnds
@@ -115,6 +115,7 @@ class JobManager:
         self._declined: dict[JobId, float] = {}
         self._passed_over = PassedOver()
         self._kept = NOTHING
+        self._refused: dict[tuple[ChallengeId, Resources], tuple[Capacity, Resources]] = {}
         self._inherited = Inheritance()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -192,16 +193,19 @@ class JobManager:
 
     def has_capacity(self, job: PendingJob, ref: InstanceRef | None) -> Capacity:
         """Whether this job may be claimed now (the usage guide's checks, in its order)."""
+        return self._capacity(job, ref, size(job, ref))
+
+    def _capacity(self, job: PendingJob, ref: InstanceRef | None, need: Resources) -> Capacity:
         view = self._quota.view()
         return has_capacity(
-            Need(job.id, job.challenge_id, size(job, ref)),
+            Need(job.id, job.challenge_id, need),
             CapacityFacts(
                 claiming=self._claiming,
                 held=frozenset({job.id}) if self._holds(job.id) else frozenset(),
                 active=frozenset(self._challenges.active_ids()),
                 can_attest=self._can_attest(),
                 gate_open=self._gate(job.challenge_id).admits(self._clock.monotonic()),
-                free=subtract(view.free, [self._kept]),
+                free=view.free if self._kept is NOTHING else subtract(view.free, [self._kept]),
                 ready=ref.ready_size() if ref is not None else None,
                 active_jobs=len(self._slots),
                 max_jobs=self._max,
@@ -259,20 +263,26 @@ class JobManager:
         self._metrics.platform_contact()
         self._held = frozenset(record.job_id for record in await self._store.open_jobs())
         self._passed_over.keep_only({job.id for job in pending})
+        self._refused.clear()
         for job in pending:
             if len(self._slots) >= self._max:
                 break
             self._consider(job, group, source)
 
     def _consider(self, job: PendingJob, group: asyncio.TaskGroup, source: str) -> None:
+        like = job.challenge_id, job.resources
+        if like in self._refused and not self._holds(job.id):
+            # A pass only takes room: what did not fit before does not fit now.
+            self._pass_over(job.id, *self._refused[like])
+            return
         ref = self._challenges.acquire(job.challenge_id)
-        answer = self.has_capacity(job, ref)
-        slot = self._set_aside(job, ref, answer, source) if answer and ref is not None else None
+        need = size(job, ref)
+        answer = self._capacity(job, ref, need)
+        slot = self._set_aside(job, ref, need, answer, source) if answer and ref is not None else None
         if slot is None or ref is None:
-            if answer.refusal is not None:
-                self._metrics.passed_over(answer.refusal)
-            if answer.lacks_room:
-                self._make_room(size(job, ref), job.id)
+            if answer.refusal not in {None, NoCapacity.HELD}:
+                self._refused[like] = answer, need
+            self._pass_over(job.id, answer, need)
             if ref is not None:
                 ref.release()
             return
@@ -280,7 +290,13 @@ class JobManager:
         self._passed_over.claimed(job.id)
         self._occupy(slot)
         self._set_gate(job.challenge_id, self._gate(job.challenge_id).claimed())
-        group.create_task(self._claim_and_execute(slot, ref, size(job, ref)))
+        group.create_task(self._claim_and_execute(slot, ref, need))
+
+    def _pass_over(self, job_id: JobId, answer: Capacity, need: Resources) -> None:
+        if answer.refusal is not None:
+            self._metrics.passed_over(answer.refusal)
+        if answer.lacks_room:
+            self._make_room(need, job_id)
 
     def _make_room(self, need: Resources, job_id: JobId) -> None:
         """An idle ready CVM yields; a job that has waited long keeps what becomes free from later ones."""
@@ -291,12 +307,14 @@ class JobManager:
         if waited_long and self._kept is NOTHING and covers(self._quota.view().limits.resources, need):
             self._kept = need
 
-    def _set_aside(self, job: PendingJob, ref: InstanceRef, answer: Capacity, source: str) -> Slot | None:
+    def _set_aside(
+        self, job: PendingJob, ref: InstanceRef, need: Resources, answer: Capacity, source: str
+    ) -> Slot | None:
         """What the job needs, before it is claimed."""
         slot = Slot(job.id, job.challenge_id, ClaimId(self._new_id()), job.created_at, ref, source=source)
         slot.cvm = ref.take_ready() if answer.uses_ready else None
         if slot.cvm is None:
-            reservation = self._quota.reserve(size(job, ref), owner=slot.claim_id)
+            reservation = self._quota.reserve(need, owner=slot.claim_id)
             if isinstance(reservation, Refusal):
                 return None
             slot.reservation = reservation
