@@ -139,7 +139,7 @@ class CvmSession:
         order: JobOrder,
         submission: Path | None,
         *,
-        on_started: Callable[[], None],
+        on_started: Callable[[bool], None],
         on_progress: Callable[[float, str], None],
         on_log: Callable[[str, str], None],
     ) -> GuestResult:
@@ -361,6 +361,7 @@ class CvmSession:
             running.started()
             return
         if not ours:
+            running.given = True
             await self._send(
                 JobExecute(
                     job_id=order.job_id,

@@ -50,6 +50,7 @@ class SessionV1:
                 "data": base64.b64encode(data).decode("ascii"),
             }
         job = {"job_id": order.job_id, "job_name": order.job_name, "payload": payload}
+        running.given = True
         await self._send({"type": "job_execute"} | job)
         running.started()
 
