@@ -351,7 +351,13 @@ class JobExecutor:
         if result.job_id != job.job_id or result.attempt != job.claim.attempt:
             raise SessionLost(f"the SDK sent a result for {result.job_id} attempt {result.attempt}")
         error = (result.error.code, result.error.message) if result.error is not None else None
-        return judge(result.result, error, max_bytes=job.spec.result.max_bytes, rule=self._rule(job))
+        return judge(
+            result.result,
+            error,
+            max_bytes=job.spec.result.max_bytes,
+            rule=self._rule(job),
+            size=result.result_bytes,
+        )
 
     def _rule(self, job: ClaimedJob) -> ScoringRule:
         spec = job.spec
