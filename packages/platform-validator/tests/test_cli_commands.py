@@ -12,7 +12,7 @@ from platform_protocol.ids import ClaimId
 from platform_protocol.signing import Keypair
 from platform_validator.cli.main import app
 from platform_validator.state import StateDirectory
-from platform_validator.store.conformance import cvm, instance, job
+from platform_validator.store.specimens import cvm, instance, job
 from platform_validator.store.sqlite import SqliteStore
 
 SEED = "0x" + "11" * 32

@@ -51,7 +51,7 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
     program = """
 import asyncio, sys
 from pathlib import Path
-from platform_validator.store.conformance import job
+from platform_validator.store.specimens import job
 from platform_validator.store.sqlite import SqliteStore
 async def main():
     store = await SqliteStore.open(Path(sys.argv[1]))

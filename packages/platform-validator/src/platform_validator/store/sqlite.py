@@ -179,9 +179,11 @@ class SqliteStore:
     async def compact(self, *, ended_before: datetime, keep: int) -> int:
         """See the port."""
         before, removed = stamp(ended_before), 0
+        last = await self._do(lambda: self._one("jobs_newest_to_go", keep=keep))
+        newest = 0 if last is None else last[0]
 
         def work() -> int:
-            gone = self._run("jobs_compact", before=before, keep=keep, batch=_BATCH)
+            gone = self._run("jobs_compact", before=before, newest=newest, batch=_BATCH)
             self._run("replies_compact", before=before, batch=_BATCH)
             return gone + self._run("vms_compact", before=before, batch=_BATCH)
 
