@@ -43,7 +43,7 @@ from platform_validator.store.rows import (
 T = TypeVar("T")
 _STAGES, _PHASES = list(Stage), list(VmPhase)
 _DELETE = "!delete"
-_BATCH = 500
+_BATCH = 200
 
 
 class SqliteStore:
