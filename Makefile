@@ -9,10 +9,11 @@ PACKAGES := $(wildcard packages/*)
 STAMP := $(VENV)/.stamp
 WS16 := $(VENV)/websockets16
 ARGS ?=
+SEEDS ?= 1000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help setup system demo test lint bench docs lock clean
+.PHONY: help setup system demo test lint bench simulate docs lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -52,6 +53,10 @@ lint: setup ## ruff, mypy strict, import contracts
 
 bench: setup system ## measure, beside something real in the same run
 	@$(BIN)/python -m bench.sandbox_start $(ARGS)
+	@$(BIN)/python -m bench.large_result
+
+simulate: setup ## the daemon on a virtual clock under seeded faults; SEEDS=1000, ARGS="--seed 11" replays
+	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) $(ARGS)
 
 docs: setup ## check the pages' links and commands; write docs/openapi.json
 	@$(BIN)/python scripts/openapi.py docs/openapi.json

@@ -111,7 +111,7 @@ async def run(pair: Pair, submission: Path | None, digest: str | None) -> tuple[
         result = await pair.session.execute(
             order,
             submission,
-            on_started=lambda: told.append("started"),
+            on_started=lambda _already: told.append("started"),
             on_progress=lambda percent, message: told.append(f"{percent:.0f} {message}"),
             on_log=lambda level, message: None,
         )

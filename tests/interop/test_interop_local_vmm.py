@@ -264,7 +264,7 @@ async def test_a_real_sandbox_is_attested_runs_a_job_and_goes(
             result = await cvm.session.execute(
                 order,
                 None,
-                on_started=lambda: None,
+                on_started=lambda _already: None,
                 on_progress=lambda percent, message: None,
                 on_log=lambda level, message: None,
             )

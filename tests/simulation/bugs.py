@@ -13,6 +13,7 @@ from typing import Any
 from platform_protocol.ids import VmName
 from platform_protocol.notifications import NewJob
 from platform_protocol.platform_messages import Claim, Lease
+from platform_validator.challenges.instance import InstanceRef
 from platform_validator.cvm import fleet as fleet_module
 from platform_validator.cvm.destroyer import Destroyer
 from platform_validator.cvm.quota import Quota, Reservation
@@ -22,7 +23,8 @@ from platform_validator.jobs.executor import JobExecutor
 from platform_validator.jobs.slot import Slot
 from platform_validator.jobs.work import ClaimedJob
 from platform_validator.platform_client.port import PlatformUnavailable
-from platform_validator.store.records import JobOutcome
+from platform_validator.store.port import StoreUnavailable
+from platform_validator.store.records import JobOutcome, JobRecord, Stage
 
 
 @contextmanager
@@ -107,17 +109,40 @@ def push_trusted() -> Iterator[None]:
             timeout_s=60,
             resources=ref.plan.resources,
         )
-        slot = Slot(hint.job_id, hint.challenge_id, jobs._new_id(), ref=ref)
-        job = ClaimedJob(
-            claim_id=slot.claim_id,
-            claim=claim,
-            plan=ref.plan,
-            spec=ref.spec,
-            asked_at=self._clock.boottime(),
-            claimed_at=self._clock.now(),
-            reservation=reservation,
-        )
-        running.add(asyncio.ensure_future(jobs._executor.execute_job(job)))
+        running.add(asyncio.ensure_future(run(self, claim, ref, reservation)))
+
+    async def run(self: Any, claim: Claim, ref: InstanceRef, reservation: Reservation) -> None:
+        jobs, now = self.parts.jobs, self._clock.now()
+        slot = Slot(claim.id, claim.challenge_id, jobs._new_id(), ref=ref)
+        jobs._occupy(slot)
+        try:
+            record = JobRecord(
+                claim_id=slot.claim_id,
+                job_id=claim.id,
+                challenge_id=claim.challenge_id,
+                instance_key=ref.key,
+                resources=claim.resources,
+                stage=Stage.PENDING,
+                claimed_at=now,
+            )
+            await jobs._store.open_claim(record)
+            granted = claim.model_dump_json().encode()
+            token = claim.lease.token
+            await jobs._store.claim_granted(slot.claim_id, granted=granted, attempt=1, token=token, at=now)
+            job = ClaimedJob(
+                claim_id=slot.claim_id,
+                claim=claim,
+                plan=ref.plan,
+                spec=ref.spec,
+                asked_at=self._clock.boottime(),
+                claimed_at=now,
+                reservation=reservation,
+            )
+            await jobs._executor.execute_job(job)
+        except StoreUnavailable:
+            jobs._quota.release(reservation)
+        finally:
+            jobs._vacate(slot)
 
     original = Engine.new_job
     running: set[Any] = set()

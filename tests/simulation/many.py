@@ -48,6 +48,7 @@ class Figures:
             "jobs": self.jobs,
             "crashes": counts["crashes"],
             "at_crashpoints": counts["crashpoints"],
+            "crashpoints": sum(name.startswith("at_") for name in counts),
             "drains": counts["drains"],
             "claims": counts["claims"],
             "adopted": counts["adopted"],

@@ -197,6 +197,7 @@ class Node:
         if due in self._points and not self.healed:
             self._points.remove(due)
             self._laws.book.counts["crashpoints"] += 1
+            self._laws.book.counts[f"at_{name}"] += 1
             self.kill()
             raise Dead
 

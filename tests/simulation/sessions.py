@@ -55,7 +55,7 @@ class SimulatedSession:
         order: JobOrder,
         submission: Path | None,
         *,
-        on_started: Callable[[], None],
+        on_started: Callable[[bool], None],
         on_progress: Callable[[float, str], None],
         on_log: Callable[[str, str], None],
     ) -> GuestResult:
@@ -68,12 +68,13 @@ class SimulatedSession:
             raise SessionLost(f"{self._callee.vm} rebooted")
         if self._resume:
             host.laws.adopts(life, order.job_id)
+        already = guest.job_id is not None
         if guest.job_id is None:
             host.laws.runs(life, _hotkey(life), order.job_id, order.attempt)
             host.guests.begin(machine, guest, order.job_id, order.attempt)
         elif (guest.job_id, guest.attempt) != (order.job_id, order.attempt):
             host.laws.book.violated("I5", f"{self._callee.vm} was given a second job")
-        on_started()
+        on_started(already)
         on_progress(1.0, "running")
         on_log("info", "running")
         await self._until_over(guest)

@@ -630,7 +630,11 @@ async def carried_on(fleet: Fleet, name: VmName) -> GuestResult | errors.CvmErro
         try:
             cvm = await fleet.adopt(name, PLAN)
             return await cvm.session.execute(
-                ORDER, None, on_started=lambda: None, on_progress=lambda *_: None, on_log=lambda *_: None
+                ORDER,
+                None,
+                on_started=lambda _already: None,
+                on_progress=lambda *_: None,
+                on_log=lambda *_: None,
             )
         except errors.CvmError as error:
             return error
@@ -651,7 +655,7 @@ async def test_a_running_job_is_adopted_by_a_later_process(make_world: MakeWorld
     cvm = await world.boot()
     first = asyncio.create_task(
         cvm.session.execute(
-            ORDER, None, on_started=lambda: None, on_progress=lambda *_: None, on_log=lambda *_: None
+            ORDER, None, on_started=lambda _already: None, on_progress=lambda *_: None, on_log=lambda *_: None
         )
     )
     guest = world.vmm.machine(cvm.name).guest

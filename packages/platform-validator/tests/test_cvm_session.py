@@ -98,7 +98,7 @@ class Pair:
             return await self.session.execute(
                 JobOrder(job, 1, CHALLENGE, None, {"x": 1}, digest),
                 submission,
-                on_started=lambda: self.told.append("started"),
+                on_started=lambda _already: self.told.append("started"),
                 on_progress=lambda percent, message: self.told.append(f"{percent:.0f} {message}"),
                 on_log=lambda level, message: self.told.append(f"{level}: {message}"),
             )
@@ -540,7 +540,7 @@ async def run_old(session: CvmSession, submission: Path | None) -> tuple[GuestRe
         result = await session.execute(
             order,
             submission,
-            on_started=lambda: told.append("started"),
+            on_started=lambda _already: told.append("started"),
             on_progress=lambda percent, message: None,
             on_log=lambda level, message: None,
         )

@@ -83,7 +83,7 @@ def answered(order: JobOrder, result: dict[str, object] | None, error: JobError 
 
 async def good(session: MemorySession, order: JobOrder, submission: Path | None) -> GuestResult:
     """A guest that scores every submission 0.5."""
-    session.started()
+    session.started(False)
     session.progress(50.0, "half")
     session.log("info", "working")
     return answered(order, {"score": 0.5, "metrics": {"accuracy": 0.5}})
@@ -299,7 +299,7 @@ async def test_an_error_of_the_handler_is_failed_with_zero(house: House) -> None
     """An error of the handler is failed with zero."""
 
     async def failing(session: MemorySession, order: JobOrder, submission: Path | None) -> GuestResult:
-        session.started()
+        session.started(False)
         return answered(order, None, JobError(code="submission_failed", message="exit 1"))
 
     house.work = failing
@@ -317,7 +317,7 @@ async def test_time_is_counted_from_the_acknowledgement_and_ends_as_timeout(hous
     """Time is counted from the acknowledgement and ends as timeout."""
 
     async def endless(session: MemorySession, order: JobOrder, submission: Path | None) -> GuestResult:
-        session.started()
+        session.started(False)
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -336,7 +336,7 @@ async def test_a_cvm_that_dies_while_running_is_sandbox_died_and_never_scored(ho
     """A cvm that dies while running is sandbox died and never scored."""
 
     async def dying(session: MemorySession, order: JobOrder, submission: Path | None) -> GuestResult:
-        session.started()
+        session.started(False)
         house.work = good
         raise SessionLost("the CVM is gone")
 
@@ -429,7 +429,7 @@ async def test_a_push_is_only_a_hint(house: House) -> None:
         go_on = asyncio.Event()
 
         async def waiting(session: MemorySession, order: JobOrder, submission: Path | None) -> GuestResult:
-            session.started()
+            session.started(False)
             running.set()
             await go_on.wait()
             return answered(order, {"score": 1.0})
@@ -453,7 +453,7 @@ async def test_a_cancelled_job_is_stopped_and_its_cvm_destroyed(house: House) ->
     running = asyncio.Event()
 
     async def endless(session: MemorySession, order: JobOrder, submission: Path | None) -> GuestResult:
-        session.started()
+        session.started(False)
         running.set()
         await asyncio.Event().wait()
         raise AssertionError
@@ -497,7 +497,7 @@ async def test_a_refused_result_is_the_end_of_it(house: House) -> None:
     """A refused result is the end of it."""
 
     async def overtaken(session: MemorySession, order: JobOrder, submission: Path | None) -> GuestResult:
-        session.started()
+        session.started(False)
         house.platform.cancel_job(JobId(order.job_id), push=False)
         return answered(order, {"score": 1.0})
 
@@ -518,7 +518,7 @@ async def test_no_more_jobs_run_at_once_than_there_are_slots(tmp_path: Path) -> 
 
     async def counting(session: MemorySession, order: JobOrder, submission: Path | None) -> GuestResult:
         nonlocal at_once, most
-        session.started()
+        session.started(False)
         at_once += 1
         most = max(most, at_once)
         await tick()
@@ -654,7 +654,7 @@ async def test_a_drained_validator_releases_what_runs(house: House) -> None:
     running = asyncio.Event()
 
     async def endless(session: MemorySession, order: JobOrder, submission: Path | None) -> GuestResult:
-        session.started()
+        session.started(False)
         running.set()
         await asyncio.Event().wait()
         raise AssertionError

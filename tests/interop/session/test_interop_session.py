@@ -68,7 +68,7 @@ class Pair:
         result = await self.session.execute(
             order,
             submission,
-            on_started=lambda: lines.append("started"),
+            on_started=lambda _already: lines.append("started"),
             on_progress=lambda percent, message: None,
             on_log=lambda level, message: lines.append(message),
         )

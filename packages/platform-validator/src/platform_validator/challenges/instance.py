@@ -167,7 +167,7 @@ class InstanceRef:
         """The commit that a job of this reference runs."""
         return self._instance.record.commit
 
-    def kit(self, running_since: datetime) -> bytes:
+    def kit(self, running_since: float) -> bytes:
         """What a later process needs to finish a job that runs since then."""
         return pack(running_since, self._instance.kit(self.plan, self.spec))
 

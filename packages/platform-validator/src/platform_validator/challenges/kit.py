@@ -7,7 +7,7 @@ job has been configured.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 from pydantic import BaseModel, ValidationError
 
@@ -33,16 +33,20 @@ class _Plan(BaseModel):
 
 
 class _Kit(BaseModel):
-    running_since: datetime
+    running_since_boot: float
     plan: _Plan
     spec: ChallengeSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Kit:
-    """An instance as a job needs it, and since when the job runs (wall clock)."""
+    """An instance as a job needs it, and since when the job runs.
 
-    running_since: datetime
+    `running_since` is CLOCK_BOOTTIME, in seconds: a wall clock that jumps must not use up a job's time,
+    and one that was reset by a reboot can only give a job more of it.
+    """
+
+    running_since: float
     plan: CvmPlan
     spec: ChallengeSpec
 
@@ -61,9 +65,9 @@ def instance_part(plan: CvmPlan, spec: ChallengeSpec) -> str:
     return f'"plan":{shown.model_dump_json()},"spec":{spec.model_dump_json()}'
 
 
-def pack(running_since: datetime, instance: str) -> bytes:
+def pack(running_since: float, instance: str) -> bytes:
     """The kit of one job. `instance` is `instance_part`'s."""
-    return f'{{"running_since":"{running_since.isoformat()}",{instance}}}'.encode()
+    return f'{{"running_since_boot":{running_since!r},{instance}}}'.encode()
 
 
 def unpack(kit: bytes, *, compose: bytes, resources: Resources) -> Kit:
@@ -87,4 +91,4 @@ def unpack(kit: bytes, *, compose: bytes, resources: Resources) -> Kit:
         resources=resources,
         timeout=timedelta(seconds=read.plan.timeout_s),
     )
-    return Kit(read.running_since, plan, read.spec)
+    return Kit(read.running_since_boot, plan, read.spec)

@@ -30,7 +30,7 @@ class MemorySession:
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self.started: Callable[[], None] = lambda: None
+        self.started: Callable[[bool], None] = lambda _already: None
         self.progress: Callable[[float, str], None] = lambda _percent, _message: None
         self.log: Callable[[str, str], None] = lambda _level, _message: None
         self.dead = False
@@ -42,7 +42,7 @@ class MemorySession:
         order: JobOrder,
         submission: Path | None,
         *,
-        on_started: Callable[[], None],
+        on_started: Callable[[bool], None],
         on_progress: Callable[[float, str], None],
         on_log: Callable[[str, str], None],
     ) -> GuestResult:

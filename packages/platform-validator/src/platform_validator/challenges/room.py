@@ -22,11 +22,17 @@ class GuestSession(Protocol):
         order: JobOrder,
         submission: Path | None,
         *,
-        on_started: Callable[[], None],
+        on_started: Callable[[bool], None],
         on_progress: Callable[[float, str], None],
         on_log: Callable[[str, str], None],
     ) -> GuestResult:
-        """Run a job; `on_started` marks the SDK's acknowledgement. Raises SessionLost or SessionRefused."""
+        """Run a job, or go on with it.
+
+        `on_started` marks the SDK's acknowledgement, and says whether it had the job before this call.
+
+        Raises:
+            SessionLost: Or SessionRefused.
+        """
 
     async def cancel(self, job_id: JobId, reason: str) -> None:
         """Have the SDK end the job."""

@@ -19,17 +19,21 @@ class RunningJob:
 
     order: JobOrder
     submission: Path | None
-    on_started: Callable[[], None]
+    on_started: Callable[[bool], None]
     on_progress: Callable[[float, str], None]
     on_log: Callable[[str, str], None]
     result: asyncio.Future[GuestResult]
     began: float | None = None
+    given: bool = False
 
     def started(self) -> None:
-        """The SDK acknowledged it; more calls change nothing."""
+        """The SDK acknowledged it; more calls change nothing.
+
+        The port is told whether the SDK had it already: then an earlier process gave it.
+        """
         if self.began is None:
             self.began = time.monotonic()
-            self.on_started()
+            self.on_started(not self.given)
 
     def finish(
         self,
@@ -38,6 +42,7 @@ class RunningJob:
         error: JobError | None,
         evidence: dict[str, Any] | None,
         seq: int,
+        result_bytes: int | None = None,
     ) -> None:
         """Its result is here."""
         self.started()
@@ -51,6 +56,7 @@ class RunningJob:
                 evidence=evidence,
                 execution_time_ms=int(ran * 1000),
                 seq=seq,
+                result_bytes=result_bytes,
             )
         )
 

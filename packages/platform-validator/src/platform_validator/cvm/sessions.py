@@ -37,11 +37,13 @@ class Session(Protocol):
         order: JobOrder,
         submission: Path | None,
         *,
-        on_started: Callable[[], None],
+        on_started: Callable[[bool], None],
         on_progress: Callable[[float, str], None],
         on_log: Callable[[str, str], None],
     ) -> GuestResult:
         """Have the SDK run a job, or go on with it, and wait for its result.
+
+        `on_started` marks the SDK's acknowledgement, and says whether it had the job before this call.
 
         Raises:
             SessionRefused: The SDK will not run it.

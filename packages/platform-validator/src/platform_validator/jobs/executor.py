@@ -50,7 +50,7 @@ from platform_validator.store.records import JobOutcome, JobRecord, Purpose, Sta
 FEED_EVERY = 30.0
 OUTAGE_GRACE = timedelta(hours=1)
 ACKNOWLEDGED_WITHIN = timedelta(minutes=2)
-COLLECTED_WITHIN = timedelta(seconds=30)
+LAST_WORD_WITHIN = timedelta(seconds=30)
 CANCEL_GRACE = timedelta(seconds=3)
 _STORE_RETRY = 2.0
 _FETCH_RETRY = Backoff(timedelta(milliseconds=500), timedelta(seconds=10))
@@ -279,17 +279,15 @@ class JobExecutor:
         """Have the SDK run it, within the job's time, counted from the SDK's acknowledgement."""
         await self._stage(job, Stage.RUNNING)
         crashpoint("running")
-        limit = job.time_limit
-        if job.adopts is not None:
-            limit = max(limit - job.ran, COLLECTED_WITHIN)
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(ACKNOWLEDGED_WITHIN.total_seconds()) as deadline:
 
-                def started() -> None:
+                def started(already: bool) -> None:
                     if not job.started:
                         job.started = True
-                        deadline.reschedule(loop.time() + limit.total_seconds())
+                        job.ran = job.ran if already else timedelta(0)
+                        deadline.reschedule(loop.time() + _time_left(job).total_seconds())
 
                 result = await cvm.session.execute(
                     job.order(),
@@ -317,12 +315,12 @@ class JobExecutor:
         self, job: ClaimedJob, cvm: Guest, finding: Finding, result: GuestResult | None
     ) -> Ending:
         """Store the body that will be sent; the outbox delivers it. Then the SDK may forget it."""
-        limit_ms = int(job.time_limit.total_seconds() * 1000)
+        limit_ms = _milliseconds(job.time_limit)
         body = result_body(
             finding,
             claim=job.claim,
             logs=[*job.logs, *(result.logs if result else ())],
-            execution_time_ms=result.execution_time_ms if result else limit_ms,
+            execution_time_ms=_milliseconds(job.ran) + result.execution_time_ms if result else limit_ms,
             usage=None,
             commit=job.plan.commit,
             compose_hash=job.plan.compose_hash,
@@ -353,7 +351,13 @@ class JobExecutor:
         if result.job_id != job.job_id or result.attempt != job.claim.attempt:
             raise SessionLost(f"the SDK sent a result for {result.job_id} attempt {result.attempt}")
         error = (result.error.code, result.error.message) if result.error is not None else None
-        return judge(result.result, error, max_bytes=job.spec.result.max_bytes, rule=self._rule(job))
+        return judge(
+            result.result,
+            error,
+            max_bytes=job.spec.result.max_bytes,
+            rule=self._rule(job),
+            size=result.result_bytes,
+        )
 
     def _rule(self, job: ClaimedJob) -> ScoringRule:
         spec = job.spec
@@ -387,7 +391,8 @@ class JobExecutor:
             if job.stage is stage and not job.stored:
                 try:
                     now_is = self._clock.now()
-                    kit = job.kit(now_is) if stage is Stage.RUNNING and job.kit is not None else None
+                    since = self._clock.boottime()
+                    kit = job.kit(since) if stage is Stage.RUNNING and job.kit is not None else None
                     await self._store.advance(job.claim_id, stage, at=now_is, vm=job.vm, kit=kit)
                 except StoreUnavailable as error:
                     # A stage is for people and for recovery, which reads a lost one as the one before.
@@ -469,6 +474,18 @@ _OUTCOMES = {
 }
 
 
+def _time_left(job: ClaimedJob) -> timedelta:
+    """All of it, or what an earlier process left of it."""
+    if not job.ran:
+        return job.time_limit
+    # `ran` counts from before the SDK's acknowledgement: no submission is charged for a restart of ours.
+    return min(job.time_limit, max(job.time_limit - job.ran, timedelta(0)) + ACKNOWLEDGED_WITHIN)
+
+
+def _milliseconds(duration: timedelta) -> int:
+    return int(duration.total_seconds() * 1000)
+
+
 async def _caught(boot: Awaitable[Guest]) -> Guest | Exception:
     try:
         return await boot
@@ -479,5 +496,5 @@ async def _caught(boot: Awaitable[Guest]) -> Guest | Exception:
 async def _briefly(act: Awaitable[object]) -> None:
     """A last word to a CVM that is about to be destroyed: tried, not insisted on."""
     with contextlib.suppress(CvmError, TimeoutError):
-        async with asyncio.timeout(COLLECTED_WITHIN.total_seconds()):
+        async with asyncio.timeout(LAST_WORD_WITHIN.total_seconds()):
             await act

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 from platform_protocol.platform_messages import Claim
 from platform_validator.challenges.kit import KitUnreadable, unpack
@@ -10,7 +10,7 @@ from platform_validator.jobs.work import ClaimedJob
 from platform_validator.store.records import JobRecord, VmRecord
 
 
-def inherited_job(record: JobRecord, vm: VmRecord, *, now: datetime) -> ClaimedJob:
+def inherited_job(record: JobRecord, vm: VmRecord, *, boottime: float) -> ClaimedJob:
     """The job, to be run on in its CVM.
 
     Raises:
@@ -28,7 +28,7 @@ def inherited_job(record: JobRecord, vm: VmRecord, *, now: datetime) -> ClaimedJ
         asked_at=0.0,
         claimed_at=record.claimed_at,
         adopts=vm.name,
-        ran=max(now - kit.running_since, timedelta(0)),
+        ran=timedelta(seconds=max(boottime - kit.running_since, 0.0)),
         stage=record.stage,
         vm=vm.name,
     )

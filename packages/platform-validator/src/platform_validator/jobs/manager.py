@@ -339,7 +339,7 @@ class JobManager:
         """A job that runs in a CVM which an earlier process left."""
         slot = self._slots[record.job_id]
         try:
-            job = inherited_job(record, vm, now=self._clock.now())
+            job = inherited_job(record, vm, boottime=self._clock.boottime())
         except (KitUnreadable, ValidationError) as error:
             _log.error("job_not_adoptable", job_id=record.job_id, error=str(error))
             self._executor.abandon(vm.name)

@@ -62,7 +62,7 @@ class ClaimedJob:
 
     `asked_at` is CLOCK_BOOTTIME from before the claim was sent: the lease counts from there. `ran` is how
     long it ran under an earlier process, and `adopts` the CVM that it ran in. `kit` makes what is
-    journaled when it begins to run, given since when.
+    journaled when it begins to run, given since when (CLOCK_BOOTTIME, seconds).
     """
 
     claim_id: ClaimId
@@ -71,7 +71,7 @@ class ClaimedJob:
     spec: ChallengeSpec
     asked_at: float
     claimed_at: datetime
-    kit: Callable[[datetime], bytes] | None = None
+    kit: Callable[[float], bytes] | None = None
     cvm: Guest | None = None
     reservation: Reservation | None = None
     adopts: VmName | None = None
