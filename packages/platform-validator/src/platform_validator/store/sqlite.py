@@ -52,7 +52,7 @@ class SqliteStore:
     def __init__(self, connection: sqlite3.Connection, thread: ThreadPoolExecutor) -> None:
         self._connection = connection
         self._thread = thread
-        self._queries = _load_queries()
+        self._queries = load_queries()
         self._closed = False
 
     @classmethod
@@ -391,7 +391,8 @@ class SqliteStore:
         return self._connection.execute(self._queries[name], values).fetchall()
 
 
-def _load_queries() -> Mapping[str, str]:
+def load_queries() -> Mapping[str, str]:
+    """Each query of `queries.sql` by its name."""
     text = files("platform_validator.store").joinpath("queries.sql").read_text(encoding="utf-8")
     parts = re.split(r"^-- name: (\w+)$", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], (query.strip() for query in parts[2::2]), strict=True))
