@@ -28,14 +28,18 @@ from platform_validator.cvm.errors import AttestationUnavailable, BootFailed, Se
 from platform_validator.cvm.quota import Limits, Quota
 from platform_validator.cvm.session import GuestResult, JobOrder
 from platform_validator.cvm.vmm import VmmFacts, VmmImage
+from platform_validator.jobs.diary import Diary
 from platform_validator.jobs.ends import JobEnds
 from platform_validator.jobs.executor import JobExecutor
+from platform_validator.jobs.giving_back import GivingBack
 from platform_validator.jobs.lease import LeaseRules, TaskRenewer
 from platform_validator.jobs.manager import JobManager
 from platform_validator.jobs.notices import Notices
 from platform_validator.jobs.observe import Unmeasured
 from platform_validator.jobs.outbox import Outbox
 from platform_validator.jobs.recovery import recover
+from platform_validator.jobs.submissions import Submissions
+from platform_validator.jobs.tenure import Tenure
 from platform_validator.platform_client.conformance import a_result
 from platform_validator.platform_client.memory import MemoryPlatform
 from platform_validator.platform_client.notifications import NotificationLoop
@@ -123,16 +127,21 @@ class House:
         self.outbox = Outbox(client=self.client, store=self.store, clock=clock, rng=rng, metrics=Unmeasured())
         ends = JobEnds(store=self.store, clock=clock)
         self.executor = JobExecutor(
-            client=self.client,
             store=self.store,
             fleet=self.fleet,
             quota=self.quota,
-            renewer=TaskRenewer(client=self.client, clock=clock, rules=LeaseRules()),
-            outbox=self.outbox,
+            tenure=Tenure(
+                client=self.client,
+                renewer=TaskRenewer(client=self.client, clock=clock, rules=LeaseRules()),
+                clock=clock,
+                rng=rng,
+            ),
+            diary=Diary(store=self.store, outbox=self.outbox, clock=clock, metrics=Unmeasured()),
+            submissions=Submissions(
+                self.folder / "cache" / "submissions", client=self.client, clock=clock, rng=rng
+            ),
+            giving_back=GivingBack(client=self.client, clock=clock, rng=rng),
             scoring=ScoringRule(),
-            cache=self.folder / "cache",
-            clock=clock,
-            rng=rng,
             ends=ends,
             metrics=Unmeasured(),
         )
