@@ -69,7 +69,7 @@ async def test_every_file_of_the_database_is_private(tmp_path: Path) -> None:
 async def test_a_full_disk_refuses_writes_and_recovers(tmp_path: Path) -> None:
     """Nothing changes while it is full, reads go on, and the same store writes again afterwards."""
     store = await SqliteStore.open(tmp_path / "validator.db")
-    connection = store._connection
+    connection = store._db.connection
     pages = connection.execute("PRAGMA page_count").fetchone()[0]
     connection.execute(f"PRAGMA max_page_count = {pages}").fetchall()
     await store.open_claim(RECORD)

@@ -7,11 +7,12 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+import structlog
 from typer.testing import CliRunner
 
 from platform_protocol.signing import Keypair
@@ -116,8 +117,9 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
 
 
 @pytest.fixture
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A state directory, and settings that lead to it."""
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A state directory, and settings that lead to it. The command's logging ends with the test."""
+    logging = structlog.get_config()
     seed = "0x" + "11" * 32
     folder = tmp_path / "state"
     folder.mkdir(mode=0o700)
@@ -132,7 +134,8 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "HOME": str(tmp_path),
     }.items():
         monkeypatch.setenv(name, value)
-    return folder
+    yield folder
+    structlog.configure(**logging)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -10,7 +10,8 @@ import pytest
 from bench.journal_year import fill, forget_cache, restart
 
 from platform_validator.store.opening import open_database
-from platform_validator.store.sqlite import SqliteStore, load_queries
+from platform_validator.store.sqlite import SqliteStore
+from platform_validator.store.transactions import load_queries
 
 # The recent jobs, and whichever tables hold only what is present, are read from end to end.
 SCANNED = {"jobs_recent", "jobs_newest_to_go", "outbox_all", "instances_all"}
