@@ -69,6 +69,7 @@ class ChallengeManager:
         self._yielded_at: int | None = None
         self._last_error: str | None = "not listed yet"
         self.on_active = on_active
+        self.beat: Callable[[], None] = lambda: None
         self._parts = RunnerParts(
             store=store,
             source=source,
@@ -96,6 +97,7 @@ class ChallengeManager:
         await self._forget()
         async with asyncio.TaskGroup() as group:
             while True:
+                self.beat()
                 listed = await self._look(group)
                 pause = MONITOR_EVERY if listed else RETRY_AFTER
                 with contextlib.suppress(TimeoutError):
@@ -156,6 +158,7 @@ class ChallengeManager:
                     await self._store.remove_instance(record.key)
             except StoreUnavailable as error:
                 _log.error("instances_not_forgotten", error=str(error))
+                self.beat()
                 await self._clock.sleep(RETRY_AFTER.total_seconds())
             else:
                 return

@@ -5,6 +5,7 @@ A push is a hint: whatever is lost, forged, repeated or late changes latency alo
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from platform_validator.platform_client.signer import RequestSigner
 
 PING_EVERY = 20.0
 MAX_FRAME = 256 * 1024
+_BEAT_EVERY = 30.0
 REVOKED = 4401
 IN_USE = 4409
 _REFUSED = frozenset({401, 403})
@@ -180,6 +182,7 @@ class NotificationLoop:
         self._backoff = backoff
         self._good_after = good_after.total_seconds()
         self._on_reconnect = on_reconnect
+        self.beat: Callable[[], None] = lambda: None
         self._connected = False
         self._since: datetime | None = None
         self._stream: str | None = None
@@ -204,6 +207,9 @@ class NotificationLoop:
         failures = 0
         while True:
             begun = self._clock.monotonic()
+            self.beat()
+            # The pings of the connection end it when nothing comes; until then waiting is life.
+            waiting = asyncio.create_task(self._wait_alive())
             try:
                 await self._listen()
                 self._last_error = None
@@ -217,11 +223,17 @@ class NotificationLoop:
                 _log.warning("notifications_lost", error=str(error))
             finally:
                 self._connected = False
+                waiting.cancel()
             good = self._clock.monotonic() - begun >= self._good_after
             failures = 1 if good else failures + 1
             self._reconnects += 1
             self._on_reconnect()
             await self._clock.sleep(self._backoff.wait(failures, self._rng))
+
+    async def _wait_alive(self) -> None:
+        while True:
+            await self._clock.sleep(_BEAT_EVERY)
+            self.beat()
 
     async def _listen(self) -> None:
         async for notification in self._client.notifications():

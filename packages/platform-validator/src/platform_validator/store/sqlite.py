@@ -39,6 +39,7 @@ from platform_validator.store.rows import (
     vm_of,
     vm_row,
 )
+from platform_validator.store.trouble import StoreTrouble
 
 T = TypeVar("T")
 _STAGES, _PHASES = list(Stage), list(VmPhase)
@@ -54,6 +55,7 @@ class SqliteStore:
         self._thread = thread
         self._queries = _load_queries()
         self._closed = False
+        self.trouble = StoreTrouble()
 
     @classmethod
     async def open(cls, path: Path) -> SqliteStore:
@@ -359,6 +361,7 @@ class SqliteStore:
         return await asyncio.shield(running)
 
     def _transaction(self, work: Callable[[], T]) -> T:
+        before = self._connection.total_changes
         try:
             self._connection.execute("BEGIN IMMEDIATE")
             found = work()
@@ -370,8 +373,11 @@ class SqliteStore:
             if isinstance(error, sqlite3.IntegrityError):
                 raise DuplicateRecord(str(error)) from error
             if isinstance(error, sqlite3.Error):
+                self.trouble.failed(str(error))
                 raise StoreUnavailable(f"the database cannot be used: {error}") from error
             raise
+        if self._connection.total_changes != before:
+            self.trouble.passed()
         return found
 
     def _run(self, name: str, /, **values: Any) -> int:
