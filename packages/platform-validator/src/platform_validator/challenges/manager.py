@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 import structlog
 
 from platform_protocol.ids import ChallengeId
+from platform_protocol.resources import Resources
 from platform_validator.challenges.instance import ChallengeView, InstanceRef
 from platform_validator.challenges.parts import RunnerParts
 from platform_validator.challenges.resolve import HostRules
@@ -91,6 +93,10 @@ class ChallengeManager:
     def wake(self) -> None:
         """Look at the list now (a push hinted at a change)."""
         self._wake.set()
+
+    def resize(self, limits: Resources) -> None:
+        """Other totals for all CVMs: what Failed for being larger is tried again as for any reason."""
+        self._parts.rules = replace(self._parts.rules, limits=limits)
 
     async def run(self) -> None:
         """Follow the list until cancelled; ready CVMs are handed to destruction at the end."""

@@ -160,6 +160,11 @@ class Engine:
         self.parts.jobs.stop_claiming()
         self._stop.set()
 
+    @property
+    def draining(self) -> bool:
+        """Whether it was told to end."""
+        return self._stop.is_set()
+
     def cancel_job(self, job_id: JobId) -> bool:
         """The operator ends a running job; False when none of that id runs here."""
         return self.parts.jobs.cancel(job_id)

@@ -16,12 +16,11 @@ class LoopLag:
 
     Args:
         shown: Is told the worst lag of the last minute, in seconds.
-        beat: Called at every turn.
     """
 
-    def __init__(self, shown: Callable[[float], None], beat: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, shown: Callable[[float], None]) -> None:
         self._shown = shown
-        self._beat = beat
+        self.beat: Callable[[], None] = lambda: None
         self._seen: deque[tuple[float, float]] = deque()
         self.worst = 0.0
 
@@ -37,4 +36,4 @@ class LoopLag:
                 self._seen.popleft()
             self.worst = max(lag for _, lag in self._seen)
             self._shown(self.worst)
-            self._beat()
+            self.beat()

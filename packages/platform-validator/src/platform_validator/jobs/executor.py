@@ -96,7 +96,7 @@ class JobExecutor:
         metrics: JobMetrics,
         outage_grace: timedelta = OUTAGE_GRACE,
     ) -> None:
-        self._outage_grace = outage_grace
+        self.outage_grace = outage_grace
         self._ends = ends
         self._rng = rng
         self._giving_back = GivingBack(client=client, clock=clock, rng=rng, retry=_FETCH_RETRY)
@@ -143,12 +143,15 @@ class JobExecutor:
             return lease_ended(error.code, job.stage)
         except PlatformError as error:
             return blame(error, stage=job.stage, started=False)
-        return await self._with_lease(job, term)
+        return job.ending or await self._with_lease(job, term)
 
     async def _renewed(self, job: ClaimedJob) -> float:
-        """The term that a first renewal brings; it is waited for as long as an outage is borne."""
+        """The term that a first renewal brings; it is waited for as long as an outage is borne.
+
+        Nothing is waited for once the job was ended.
+        """
         failures = 0
-        gives_up_at = self._clock.monotonic() + self._outage_grace.total_seconds()
+        gives_up_at = self._clock.monotonic() + self.outage_grace.total_seconds()
         while True:
             job.asked_at = self._clock.boottime()
             try:
@@ -158,6 +161,8 @@ class JobExecutor:
                 _log.warning("not_renewed_after_restart", tries=failures, error=str(error))
                 if self._clock.monotonic() >= gives_up_at:
                     raise
+                if job.ending is not None:
+                    return 0.0
                 await self._clock.sleep(_FETCH_RETRY.wait(failures, self._rng, error.retry_after))
             else:
                 return term.total_seconds()
