@@ -221,14 +221,19 @@ class OutboxMachine(TimedMachine):
 
     def teardown(self) -> None:
         """When all is well again, everything is delivered or given up within a minute."""
-        if hasattr(self, "platform"):
-            self.platform.down = self.full = self.unreadable = False
-            self.line.way = "straight"
-            self.platform.clear_faults()
-            self.let_pass(PATIENCE)
-            assert not self._look()[0], "a result waits though nothing is in its way"
-            self.nothing_is_lost_and_nothing_is_done_twice()
-        super().teardown()
+        try:
+            if hasattr(self, "platform"):
+                self._settle()
+        finally:
+            super().teardown()
+
+    def _settle(self) -> None:
+        self.platform.down = self.full = self.unreadable = False
+        self.line.way = "straight"
+        self.platform.clear_faults()
+        self.let_pass(PATIENCE)
+        assert not self._look()[0], "a result waits though nothing is in its way"
+        self.nothing_is_lost_and_nothing_is_done_twice()
 
 
 OutboxMachine.TestCase.settings = PROFILE
