@@ -19,8 +19,9 @@ from platform_validator.cvm.destroyer import Destroyer
 from platform_validator.cvm.quota import Quota, Reservation
 from platform_validator.cvm.reclaim import Reclaim, plan_reclaim
 from platform_validator.daemon.engine import Engine
-from platform_validator.jobs.executor import JobExecutor
+from platform_validator.jobs.diary import Diary
 from platform_validator.jobs.slot import Slot
+from platform_validator.jobs.tenure import Tenure
 from platform_validator.jobs.work import ClaimedJob
 from platform_validator.platform_client.port import PlatformUnavailable
 from platform_validator.store.port import StoreUnavailable
@@ -42,11 +43,11 @@ def stored_after_submit() -> Iterator[None]:
     """The result is sent first and stored when it was taken."""
 
     async def store_once(self: Any, job: ClaimedJob, outcome: JobOutcome, body: bytes) -> None:
-        await self._client.submit_result(job.job_id, body)
+        await self._outbox._client.submit_result(job.job_id, body)
         await original(self, job, outcome, body)
 
-    original: Callable[..., Awaitable[None]] = JobExecutor._store_once
-    with _replaced(JobExecutor, "_store_once", store_once):
+    original: Callable[..., Awaitable[None]] = Diary._store_once
+    with _replaced(Diary, "_store_once", store_once):
         yield
 
 
@@ -81,7 +82,7 @@ def silence_taken_for_yes() -> Iterator[None]:
             return job.claim.lease.term_s
         return float(term.total_seconds())
 
-    with _replaced(JobExecutor, "_renewed", renewed):
+    with _replaced(Tenure, "_renewed", renewed):
         yield
 
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from typer.testing import CliRunner, Result
 
 from platform_protocol.ids import ClaimId
 from platform_protocol.signing import Keypair
 from platform_validator.cli.main import app
 from platform_validator.state import StateDirectory
-from platform_validator.store.conformance import cvm, instance, job
+from platform_validator.store.specimens import cvm, instance, job
 from platform_validator.store.sqlite import SqliteStore
 
 SEED = "0x" + "11" * 32
 
 
 @pytest.fixture
-def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """A folder, a home and a key of our own; nothing listens anywhere."""
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """A folder, a home and a key of our own; nothing listens anywhere. The logging ends with the test."""
+    logging = structlog.get_config()
     monkeypatch.chdir(tmp_path)
     given = {
         "VALIDATOR_HOTKEY": Keypair.from_seed(bytes.fromhex(SEED[2:])).address,
@@ -32,7 +35,8 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, st
     }
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    return given
+    yield given
+    structlog.configure(**logging)
 
 
 def invoke(*words: str) -> Result:

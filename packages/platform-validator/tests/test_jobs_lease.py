@@ -92,6 +92,28 @@ async def test_an_outage_is_borne_for_its_grace_alone() -> None:
     assert await lost_reason(renewer(api, outage_grace=timedelta(milliseconds=50))) == "outage"
 
 
+async def test_a_fault_in_a_renewal_is_no_answer_and_not_the_end_of_the_thread() -> None:
+    """A fault in a renewal is no answer, and not the end of the thread."""
+    api = Api(RuntimeError("a fault of ours"), TERM)
+    async with renewer(api).keep(
+        JOB, TOKEN, term=TERM.total_seconds(), asked_at=CLOCK.boottime(), on_lost=pytest.fail
+    ):
+        assert await asyncio.to_thread(api.often.wait, 10)
+
+
+async def test_the_rules_may_change_while_a_lease_is_kept() -> None:
+    """The rules may change while a lease is kept."""
+    rules = LeaseRules()
+    thread = ThreadRenewer(renew=Api(PlatformUnavailable("down")).renew, clock=CLOCK, rules=rules)
+    lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    async with (
+        asyncio.timeout(10),
+        thread.keep(JOB, TOKEN, term=0.015, asked_at=CLOCK.boottime(), on_lost=lost.set_result),
+    ):
+        rules.outage_grace = timedelta(milliseconds=20)
+        assert await lost == "outage"
+
+
 async def test_a_job_whose_task_shows_no_life_is_not_renewed_for_ever() -> None:
     """A job whose task shows no life is not renewed for ever."""
     assert await lost_reason(renewer(Api(TERM), stall_limit=timedelta(milliseconds=50))) == "stalled"

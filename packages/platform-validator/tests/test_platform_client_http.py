@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import random
+import socket
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -384,6 +388,35 @@ async def test_a_blocking_renewal_speaks_as_the_client_does(server: Server) -> N
         server.says(status, body)
         with pytest.raises(PlatformUnavailable):
             await asyncio.to_thread(renewals.renew, JOB, TOKEN)
+
+
+def test_a_renewal_answered_byte_by_byte_ends_at_its_deadline() -> None:
+    """A renewal answered byte by byte ends at its deadline: each byte is in time, all of them are not."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
+        keys = RequestSigner(keypair=KEY, base_url=url, instance="i", clock=SystemClock())
+        renewals = BlockingRenewals(
+            base_url=url, signer=keys, clock=SystemClock(), timeout=timedelta(seconds=0.5)
+        )
+
+        def drip() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                for byte in b"HTTP/1.1 200 OK\r\n" + b"X-Long: 1\r\n" * 1000:
+                    connection.sendall(bytes([byte]))
+                    stopped.wait(0.02)
+
+        stopped = threading.Event()
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        began = time.monotonic()
+        with pytest.raises(PlatformUnavailable):
+            renewals.renew(JOB, TOKEN)
+        assert time.monotonic() - began < 5
+        stopped.set()
+        dripping.join(10)
+        assert not dripping.is_alive()
 
 
 def test_a_blocking_renewal_without_a_server_is_unanswered() -> None:

@@ -65,7 +65,23 @@ class ValidatorSession:
             FrameInvalid: It does not open: close the connection.
             MessageInvalid: No message, no hello first, a second hello, or a number out of order.
         """
-        message = read_guest_message(self._open().open(frame))
+        return self.accept(read_guest_message(self.open(frame)))
+
+    def open(self, frame: bytes) -> bytes:
+        """The plaintext of a frame, for a reader of one's own.
+
+        Raises:
+            FrameInvalid: It does not open: close the connection.
+            MessageInvalid: Not connected.
+        """
+        return self._open().open(frame)
+
+    def accept(self, message: GuestMessage) -> GuestMessage | None:
+        """Take what was read from the newest frame, in their order; as `receive`.
+
+        Raises:
+            MessageInvalid: No hello first, a second hello, or a number out of order.
+        """
         if isinstance(message, GuestHello) == self._greeted:
             raise MessageInvalid("expected one hello, first")
         if isinstance(message, GuestHello):

@@ -310,7 +310,16 @@ def read_guest_message(plaintext: bytes) -> GuestMessage:
     Raises:
         MessageInvalid: No JSON object, an unknown type, or wrong fields.
     """
-    return _read(_FROM_GUEST, plaintext)
+    return guest_message(_loads(plaintext))
+
+
+def guest_message(value: object) -> GuestMessage:
+    """What S said, from its JSON value.
+
+    Raises:
+        MessageInvalid: An unknown type, or wrong fields.
+    """
+    return _checked(_FROM_GUEST, value)
 
 
 def read_validator_message(plaintext: bytes) -> ValidatorMessage:
@@ -319,17 +328,23 @@ def read_validator_message(plaintext: bytes) -> ValidatorMessage:
     Raises:
         MessageInvalid: No JSON object, an unknown type, or wrong fields.
     """
-    return _read(_FROM_VALIDATOR, plaintext)
+    return _checked(_FROM_VALIDATOR, _loads(plaintext))
 
 
 _M = TypeVar("_M")
 
 
-def _read(adapter: TypeAdapter[_M], plaintext: bytes) -> _M:
+def _checked(adapter: TypeAdapter[_M], value: object) -> _M:
     try:
-        return adapter.validate_python(json.loads(plaintext))
+        return adapter.validate_python(value)
     except ValidationError as error:
         fields = ", ".join(".".join(map(str, fault["loc"])) for fault in error.errors()[:5])
         raise MessageInvalid(f"a message with wrong fields: {fields or 'no object with a type'}") from error
+
+
+def _loads(plaintext: bytes) -> object:
+    try:
+        value: object = json.loads(plaintext)
     except (ValueError, RecursionError) as error:
         raise MessageInvalid("expected one JSON object") from error
+    return value

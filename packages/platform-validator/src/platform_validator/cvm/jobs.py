@@ -23,7 +23,10 @@ class JobOrder:
 
 @dataclass(frozen=True, slots=True)
 class GuestResult:
-    """What came back: guest data, to be validated. Failure is the presence of `error`."""
+    """What came back: guest data, to be validated. Failure is the presence of `error`.
+
+    `result_bytes` is the length of a large result of which only the used part is here.
+    """
 
     job_id: JobId
     attempt: int
@@ -33,3 +36,4 @@ class GuestResult:
     execution_time_ms: int
     seq: int
     logs: list[str] = field(default_factory=list)
+    result_bytes: int | None = None

@@ -42,6 +42,7 @@ class RunningJob:
         error: JobError | None,
         evidence: dict[str, Any] | None,
         seq: int,
+        result_bytes: int | None = None,
     ) -> None:
         """Its result is here."""
         self.started()
@@ -55,6 +56,7 @@ class RunningJob:
                 evidence=evidence,
                 execution_time_ms=int(ran * 1000),
                 seq=seq,
+                result_bytes=result_bytes,
             )
         )
 

@@ -21,7 +21,7 @@ from websockets.exceptions import WebSocketException
 from platform_protocol.ids import ChallengeId, JobId
 from platform_protocol.session.channel import SealedChannel
 from platform_protocol.session.ends import ValidatorSession
-from platform_protocol.session.errors import SessionError
+from platform_protocol.session.errors import MessageInvalid, SessionError
 from platform_protocol.session.messages import (
     Configure,
     GuestError,
@@ -42,11 +42,13 @@ from platform_protocol.session.messages import (
     ValuesResult,
     WeightsRequest,
     WeightsResponse,
+    guest_message,
 )
 from platform_protocol.session.v1 import EnvelopeChannel
 from platform_validator.cvm.connection import Callee, Judge, SessionPace, abandon, bytes_of, dial
 from platform_validator.cvm.errors import AttestationUnavailable, SessionLost, SessionRefused
 from platform_validator.cvm.jobs import GuestResult, JobOrder
+from platform_validator.cvm.reading import read_message
 from platform_validator.cvm.running import RunningJob
 from platform_validator.cvm.session_v1 import SessionV1
 from platform_validator.errors import ValidatorError
@@ -55,6 +57,7 @@ __all__ = ["CvmSession", "GuestResult", "JobOrder", "ValuesHandler"]
 
 _UNANSWERED = 3
 _ANSWERS = 64
+_UNREADABLE = 5
 _NOW = (SessionError, WebSocketException, TimeoutError, OSError)
 """What ends a connection and not the session."""
 
@@ -111,6 +114,8 @@ class CvmSession:
         self._adopted = resume
         self._state = GuestState(configured=True)
         self._early: JobResult | None = None
+        self._result_bytes: int | None = None
+        self._unreadable = 0
         self._closing = False
         self._running: RunningJob | None = None
         self._unanswered = 0
@@ -259,6 +264,8 @@ class CvmSession:
                 await self._take_over(socket, hello)
             self._first, pause = False, self._pace.retry
             await self._converse(socket, hello)
+            if self._unreadable >= _UNREADABLE:
+                raise SessionLost(f"{self._vm} sends what cannot be read")
             reached = time.monotonic()
             self.reconnects += 1
 
@@ -300,16 +307,23 @@ class CvmSession:
                 pinging = tasks.create_task(self._ping(socket))
                 tasks.create_task(self._pick_up(hello.state))
                 async for frame in socket:
-                    message = self._end.receive(bytes_of(frame))
-                    if message is not None:
-                        self._take(message)
+                    await self._hear(bytes_of(frame))
                 pinging.cancel()
         except* _NOW as errors:
+            self._unreadable += errors.subgroup(MessageInvalid) is not None
             _log.info("session_broke", vm=self._vm, reason=repr(errors.exceptions[0])[:300])
         finally:
             self._socket, self._picked_up = None, False
             self._end.disconnected()
             await abandon(socket)
+
+    async def _hear(self, frame: bytes) -> None:
+        read = await read_message(self._end.open(frame))
+        message = self._end.accept(guest_message(read.value))
+        if isinstance(message, JobResult):
+            self._result_bytes = read.result_bytes
+        if message is not None:
+            self._take(message)
 
     async def _converse_v1(self, socket: ClientConnection) -> None:
         old = self._old
@@ -425,7 +439,13 @@ class CvmSession:
             _log.info("result_unwanted", vm=self._vm, job_id=message.job_id)
             self._do(self._ack(message.seq))
             return
-        running.finish(result=message.result, error=message.error, evidence=message.evidence, seq=message.seq)
+        running.finish(
+            result=message.result,
+            error=message.error,
+            evidence=message.evidence,
+            seq=message.seq,
+            result_bytes=self._result_bytes,
+        )
 
     def _refused(self, message: GuestError) -> None:
         error = SessionRefused(f"the SDK in {self._vm} says {message.code}: {message.message}"[:1000])

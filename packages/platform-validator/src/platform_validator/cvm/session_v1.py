@@ -14,9 +14,11 @@ from typing import Any
 import structlog
 from websockets.asyncio.client import ClientConnection
 
+from platform_protocol.session.errors import MessageInvalid
 from platform_protocol.session.messages import JobError
 from platform_protocol.session.v1 import EnvelopeChannel
 from platform_validator.cvm.connection import text_of
+from platform_validator.cvm.reading import ReadMessage, read_message
 from platform_validator.cvm.running import RunningJob
 
 _MAX_ERROR = 16_384
@@ -62,10 +64,9 @@ class SessionV1:
             WebSocketException: The connection broke.
         """
         async for frame in self._socket:
-            plaintext = self._channel.open(text_of(frame))
-            message = _object(plaintext)
+            message, result_bytes = await _object(self._channel.open(text_of(frame)))
             if message.get("type") == "job_result":
-                self._finished(message)
+                self._finished(message, result_bytes)
             elif message.get("type") == "orm_query":
                 await self._refuse_query(message)
             else:
@@ -78,7 +79,7 @@ class SessionV1:
         kept = {key: message[key] for key in ("message_id", "query_id") if key in message}
         await self._send(answer | kept)
 
-    def _finished(self, message: dict[str, Any]) -> None:
+    def _finished(self, message: dict[str, Any], result_bytes: int | None) -> None:
         running = self._running
         if running is None or message.get("job_id") != running.order.job_id or running.result.done():
             return
@@ -89,16 +90,16 @@ class SessionV1:
         elif not isinstance(result, dict):
             failure = JobError(code="no_result", message="expected an object as result")
         answer = result if failure is None and isinstance(result, dict) else None
-        running.finish(result=answer, error=failure, evidence=None, seq=0)
+        running.finish(result=answer, error=failure, evidence=None, seq=0, result_bytes=result_bytes)
 
     async def _send(self, message: dict[str, Any]) -> None:
         await self._socket.send(self._channel.seal(json.dumps(message).encode()))
 
 
-def _object(plaintext: bytes | None) -> dict[str, Any]:
-    """A message; an empty one for whatever is none."""
+async def _object(plaintext: bytes | None) -> tuple[dict[str, Any], int | None]:
+    """A message, and the length of a large result; an empty one for whatever is none."""
     try:
-        value = json.loads(plaintext) if plaintext is not None else None
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        read = ReadMessage(None) if plaintext is None else await read_message(plaintext)
+    except MessageInvalid:
+        return {}, None
+    return (read.value if isinstance(read.value, dict) else {}), read.result_bytes

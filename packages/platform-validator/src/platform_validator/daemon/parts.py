@@ -31,11 +31,15 @@ from platform_validator.cvm.quota import Limits, Quota
 from platform_validator.cvm.session import CvmSession
 from platform_validator.cvm.sessions import SessionMaker
 from platform_validator.cvm.vmm import VmmClient
+from platform_validator.jobs.diary import Diary
 from platform_validator.jobs.ends import JobEnds
 from platform_validator.jobs.executor import JobExecutor
+from platform_validator.jobs.giving_back import GivingBack
 from platform_validator.jobs.lease import LeaseRules, Renewer, ThreadRenewer
 from platform_validator.jobs.manager import JobManager
 from platform_validator.jobs.outbox import Outbox
+from platform_validator.jobs.submissions import Submissions
+from platform_validator.jobs.tenure import Tenure
 from platform_validator.keyring import Keyring
 from platform_validator.platform_client.http import HttpPlatformClient
 from platform_validator.platform_client.port import PlatformClient
@@ -216,21 +220,24 @@ def make_components(
     outbox = Outbox(client=client, store=store, clock=clock, rng=rng, metrics=metrics)
     ends = JobEnds(store=store, clock=clock)
     executor = JobExecutor(
-        client=client,
         store=store,
         fleet=fleet,
         quota=quota,
-        renewer=outside.renewer,
-        outbox=outbox,
+        tenure=Tenure(
+            client=client,
+            renewer=outside.renewer,
+            clock=clock,
+            rng=rng,
+            outage_grace=settings["jobs.outage_grace"],
+        ),
+        diary=Diary(store=store, outbox=outbox, clock=clock, metrics=metrics),
+        submissions=Submissions(cache / "submissions", client=client, clock=clock, rng=rng),
+        giving_back=GivingBack(client=client, clock=clock, rng=rng),
         scoring=ScoringRule.named(
             settings["scoring_config.algorithm"], settings["scoring_config.normalization"]
         ),
-        cache=cache,
-        clock=clock,
-        rng=rng,
         ends=ends,
         metrics=metrics,
-        outage_grace=settings["jobs.outage_grace"],
     )
     jobs = JobManager(
         client=client,

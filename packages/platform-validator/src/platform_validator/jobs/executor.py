@@ -7,54 +7,42 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
-from collections.abc import Awaitable, Collection
+from collections.abc import Awaitable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import structlog
 
-from platform_protocol.ids import ClaimId, VmName
+from platform_protocol.ids import VmName
 from platform_protocol.platform_messages import ReleaseReason, ResultOutcome
 from platform_validator.challenges.room import CvmFleet, Guest
-from platform_validator.clock import Clock
 from platform_validator.crashpoint import crashpoint
 from platform_validator.cvm.errors import CvmError, NoCapacity, SessionLost
 from platform_validator.cvm.jobs import GuestResult
 from platform_validator.cvm.quota import Quota
 from platform_validator.cvm.vmm import VmmError
 from platform_validator.jobs.capacity import largest
-from platform_validator.jobs.ending import Ending, blame, lease_ended
+from platform_validator.jobs.diary import Diary
+from platform_validator.jobs.ending import Ending, blame
 from platform_validator.jobs.ends import JobEnds
 from platform_validator.jobs.giving_back import GivingBack
-from platform_validator.jobs.lease import Renewer
-from platform_validator.jobs.logs import LogStream
 from platform_validator.jobs.observe import JobMetrics
-from platform_validator.jobs.outbox import Outbox
 from platform_validator.jobs.recovery import RESTARTED
 from platform_validator.jobs.result import Finding, judge, result_body
+from platform_validator.jobs.submissions import Submissions
+from platform_validator.jobs.tenure import Tenure
 from platform_validator.jobs.work import ClaimedJob
-from platform_validator.platform_client.backoff import Backoff
-from platform_validator.platform_client.port import (
-    JobUnknown,
-    LeaseRefused,
-    PlatformClient,
-    PlatformError,
-    PlatformUnavailable,
-)
+from platform_validator.platform_client.port import PlatformError
 from platform_validator.scoring import ScoringRule, UnknownScoring
 from platform_validator.store.port import Store, StoreUnavailable
 from platform_validator.store.records import JobOutcome, JobRecord, Purpose, Stage
 
-FEED_EVERY = 30.0
-OUTAGE_GRACE = timedelta(hours=1)
 ACKNOWLEDGED_WITHIN = timedelta(minutes=2)
 LAST_WORD_WITHIN = timedelta(seconds=30)
 CANCEL_GRACE = timedelta(seconds=3)
-_STORE_RETRY = 2.0
-_FETCH_RETRY = Backoff(timedelta(milliseconds=500), timedelta(seconds=10))
-_ORDER = list(Stage)
+
+_STAGES = frozenset(Stage)
 
 _log = structlog.get_logger(__name__)
 
@@ -63,52 +51,41 @@ class JobExecutor:
     """Runs claimed jobs; each in the task that calls `execute_job`.
 
     Args:
-        client: Submissions and releases.
         store: The journal.
         fleet: Boots and destroys CVMs.
         quota: Gets back what was reserved and never used.
-        renewer: Keeps the leases.
-        outbox: Woken when a result was stored.
+        tenure: Ends the work when the lease is lost.
+        diary: Writes stages and results.
+        submissions: Where submissions lie.
+        giving_back: Releases claims.
         scoring: The operator's rule; a challenge's `[scoring]` wins over it.
-        rng: Jitter.
-        cache: The cache folder; `submissions/` is made below it.
-        clock: Time.
-        rng: Jitter.
         ends: Writes down how jobs without a result ended.
         metrics: Is told.
-        outage_grace: How long the first renewal after a restart may stay unanswered.
     """
 
     def __init__(
         self,
         *,
-        client: PlatformClient,
         store: Store,
         fleet: CvmFleet,
         quota: Quota,
-        renewer: Renewer,
-        outbox: Outbox,
+        tenure: Tenure,
+        diary: Diary,
+        submissions: Submissions,
+        giving_back: GivingBack,
         scoring: ScoringRule,
-        cache: Path,
-        clock: Clock,
-        rng: random.Random,
         ends: JobEnds,
         metrics: JobMetrics,
-        outage_grace: timedelta = OUTAGE_GRACE,
     ) -> None:
-        self._outage_grace = outage_grace
-        self._ends = ends
-        self._rng = rng
-        self._giving_back = GivingBack(client=client, clock=clock, rng=rng, retry=_FETCH_RETRY)
-        self._client = client
         self._store = store
         self._fleet = fleet
         self._quota = quota
-        self._renewer = renewer
-        self._outbox = outbox
+        self._tenure = tenure
+        self._diary = diary
+        self.submissions = submissions
+        self._giving_back = giving_back
         self._scoring = scoring
-        self._submissions = cache / "submissions"
-        self._clock = clock
+        self._ends = ends
         self._metrics = metrics
 
     async def execute_job(self, job: ClaimedJob) -> Ending:
@@ -118,9 +95,9 @@ class JobExecutor:
             How it ended; a stored result is on its way through the outbox by then.
         """
         structlog.contextvars.bind_contextvars(job_id=job.job_id, attempt=job.claim.attempt)
-        job.stage_since = self._clock.monotonic()
+        self._diary.begin(job)
         try:
-            ending = await self._run(job)
+            ending = await self._tenure.run(job, self._steps)
         except asyncio.CancelledError:
             if not job.stored:
                 await self._finish(job, Ending(JobOutcome.CANCELLED, "drained", ReleaseReason.DRAIN))
@@ -130,69 +107,8 @@ class JobExecutor:
             return ending
         finally:
             self.destroy_vm(job)
-            self._submission_path(job).unlink(missing_ok=True)
+            self.submissions.forget(job)
             structlog.contextvars.unbind_contextvars("job_id", "attempt")
-
-    async def _run(self, job: ClaimedJob) -> Ending:
-        if job.adopts is None:
-            return await self._with_lease(job, job.claim.lease.term_s)
-        # After a restart only the answer to a renewal says that the lease is still ours.
-        try:
-            term = await self._renewed(job)
-        except (LeaseRefused, JobUnknown) as error:
-            return lease_ended(error.code, job.stage)
-        except PlatformError as error:
-            return blame(error, stage=job.stage, started=False)
-        return await self._with_lease(job, term)
-
-    async def _renewed(self, job: ClaimedJob) -> float:
-        """The term that a first renewal brings; it is waited for as long as an outage is borne."""
-        failures = 0
-        gives_up_at = self._clock.monotonic() + self._outage_grace.total_seconds()
-        while True:
-            job.asked_at = self._clock.boottime()
-            try:
-                term = await self._client.renew(job.job_id, job.claim.lease.token)
-            except PlatformUnavailable as error:
-                failures += 1
-                _log.warning("not_renewed_after_restart", tries=failures, error=str(error))
-                if self._clock.monotonic() >= gives_up_at:
-                    raise
-                await self._clock.sleep(_FETCH_RETRY.wait(failures, self._rng, error.retry_after))
-            else:
-                return term.total_seconds()
-
-    async def _with_lease(self, job: ClaimedJob, term: float) -> Ending:
-        """The steps in a task of their own, so that a refused renewal ends them and nothing else."""
-        async with asyncio.TaskGroup() as group:
-            steps = group.create_task(self._steps(job))
-
-            def stop(ending: Ending) -> None:
-                if not job.stored and job.ending is None:
-                    job.ending = ending
-                    steps.cancel()
-
-            job.stop = stop
-            async with self._renewer.keep(
-                job.job_id,
-                job.claim.lease.token,
-                term=term,
-                asked_at=job.asked_at,
-                on_lost=lambda reason: stop(lease_ended(reason, job.stage)),
-            ) as lease:
-                job.lease = lease
-                job.stream = LogStream(
-                    client=self._client, job_id=job.job_id, token=job.claim.lease.token, clock=self._clock
-                )
-                shipping = group.create_task(job.stream.run())
-                while not steps.done():
-                    await asyncio.wait({steps}, timeout=FEED_EVERY)
-                    lease.feed()
-                shipping.cancel()
-            job.lease = None
-        if steps.cancelled():
-            return job.ending or Ending(JobOutcome.CANCELLED, None, ReleaseReason.OPERATOR, job.stage)
-        return steps.result()
 
     async def _steps(self, job: ClaimedJob) -> Ending:
         try:
@@ -218,25 +134,8 @@ class JobExecutor:
         Returns:
             Where the submission is, or None for a job without one.
         """
-        await self._stage(job, Stage.FETCHING)
-        submission = job.claim.submission
-        if submission is None:
-            return None
-        await asyncio.to_thread(self._submissions.mkdir, parents=True, exist_ok=True, mode=0o700)
-        target = self._submission_path(job)
-        if job.adopts is not None and target.exists():
-            return target
-        failures = 0
-        while True:
-            try:
-                await self._client.fetch_submission(submission, target)
-            except PlatformUnavailable as error:
-                # The lease lives through an outage, and so does the fetch; a refused renewal ends both.
-                failures += 1
-                _log.warning("submission_not_fetched", tries=failures, error=str(error))
-                await self._clock.sleep(_FETCH_RETRY.wait(failures, self._rng, error.retry_after))
-            else:
-                return target
+        await self._diary.enter(job, Stage.FETCHING)
+        return await self.submissions.fetch(job)
 
     async def create_vm(self, job: ClaimedJob) -> Guest:
         """A CVM for this job alone: the ready one that was set aside for it, or one that boots now.
@@ -246,7 +145,7 @@ class JobExecutor:
         if job.adopts is not None:
             job.cvm = adopted = await self._fleet.adopt(job.adopts, job.plan)
             return adopted
-        await self._stage(job, Stage.CREATING)
+        await self._diary.enter(job, Stage.CREATING)
         if job.cvm is not None:
             job.vm = job.cvm.name
             await self._store.vm_assigned(job.cvm.name, job.claim_id)
@@ -277,7 +176,7 @@ class JobExecutor:
         self, job: ClaimedJob, cvm: Guest, submission: Path | None
     ) -> tuple[Finding, GuestResult | None]:
         """Have the SDK run it, within the job's time, counted from the SDK's acknowledgement."""
-        await self._stage(job, Stage.RUNNING)
+        await self._diary.enter(job, Stage.RUNNING)
         crashpoint("running")
         loop = asyncio.get_running_loop()
         try:
@@ -308,7 +207,7 @@ class JobExecutor:
             seconds = job.time_limit.total_seconds()
             return Finding.timed_out(f"timeout: no result within {seconds:.0f} s"), None
         crashpoint("result_received")
-        await self._stage(job, Stage.COLLECTING)
+        await self._diary.enter(job, Stage.COLLECTING)
         return await asyncio.to_thread(self._judged, job, result), result
 
     async def submit_results(
@@ -328,7 +227,7 @@ class JobExecutor:
             attestation=cvm.attestation,
         )
         outcome = _OUTCOMES[finding.outcome]
-        await self._stored(job, outcome, body)
+        await self._diary.keep_result(job, outcome, body)
         crashpoint("result_stored")
         if result is not None:
             await _briefly(cvm.session.acknowledge(result))
@@ -351,7 +250,13 @@ class JobExecutor:
         if result.job_id != job.job_id or result.attempt != job.claim.attempt:
             raise SessionLost(f"the SDK sent a result for {result.job_id} attempt {result.attempt}")
         error = (result.error.code, result.error.message) if result.error is not None else None
-        return judge(result.result, error, max_bytes=job.spec.result.max_bytes, rule=self._rule(job))
+        return judge(
+            result.result,
+            error,
+            max_bytes=job.spec.result.max_bytes,
+            rule=self._rule(job),
+            size=result.result_bytes,
+        )
 
     def _rule(self, job: ClaimedJob) -> ScoringRule:
         spec = job.spec
@@ -373,58 +278,10 @@ class JobExecutor:
                 await cvm.session.cancel(job.job_id, why or "cancelled")
                 await asyncio.Event().wait()
 
-    async def _stage(self, job: ClaimedJob, stage: Stage) -> None:
-        """Enter a stage: shown at once, then journaled; never backwards."""
-        if _ORDER.index(stage) <= _ORDER.index(job.stage):
-            return
-        now = self._clock.monotonic()
-        self._metrics.stage_took(job.stage, now - job.stage_since)
-        job.stage, job.stage_since = stage, now
-        _log.info("job_stage", stage=stage)
-        async with job.journal:
-            if job.stage is stage and not job.stored:
-                try:
-                    now_is = self._clock.now()
-                    since = self._clock.boottime()
-                    kit = job.kit(since) if stage is Stage.RUNNING and job.kit is not None else None
-                    await self._store.advance(job.claim_id, stage, at=now_is, vm=job.vm, kit=kit)
-                except StoreUnavailable as error:
-                    # A stage is for people and for recovery, which reads a lost one as the one before.
-                    _log.error("stage_not_stored", stage=stage, error=str(error))
-
     def _enter(self, group: asyncio.TaskGroup, job: ClaimedJob, name: str) -> None:
         """A stage that the fleet reports while it boots; unknown ones are passed over."""
-        if name in _ORDER:
-            group.create_task(self._stage(job, Stage(name)))
-
-    async def _stored(self, job: ClaimedJob, outcome: JobOutcome, body: bytes) -> None:
-        """Durable, or tried again while the lease is kept: a full disk loses no result."""
-        while True:
-            try:
-                async with job.journal:
-                    await self._store_once(job, outcome, body)
-            except StoreUnavailable as error:
-                _log.error("result_not_stored", error=str(error))
-                await self._clock.sleep(_STORE_RETRY)
-            else:
-                return
-
-    async def _store_once(self, job: ClaimedJob, outcome: JobOutcome, body: bytes) -> None:
-        """What was begun is finished even when the job is cancelled meanwhile: stored, it is submitted."""
-        writing = asyncio.ensure_future(
-            self._store.store_result(job.claim_id, outcome, body, at=self._clock.now())
-        )
-        try:
-            await asyncio.shield(writing)
-        finally:
-            while not writing.done():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait({writing})
-            if not writing.cancelled() and writing.exception() is None:
-                job.stored, job.stage = True, Stage.SUBMITTING
-                job.ending = Ending(outcome)
-                self._outbox.wake()
-                _log.info("result_stored", outcome=outcome)
+        if name in _STAGES:
+            group.create_task(self._diary.enter(job, Stage(name)))
 
     async def _finish(self, job: ClaimedJob, ending: Ending) -> None:
         self._metrics.job_ended(job.claim.challenge_id, ending.outcome)
@@ -448,17 +305,6 @@ class JobExecutor:
     def abandon(self, name: VmName) -> None:
         """Hand a CVM to destruction that no job can go on in."""
         self._fleet.destroy(name)
-
-    def keep_submissions_of(self, claims: Collection[ClaimId]) -> None:
-        """At start: remove the submissions that an earlier process left for other claims."""
-        with contextlib.suppress(FileNotFoundError):
-            for path in self._submissions.iterdir():
-                if path.name not in claims:
-                    path.unlink(missing_ok=True)
-
-    def _submission_path(self, job: ClaimedJob) -> Path:
-        # Named by our own id: nothing of the submission's name reaches the file system.
-        return self._submissions / job.claim_id
 
 
 _OUTCOMES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from datetime import timedelta
 
 import structlog
 
@@ -11,6 +12,8 @@ from platform_protocol.platform_messages import ReleaseReason
 from platform_validator.clock import Clock
 from platform_validator.platform_client.backoff import Backoff
 from platform_validator.platform_client.port import PlatformClient, PlatformError, PlatformUnavailable
+
+RETRY = Backoff(timedelta(milliseconds=500), timedelta(seconds=10))
 
 _log = structlog.get_logger(__name__)
 
@@ -25,7 +28,9 @@ class GivingBack:
         retry: Between two tries.
     """
 
-    def __init__(self, *, client: PlatformClient, clock: Clock, rng: random.Random, retry: Backoff) -> None:
+    def __init__(
+        self, *, client: PlatformClient, clock: Clock, rng: random.Random, retry: Backoff = RETRY
+    ) -> None:
         self._client = client
         self._clock = clock
         self._rng = rng

@@ -14,18 +14,25 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
 
+import structlog
+
 from platform_protocol.ids import JobId, LeaseToken
 from platform_validator.clock import Clock
 from platform_validator.platform_client.port import JobUnknown, LeaseRefused, PlatformClient, PlatformError
+
+_log = structlog.get_logger(__name__)
 
 STALLED = "stalled"
 OUTAGE = "outage"
 _LONGEST_RETRY = 10.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LeaseRules:
-    """`stall_limit`: how long the job's task may be silent. `outage_grace`: how long no answer is borne."""
+    """`stall_limit`: how long the job's task may be silent. `outage_grace`: how long no answer is borne.
+
+    Both may be changed while leases are kept: they count from the next look.
+    """
 
     stall_limit: timedelta = timedelta(minutes=10)
     outage_grace: timedelta = timedelta(hours=1)
@@ -226,6 +233,9 @@ def _after(ask: Callable[[], timedelta], state: LeaseState, asked_at: float) -> 
     except (LeaseRefused, JobUnknown) as error:
         return state.denied(asked_at, error.code)
     except PlatformError:
+        return state.silent(asked_at)
+    except Exception:  # noqa: BLE001 - a thread that died of it would let the lease lapse in silence
+        _log.exception("renewal_fault")
         return state.silent(asked_at)
     return state.granted(asked_at, term.total_seconds())
 

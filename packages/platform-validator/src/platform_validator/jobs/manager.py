@@ -141,7 +141,7 @@ class JobManager:
     async def forget_submissions(self) -> None:
         """At start: submissions on disk that belong to no job which goes on are removed."""
         claims = {record.claim_id for record, _ in self._inherited.adopt}
-        await asyncio.to_thread(self._executor.keep_submissions_of, claims)
+        await asyncio.to_thread(self._executor.submissions.keep_only, claims)
 
     def hint_cancelled(self, job_id: JobId) -> None:
         """A push says that a job was cancelled: ask with a renewal, and believe only the answer."""

@@ -48,7 +48,12 @@ class Finding:
 
 
 def judge(
-    result: dict[str, Any] | None, error: tuple[str, str] | None, *, max_bytes: int, rule: ScoringRule
+    result: dict[str, Any] | None,
+    error: tuple[str, str] | None,
+    *,
+    max_bytes: int,
+    rule: ScoringRule,
+    size: int | None = None,
 ) -> Finding:
     """Validate what the SDK sent and score it.
 
@@ -57,6 +62,7 @@ def judge(
         error: Code and message; its presence is failure, even when both are empty.
         max_bytes: The largest result, in its canonical form.
         rule: For `metrics.final_score`.
+        size: Of a result that is not all here, in bytes of compact JSON.
     """
     if error is not None:
         code, message = error
@@ -65,7 +71,7 @@ def judge(
     if result is None:
         return Finding.failed("invalid_result: neither a result nor an error")
     try:
-        size = len(canonical_json(result))
+        size = len(canonical_json(result)) if size is None else size
     except (NotCanonical, RecursionError) as fault:
         return Finding.failed(f"invalid_result: {fault}")
     if size > max_bytes:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import socket
+import threading
 from datetime import timedelta
 from urllib.parse import quote, urlsplit
 
@@ -63,9 +66,17 @@ class BlockingRenewals:
 
     def _post(self, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
         kind = http.client.HTTPSConnection if self._https else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=self._timeout.total_seconds())
+        seconds = self._timeout.total_seconds()
+        connection = kind(self._host, self._port, timeout=seconds)
+        # Each operation has the timeout; all of them together, an answer byte by byte, have it too.
+        opened: list[socket.socket] = []
+        deadline = threading.Timer(seconds, _break_off, [opened])
+        deadline.daemon = True
+        deadline.start()
         headers = {"Content-Type": "application/json", **self._signer.headers("POST", path, body)}
         try:
+            connection.connect()
+            opened.append(connection.sock)
             connection.request("POST", path, body=body, headers=headers)
             answer = connection.getresponse()
             content = answer.read(_MAX_ANSWER)
@@ -73,4 +84,11 @@ class BlockingRenewals:
         except (OSError, http.client.HTTPException) as error:
             raise PlatformUnavailable(f"a renewal got no answer: {error}") from error
         finally:
+            deadline.cancel()
             connection.close()
+
+
+def _break_off(opened: list[socket.socket]) -> None:
+    for each in opened:
+        with contextlib.suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)

@@ -5,85 +5,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
-from platform_protocol.ids import ChallengeId, ClaimId, JobId, LeaseToken, VmId, VmName
-from platform_protocol.resources import Resources
+from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
+from platform_validator.store.compaction_conformance import CASES as COMPACTION
 from platform_validator.store.port import DuplicateRecord, Store, StoreError, UnknownRecord
-from platform_validator.store.records import (
-    InstanceRecord,
-    InstanceState,
-    JobOutcome,
-    JobRecord,
-    Purpose,
-    Stage,
-    ValueRecord,
-    VmPhase,
-    VmRecord,
-)
+from platform_validator.store.records import InstanceState, JobOutcome, Stage, ValueRecord, VmPhase
+from platform_validator.store.specimens import CHALLENGE, NOW, cvm, instance, job, refuses, require
 
 Check = Callable[[Store], Awaitable[None]]
-NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
-SIZE = Resources(cpu_cores=1, memory_mb=512, disk_mb=1024)
-CHALLENGE = ChallengeId("challenge")
-
-
-def job(number: int = 1) -> JobRecord:
-    """A claim about to be sent."""
-    return JobRecord(
-        ClaimId(f"claim-{number}"), JobId(f"job-{number}"), CHALLENGE, "key", SIZE, Stage.PENDING, NOW
-    )
-
-
-def cvm(number: int = 1) -> VmRecord:
-    """A CVM about to be made."""
-    return VmRecord(
-        name=VmName(f"pv-{number}"),
-        purpose=Purpose.READY,
-        challenge_id=CHALLENGE,
-        instance_key="key",
-        resources=SIZE,
-        phase=VmPhase.INTENDED,
-        sealed_secret=b"\x00sealed",
-        compose=b"{}",
-        host_port=10_000 + number,
-        session_id=f"session-{number}",
-        intended_at=NOW,
-        hard_deadline=NOW + timedelta(days=7),
-    )
-
-
-def instance(number: int = 1) -> InstanceRecord:
-    """An instance that was just seen."""
-    state = InstanceState.CREATED
-    return InstanceRecord(f"key-{number}", CHALLENGE, "name", "repo", "a" * 40, "digest", state, NOW)
-
-
-def _require(holds: bool, what: str) -> None:
-    if not holds:
-        raise AssertionError(what)
-
-
-async def _refuses(error: type[StoreError], act: Awaitable[object]) -> None:
-    try:
-        await act
-    except error:
-        return
-    raise AssertionError(f"expected {error.__name__}")
 
 
 async def identity_never_changes(store: Store) -> None:
     """The identity is made once: ten hex digits and a uuid."""
     first = await store.identity()
-    _require(first == await store.identity(), "the identity changed")
-    _require(len(first.state_id) == 10 and len(first.instance) == 36, "the identity has another form")  # noqa: PLR2004 - the port's words
+    require(first == await store.identity(), "the identity changed")
+    require(len(first.state_id) == 10 and len(first.instance) == 36, "the identity has another form")  # noqa: PLR2004 - the port's words
 
 
 async def a_claim_is_written_before_it_is_sent(store: Store) -> None:
     """open_claim shows as an open job at once; the same claim twice is refused."""
     await store.open_claim(job())
-    _require(await store.job(ClaimId("claim-1")) == job(), "the claim came back changed")
-    await _refuses(DuplicateRecord, store.open_claim(job()))
+    require(await store.job(ClaimId("claim-1")) == job(), "the claim came back changed")
+    await refuses(DuplicateRecord, store.open_claim(job()))
 
 
 async def a_claim_goes_through_its_stages(store: Store) -> None:
@@ -94,12 +38,12 @@ async def a_claim_goes_through_its_stages(store: Store) -> None:
     await store.advance(claim, Stage.BOOTING, at=NOW, vm=VmName("pv-1"))
     await store.advance(claim, Stage.RUNNING, at=NOW)
     record = await store.job(claim)
-    _require(record is not None, "the job is gone")
+    require(record is not None, "the job is gone")
     if record is not None:
         shown = (record.stage, record.vm, record.attempt, record.token, record.granted)
-        _require(shown == (Stage.RUNNING, "pv-1", 3, "t", b'{"a":1}'), f"unexpected {shown}")
+        require(shown == (Stage.RUNNING, "pv-1", 3, "t", b'{"a":1}'), f"unexpected {shown}")
     await store.end_job(claim, outcome=JobOutcome.INFRA_ERROR, reason="why", at=NOW)
-    _require(not await store.open_jobs(), "an ended job is open")
+    require(not await store.open_jobs(), "an ended job is open")
 
 
 async def the_first_result_stands(store: Store) -> None:
@@ -109,10 +53,10 @@ async def the_first_result_stands(store: Store) -> None:
     await store.store_result(claim, JobOutcome.SUCCEEDED, b"first", at=NOW)
     await store.store_result(claim, JobOutcome.FAILED, b"second", at=NOW)
     [entry] = await store.outbox()
-    _require(entry.body == b"first", "the second result replaced the first")
+    require(entry.body == b"first", "the second result replaced the first")
     await store.end_job(claim, outcome=JobOutcome.INFRA_ERROR, reason=None, at=NOW)
     record = await store.job(claim)
-    _require(record is not None and record.outcome is JobOutcome.SUCCEEDED, "the outcome was lost")
+    require(record is not None and record.outcome is JobOutcome.SUCCEEDED, "the outcome was lost")
 
 
 async def delivery_empties_the_outbox(store: Store) -> None:
@@ -122,12 +66,12 @@ async def delivery_empties_the_outbox(store: Store) -> None:
     await store.store_result(claim, JobOutcome.FAILED, b"x", at=NOW)
     await store.outbox_tried(claim, "no answer")
     [entry] = await store.outbox()
-    _require((entry.tries, entry.last_error) == (1, "no answer"), "the try was not counted")
+    require((entry.tries, entry.last_error) == (1, "no answer"), "the try was not counted")
     for _ in range(2):
         await store.outbox_delivered(claim, at=NOW)
     record = await store.job(claim)
-    _require(not await store.outbox(), "the entry is still there")
-    _require(record is not None and record.stage is Stage.DONE, "the job is not done")
+    require(not await store.outbox(), "the entry is still there")
+    require(record is not None and record.stage is Stage.DONE, "the job is not done")
 
 
 async def a_refusal_ends_the_job(store: Store) -> None:
@@ -141,8 +85,8 @@ async def a_refusal_ends_the_job(store: Store) -> None:
         await store.outbox_refused(claim, code, at=NOW)
         record = await store.job(claim)
         ended = record is not None and (record.stage, record.outcome) == (Stage.DONE, outcome)
-        _require(ended, f"{code}: unexpected {record}")
-    _require(not await store.outbox(), "an entry is still there")
+        require(ended, f"{code}: unexpected {record}")
+    require(not await store.outbox(), "an entry is still there")
 
 
 async def jobs_come_in_order(store: Store) -> None:
@@ -150,24 +94,24 @@ async def jobs_come_in_order(store: Store) -> None:
     for number in range(5):
         await store.open_claim(job(number))
     await store.end_job(ClaimId("claim-2"), outcome=JobOutcome.CANCELLED, reason="x", at=NOW)
-    _require([j.job_id for j in await store.open_jobs()] == ["job-0", "job-1", "job-3", "job-4"], "open")
-    _require([j.job_id for j in await store.recent_jobs(2)] == ["job-4", "job-3"], "recent")
+    require([j.job_id for j in await store.open_jobs()] == ["job-0", "job-1", "job-3", "job-4"], "open")
+    require([j.job_id for j in await store.recent_jobs(2)] == ["job-4", "job-3"], "recent")
 
 
 async def unknown_records_are_refused(store: Store) -> None:
     """A method that names nothing says so."""
     claim, name = ClaimId("nobody"), VmName("nobody")
-    await _refuses(UnknownRecord, store.advance(claim, Stage.RUNNING, at=NOW))
-    await _refuses(UnknownRecord, store.store_result(claim, JobOutcome.FAILED, b"", at=NOW))
-    await _refuses(UnknownRecord, store.end_job(claim, outcome=JobOutcome.FAILED, reason=None, at=NOW))
-    await _refuses(UnknownRecord, store.vm_created(name, VmId("x")))
-    await _refuses(UnknownRecord, store.vm_phase(name, VmPhase.GONE, at=NOW))
+    await refuses(UnknownRecord, store.advance(claim, Stage.RUNNING, at=NOW))
+    await refuses(UnknownRecord, store.store_result(claim, JobOutcome.FAILED, b"", at=NOW))
+    await refuses(UnknownRecord, store.end_job(claim, outcome=JobOutcome.FAILED, reason=None, at=NOW))
+    await refuses(UnknownRecord, store.vm_created(name, VmId("x")))
+    await refuses(UnknownRecord, store.vm_phase(name, VmPhase.GONE, at=NOW))
 
 
 async def a_cvm_goes_forward_only(store: Store) -> None:
     """Phases never go back; gone CVMs are not open."""
     await store.intend_vm(cvm())
-    await _refuses(DuplicateRecord, store.intend_vm(cvm()))
+    await refuses(DuplicateRecord, store.intend_vm(cvm()))
     name = VmName("pv-1")
     await store.vm_created(name, VmId("id"))
     await store.vm_phase(name, VmPhase.DESTROYING, at=NOW, reason="drained")
@@ -175,11 +119,11 @@ async def a_cvm_goes_forward_only(store: Store) -> None:
     await store.vm_created(name, VmId("late"))
     record = await store.vm(name)
     wanted = replace(cvm(), phase=VmPhase.DESTROYING, vm_id=VmId("late"), reason="drained")
-    _require(record == wanted, f"unexpected {record}")
+    require(record == wanted, f"unexpected {record}")
     await store.vm_phase(name, VmPhase.GONE, at=NOW)
-    _require(not await store.open_vms(), "a gone CVM is open")
+    require(not await store.open_vms(), "a gone CVM is open")
     gone = await store.vm(name)
-    _require(gone is not None and gone.gone_at == NOW, "gone_at is not stamped")
+    require(gone is not None and gone.gone_at == NOW, "gone_at is not stamped")
 
 
 async def an_instance_id_belongs_to_one_cvm(store: Store) -> None:
@@ -188,7 +132,7 @@ async def an_instance_id_belongs_to_one_cvm(store: Store) -> None:
         await store.intend_vm(cvm(number))
     await store.vm_attested(VmName("pv-1"), attestation="simulated", vm_instance="aa")
     duplicate = store.vm_attested(VmName("pv-2"), attestation="simulated", vm_instance="aa")
-    await _refuses(DuplicateRecord, duplicate)
+    await refuses(DuplicateRecord, duplicate)
     for name in ("pv-2", "pv-3"):
         await store.vm_attested(VmName(name), attestation="none", vm_instance=None)
 
@@ -199,9 +143,9 @@ async def a_ready_cvm_is_taken_once(store: Store) -> None:
     for number in (1, 2):
         await store.open_claim(job(number))
     await store.vm_assigned(VmName("pv-1"), ClaimId("claim-1"))
-    await _refuses(DuplicateRecord, store.vm_assigned(VmName("pv-1"), ClaimId("claim-2")))
+    await refuses(DuplicateRecord, store.vm_assigned(VmName("pv-1"), ClaimId("claim-2")))
     record = await store.job(ClaimId("claim-1"))
-    _require(record is not None and record.vm == "pv-1", "the job does not know its CVM")
+    require(record is not None and record.vm == "pv-1", "the job does not know its CVM")
 
 
 async def instances_switch_together(store: Store) -> None:
@@ -211,10 +155,10 @@ async def instances_switch_together(store: Store) -> None:
     new = replace(instance(2), state=InstanceState.ACTIVE)
     old = replace(instance(1), state=InstanceState.RECYCLING, superseded_by="key-2")
     await store.switch_instances(new, old)
-    _require(list(await store.instances()) == [old, new], "the switch did not happen")
+    require(list(await store.instances()) == [old, new], "the switch did not happen")
     await store.remove_instance("key-1")
     await store.remove_instance("key-1")
-    _require(list(await store.instances()) == [new], "the instance is still there")
+    require(list(await store.instances()) == [new], "the instance is still there")
 
 
 async def a_values_write_is_applied_once(store: Store) -> None:
@@ -234,8 +178,8 @@ async def a_values_write_is_applied_once(store: Store) -> None:
         )
         replies.append(reply.reply)
     record = await store.value(CHALLENGE, "k")
-    _require(replies == ["v1", "v1", "v2"], f"unexpected {replies}")
-    _require(record is not None and (record.value, record.version) == ("2", 2), f"unexpected {record}")
+    require(replies == ["v1", "v1", "v2"], f"unexpected {replies}")
+    require(record is not None and (record.value, record.version) == ("2", 2), f"unexpected {record}")
 
 
 async def values_belong_to_one_challenge(store: Store) -> None:
@@ -244,13 +188,13 @@ async def values_belong_to_one_challenge(store: Store) -> None:
         await store.change_value(
             CHALLENGE, key, change=lambda _: ("1", "ok"), session_id="s", request_id=key, at=NOW
         )
-    _require([v.key for v in await store.values(CHALLENGE, "a")] == ["a%", "a_", "ab"], "prefix")
-    _require(not await store.values(ChallengeId("other")), "another challenge's values are seen")
+    require([v.key for v in await store.values(CHALLENGE, "a")] == ["a%", "a_", "ab"], "prefix")
+    require(not await store.values(ChallengeId("other")), "another challenge's values are seen")
     reply = await store.change_value(
         CHALLENGE, "b", change=lambda _: (None, "!deletegone"), session_id="s", request_id="d", at=NOW
     )
-    _require(reply.reply == "gone", "the mark is in the reply")
-    _require(await store.value(CHALLENGE, "b") is None, "the value is still there")
+    require(reply.reply == "gone", "the mark is in the reply")
+    require(await store.value(CHALLENGE, "b") is None, "the value is still there")
 
 
 async def a_stage_never_goes_back(store: Store) -> None:
@@ -260,14 +204,14 @@ async def a_stage_never_goes_back(store: Store) -> None:
     await store.advance(claim, Stage.RUNNING, at=NOW, vm=VmName("pv-1"))
     await store.advance(claim, Stage.CREATING, at=NOW, vm=VmName("pv-2"))
     record = await store.job(claim)
-    _require(record is not None and (record.stage, record.vm) == (Stage.RUNNING, "pv-1"), f"went to {record}")
+    require(record is not None and (record.stage, record.vm) == (Stage.RUNNING, "pv-1"), f"went to {record}")
     await store.end_job(claim, outcome=JobOutcome.INFRA_ERROR, reason="why", at=NOW)
     ended = await store.job(claim)
     await store.advance(claim, Stage.RUNNING, at=NOW)
     await store.store_result(claim, JobOutcome.SUCCEEDED, b"late", at=NOW)
     await store.end_job(claim, outcome=JobOutcome.CANCELLED, reason=None, at=NOW + timedelta(hours=1))
-    _require(await store.job(claim) == ended, "an ended job was changed")
-    _require(not await store.outbox(), "an ended job has a result")
+    require(await store.job(claim) == ended, "an ended job was changed")
+    require(not await store.outbox(), "an ended job has a result")
 
 
 async def an_ended_job_stays_ended_when_its_result_is_delivered(store: Store) -> None:
@@ -277,7 +221,7 @@ async def an_ended_job_stays_ended_when_its_result_is_delivered(store: Store) ->
     await store.store_result(claim, JobOutcome.SUCCEEDED, b"x", at=NOW)
     await store.end_job(claim, outcome=JobOutcome.SUCCEEDED, reason=None, at=NOW)
     await store.outbox_delivered(claim, at=NOW)
-    _require(not await store.open_jobs() and not await store.outbox(), "open again, or still to deliver")
+    require(not await store.open_jobs() and not await store.outbox(), "open again, or still to deliver")
 
 
 async def a_cancelled_write_happens_wholly_or_not_at_all(store: Store) -> None:
@@ -292,14 +236,14 @@ async def a_cancelled_write_happens_wholly_or_not_at_all(store: Store) -> None:
         await asyncio.wait({writing})
         record = await store.job(claim)
         listed = claim in {entry.claim_id for entry in await store.outbox()}
-        _require(record is not None and (record.outcome is not None) == listed, f"half a write: {record}")
+        require(record is not None and (record.outcome is not None) == listed, f"half a write: {record}")
 
 
 async def a_cvm_is_not_given_to_an_unknown_claim(store: Store) -> None:
     """Refused wholly: the CVM stays ready."""
     await store.intend_vm(cvm())
-    await _refuses(UnknownRecord, store.vm_assigned(VmName("pv-1"), ClaimId("nobody")))
-    _require(await store.vm(VmName("pv-1")) == cvm(), "it was taken all the same")
+    await refuses(UnknownRecord, store.vm_assigned(VmName("pv-1"), ClaimId("nobody")))
+    require(await store.vm(VmName("pv-1")) == cvm(), "it was taken all the same")
 
 
 async def a_change_that_raises_leaves_nothing(store: Store) -> None:
@@ -309,12 +253,12 @@ async def a_change_that_raises_leaves_nothing(store: Store) -> None:
         raise StoreError("no")
 
     refused = store.change_value(CHALLENGE, "k", change=refuse, session_id="s", request_id="r", at=NOW)
-    await _refuses(StoreError, refused)
+    await refuses(StoreError, refused)
     reply = await store.change_value(
         CHALLENGE, "k", change=lambda _: (None, "read"), session_id="s", request_id="r", at=NOW
     )
-    _require(reply.reply == "read", "the refusal was remembered")
-    _require(await store.value(CHALLENGE, "k") is None, "a value out of a refusal")
+    require(reply.reply == "read", "the refusal was remembered")
+    require(await store.value(CHALLENGE, "k") is None, "a value out of a refusal")
 
 
 async def a_prefix_may_hold_any_character(store: Store) -> None:
@@ -326,9 +270,9 @@ async def a_prefix_may_hold_any_character(store: Store) -> None:
         )
     for prefix in ("", "a", "a%", "a_", "a\0", "é", "😀", "zz"):
         found = [record.key for record in await store.values(CHALLENGE, prefix)]
-        _require(found == sorted(key for key in keys if key.startswith(prefix)), f"{prefix!r}: {found}")
+        require(found == sorted(key for key in keys if key.startswith(prefix)), f"{prefix!r}: {found}")
     limited = [record.key for record in await store.values(CHALLENGE, "a", 2)]
-    _require(limited == ["a", "a\0b"], f"limited: {limited}")
+    require(limited == ["a", "a\0b"], f"limited: {limited}")
 
 
 CASES: tuple[Check, ...] = (
@@ -352,4 +296,5 @@ CASES: tuple[Check, ...] = (
     a_cvm_is_not_given_to_an_unknown_claim,
     a_change_that_raises_leaves_nothing,
     a_prefix_may_hold_any_character,
+    *COMPACTION,
 )

@@ -147,7 +147,13 @@ class MemoryStore:
         """See the port."""
         self._check("compact")
         old = list(self._jobs.values())[: max(len(self._jobs) - keep, 0)]
-        jobs = [job for job in old if job.stage is Stage.DONE and _before(job.ended_at, ended_before)]
+        jobs = [
+            job
+            for job in old
+            if job.stage is Stage.DONE
+            and _before(job.ended_at, ended_before)
+            and job.claim_id not in self._outbox
+        ]
         vms = [
             vm for vm in self._vms.values() if vm.phase is VmPhase.GONE and _before(vm.gone_at, ended_before)
         ]

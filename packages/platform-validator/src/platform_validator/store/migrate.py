@@ -37,36 +37,50 @@ def known_migrations() -> list[Migration]:
     return sorted(found, key=lambda step: step.version)
 
 
-def migrate(connection: sqlite3.Connection, steps: list[Migration]) -> list[str]:
-    """Apply what is missing, each step in one transaction; returns the names of those applied.
+def check_versions(connection: sqlite3.Connection, steps: list[Migration]) -> set[int]:
+    """The versions that were applied. Writes nothing.
 
     Raises:
-        StoreCorrupt: Damaged, from a newer version, or a step was applied with other text.
-        sqlite3.Error: Not a database, or it cannot be written; a step that began is not applied.
+        StoreCorrupt: From a newer version, with a gap, or a step was applied with other text.
     """
-    if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-        raise StoreCorrupt("the database is damaged: restore it from a backup")
-    connection.execute(
-        "CREATE TABLE IF NOT EXISTS migrations"
-        " (version INTEGER PRIMARY KEY, name TEXT NOT NULL, checksum TEXT NOT NULL) STRICT"
-    )
-    applied = {row[0]: row[2] for row in connection.execute("SELECT version, name, checksum FROM migrations")}
+    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if "migrations" not in tables:
+        if tables:
+            raise StoreCorrupt("the database is not a validator's journal: wrong file?")
+        return set()
+    applied = {row[0]: row[1] for row in connection.execute("SELECT version, checksum FROM migrations")}
     newest = steps[-1].version
     if applied and max(applied) > newest:
         raise StoreCorrupt(
             f"the database has version {max(applied)}, this program knows {newest}: install the newer program"
         )
-    done = []
-    for step in steps:
-        if step.version in applied:
-            if applied[step.version] != step.checksum:
-                raise StoreCorrupt(
-                    f"migration {step.name} was applied with another text: wrong program or database"
-                )
-            continue
+    if sorted(applied) != list(range(1, len(applied) + 1)):
+        raise StoreCorrupt("the database lacks a migration: restore it from a backup")
+    for step in steps[: len(applied)]:
+        if applied[step.version] != step.checksum:
+            raise StoreCorrupt(
+                f"migration {step.name} was applied with another text: wrong program or database"
+            )
+    return set(applied)
+
+
+def migrate(connection: sqlite3.Connection, steps: list[Migration]) -> list[str]:
+    """Apply what is missing, each step in one transaction; returns the names of those applied.
+
+    Raises:
+        StoreCorrupt: From a newer version, with a gap, or a step was applied with other text.
+        sqlite3.Error: It cannot be written; a step that began is not applied.
+    """
+    applied = check_versions(connection, steps)
+    if not applied:
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS migrations"
+            " (version INTEGER PRIMARY KEY, name TEXT NOT NULL, checksum TEXT NOT NULL) STRICT"
+        )
+    missing = [step for step in steps if step.version not in applied]
+    for step in missing:
         _apply(connection, step)
-        done.append(step.name)
-    return done
+    return [step.name for step in missing]
 
 
 def _apply(connection: sqlite3.Connection, step: Migration) -> None:

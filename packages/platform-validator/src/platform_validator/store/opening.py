@@ -6,19 +6,23 @@ import os
 import sqlite3
 from pathlib import Path
 
+from platform_validator.store.inspection import inspect
 from platform_validator.store.migrate import known_migrations, migrate
 from platform_validator.store.port import StoreCorrupt, StoreUnavailable
 
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _PRIMARY = 0xFF  # an extended result code carries its primary code in the low byte (sqlite.org/rescode)
 _WAIT_FOR_LOCK = 10.0
+_FULL = 2  # what PRAGMA synchronous answers (sqlite.org/pragma)
 
 
 def open_database(path: Path) -> sqlite3.Connection:
     """Open or create (0600) and migrate; every commit is synced to disk.
 
+    What is there is read first, and not written before it was found to be good.
+
     Raises:
-        StoreCorrupt: Damaged, emptied, without its main file, or from a newer version.
+        StoreCorrupt: Damaged, emptied, without its main file, not a journal, or from a newer version.
         StoreUnavailable: It cannot be opened or written.
     """
     try:
@@ -28,6 +32,8 @@ def open_database(path: Path) -> sqlite3.Connection:
             raise StoreCorrupt(
                 f"{path} is empty, which ours never is: restore it from a backup, or remove it to begin anew"
             )
+        else:
+            inspect(path, known_migrations())
         return _connect(path, journal="WAL")
     except sqlite3.Error as error:
         if is_damage(error):
@@ -67,6 +73,8 @@ def _connect(path: Path, *, journal: str) -> sqlite3.Connection:
         connection.row_factory = sqlite3.Row
         for pragma in (f"journal_mode = {journal}", "synchronous = FULL", "foreign_keys = ON"):
             connection.execute(f"PRAGMA {pragma}").fetchall()
+        if connection.execute("PRAGMA synchronous").fetchone()[0] != _FULL:
+            raise StoreUnavailable(f"{path}: this SQLite does not sync each commit")
         migrate(connection, known_migrations())
     except BaseException:
         connection.close()

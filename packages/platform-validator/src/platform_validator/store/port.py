@@ -124,8 +124,9 @@ class Store(Protocol):
     async def compact(self, *, ended_before: datetime, keep: int) -> int:
         """Forget what has ended, in batches; returns how many rows of jobs and CVMs went.
 
-        Jobs that ended before that moment, but for the newest `keep` claims; CVMs gone before it, with the
-        replies kept for their sessions. Never anything open, and never a value.
+        Jobs that ended before that moment, but for the newest `keep` claims and those whose result is still
+        to be delivered; CVMs gone before it, with the replies kept for their sessions. Never anything open,
+        and never a value.
         """
 
     # Outbox

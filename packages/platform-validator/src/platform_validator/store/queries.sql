@@ -44,11 +44,14 @@ SELECT * FROM jobs_journal WHERE stage <> 'done' ORDER BY position;
 -- name: jobs_recent
 SELECT * FROM jobs_journal ORDER BY position DESC LIMIT :limit;
 
+-- name: jobs_newest_to_go
+SELECT position FROM jobs_journal ORDER BY position DESC LIMIT 1 OFFSET :keep;
+
 -- name: jobs_compact
 DELETE FROM jobs_journal WHERE position IN (
-    SELECT position FROM jobs_journal
-    WHERE stage = 'done' AND ended_at < :before
-      AND position <= (SELECT COALESCE(MAX(position), 0) FROM jobs_journal) - :keep
+    SELECT position FROM jobs_journal AS old
+    WHERE stage = 'done' AND ended_at < :before AND position <= :newest
+      AND NOT EXISTS (SELECT 1 FROM jobs_outbox WHERE jobs_outbox.claim_id = old.claim_id)
     ORDER BY ended_at LIMIT :batch
 );
 

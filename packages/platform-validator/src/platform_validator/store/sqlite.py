@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import re
 import secrets
-import sqlite3
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from datetime import datetime
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
 
 from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
-from platform_validator.store.opening import open_database
-from platform_validator.store.port import DuplicateRecord, StoreCorrupt, StoreUnavailable, UnknownRecord
+from platform_validator.store.port import DuplicateRecord, StoreCorrupt, UnknownRecord
 from platform_validator.store.records import (
     InstanceRecord,
     JobOutcome,
@@ -39,21 +32,18 @@ from platform_validator.store.rows import (
     vm_of,
     vm_row,
 )
+from platform_validator.store.transactions import Transactions
 
-T = TypeVar("T")
 _STAGES, _PHASES = list(Stage), list(VmPhase)
 _DELETE = "!delete"
-_BATCH = 500
+_BATCH = 200
 
 
 class SqliteStore:
-    """Made by `open`. All work happens in its one thread, in the order in which it was asked for."""
+    """Made by `open`. Each method is one transaction, in the order in which they were called."""
 
-    def __init__(self, connection: sqlite3.Connection, thread: ThreadPoolExecutor) -> None:
-        self._connection = connection
-        self._thread = thread
-        self._queries = _load_queries()
-        self._closed = False
+    def __init__(self, database: Transactions) -> None:
+        self._db = database
 
     @classmethod
     async def open(cls, path: Path) -> SqliteStore:
@@ -63,42 +53,36 @@ class SqliteStore:
             StoreCorrupt: Damaged, or from a newer version.
             StoreUnavailable: It cannot be opened or written.
         """
-        thread = ThreadPoolExecutor(1, thread_name_prefix="store")
-        try:
-            connection = await asyncio.get_running_loop().run_in_executor(thread, open_database, path)
-        except BaseException:
-            thread.shutdown(wait=False)
-            raise
-        return cls(connection, thread)
+        return cls(await Transactions.open(path))
 
     async def close(self) -> None:
         """See the port."""
-        if not self._closed:
-            self._closed = True
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._connection.close)
-            self._thread.shutdown()
+        await self._db.close()
 
     async def identity(self) -> StateIdentity:
         """See the port."""
 
         def work() -> StateIdentity:
-            row = self._one("meta_get", key="state_id")
+            row = self._db.one("meta_get", key="state_id")
             if row is None:
-                self._run("meta_put", key="state_id", value=secrets.token_hex(5))
-                self._run("meta_put", key="instance", value=str(uuid.uuid4()))
-            state_id, instance = self._one("meta_get", key="state_id"), self._one("meta_get", key="instance")
+                self._db.run("meta_put", key="state_id", value=secrets.token_hex(5))
+                self._db.run("meta_put", key="instance", value=str(uuid.uuid4()))
+            state_id, instance = (
+                self._db.one("meta_get", key="state_id"),
+                self._db.one("meta_get", key="instance"),
+            )
             if state_id is None or instance is None:
                 raise StoreCorrupt("the database has no identity: restore it from a backup")
             return StateIdentity(state_id[0], instance[0])
 
-        return await self._do(work)
+        return await self._db.do(work)
 
     # Jobs
 
     async def open_claim(self, record: JobRecord) -> None:
         """See the port."""
-        await self._do(
-            lambda: self._run(
+        await self._db.do(
+            lambda: self._db.run(
                 "job_insert",
                 claim_id=record.claim_id,
                 job_id=record.job_id,
@@ -113,8 +97,8 @@ class SqliteStore:
         self, claim_id: ClaimId, *, granted: bytes, attempt: int, token: LeaseToken, at: datetime
     ) -> None:
         """See the port."""
-        await self._do(
-            lambda: self._known(
+        await self._db.do(
+            lambda: self._db.known(
                 "job_granted", claim_id=claim_id, granted=granted, attempt=attempt, token=token, at=stamp(at)
             )
         )
@@ -132,13 +116,13 @@ class SqliteStore:
         del at
 
         def work() -> None:
-            row = self._one("job_one", claim_id=claim_id)
+            row = self._db.one("job_one", claim_id=claim_id)
             if row is None:
                 raise UnknownRecord(f"no claim {claim_id}")
             if _STAGES.index(stage) >= _STAGES.index(Stage(row["stage"])):
-                self._run("job_advance", claim_id=claim_id, stage=stage.value, vm=vm, kit=kit)
+                self._db.run("job_advance", claim_id=claim_id, stage=stage.value, vm=vm, kit=kit)
 
-        await self._do(work)
+        await self._db.do(work)
 
     async def store_result(
         self, claim_id: ClaimId, outcome: JobOutcome, body: bytes, *, at: datetime
@@ -146,47 +130,49 @@ class SqliteStore:
         """See the port."""
 
         def work() -> None:
-            if self._one("job_one", claim_id=claim_id) is None:
+            if self._db.one("job_one", claim_id=claim_id) is None:
                 raise UnknownRecord(f"no claim {claim_id}")
-            if self._run("job_result", claim_id=claim_id, outcome=outcome.value):
-                self._run("outbox_insert", claim_id=claim_id, body=body, at=stamp(at))
+            if self._db.run("job_result", claim_id=claim_id, outcome=outcome.value):
+                self._db.run("outbox_insert", claim_id=claim_id, body=body, at=stamp(at))
 
-        await self._do(work)
+        await self._db.do(work)
 
     async def end_job(
         self, claim_id: ClaimId, *, outcome: JobOutcome, reason: str | None, at: datetime
     ) -> None:
         """See the port."""
-        await self._do(
-            lambda: self._known(
+        await self._db.do(
+            lambda: self._db.known(
                 "job_end", claim_id=claim_id, outcome=outcome.value, reason=reason, at=stamp(at)
             )
         )
 
     async def job(self, claim_id: ClaimId) -> JobRecord | None:
         """See the port."""
-        row = await self._do(lambda: self._one("job_one", claim_id=claim_id))
+        row = await self._db.do(lambda: self._db.one("job_one", claim_id=claim_id))
         return None if row is None else job_of(row)
 
     async def open_jobs(self) -> Sequence[JobRecord]:
         """See the port."""
-        return [job_of(row) for row in await self._do(lambda: self._all("jobs_open"))]
+        return [job_of(row) for row in await self._db.do(lambda: self._db.all("jobs_open"))]
 
     async def recent_jobs(self, limit: int) -> Sequence[JobRecord]:
         """See the port."""
-        return [job_of(row) for row in await self._do(lambda: self._all("jobs_recent", limit=limit))]
+        return [job_of(row) for row in await self._db.do(lambda: self._db.all("jobs_recent", limit=limit))]
 
     async def compact(self, *, ended_before: datetime, keep: int) -> int:
         """See the port."""
         before, removed = stamp(ended_before), 0
+        last = await self._db.do(lambda: self._db.one("jobs_newest_to_go", keep=keep))
+        newest = 0 if last is None else last[0]
 
         def work() -> int:
-            gone = self._run("jobs_compact", before=before, keep=keep, batch=_BATCH)
-            self._run("replies_compact", before=before, batch=_BATCH)
-            return gone + self._run("vms_compact", before=before, batch=_BATCH)
+            gone = self._db.run("jobs_compact", before=before, newest=newest, batch=_BATCH)
+            self._db.run("replies_compact", before=before, batch=_BATCH)
+            return gone + self._db.run("vms_compact", before=before, batch=_BATCH)
 
         # One transaction a batch: jobs that write meanwhile wait for one at most.
-        while batch := await self._do(work):
+        while batch := await self._db.do(work):
             removed += batch
         return removed
 
@@ -194,40 +180,40 @@ class SqliteStore:
 
     async def outbox(self) -> Sequence[OutboxRecord]:
         """See the port."""
-        return [outbox_of(row) for row in await self._do(lambda: self._all("outbox_all"))]
+        return [outbox_of(row) for row in await self._db.do(lambda: self._db.all("outbox_all"))]
 
     async def outbox_tried(self, claim_id: ClaimId, error: str) -> None:
         """See the port."""
-        await self._do(lambda: self._run("outbox_tried", claim_id=claim_id, error=error[:1000]))
+        await self._db.do(lambda: self._db.run("outbox_tried", claim_id=claim_id, error=error[:1000]))
 
     async def outbox_delivered(self, claim_id: ClaimId, *, at: datetime) -> None:
         """See the port."""
 
         def work() -> None:
-            if self._run("outbox_delete", claim_id=claim_id):
-                self._run("job_submitted", claim_id=claim_id, at=stamp(at))
+            if self._db.run("outbox_delete", claim_id=claim_id):
+                self._db.run("job_submitted", claim_id=claim_id, at=stamp(at))
 
-        await self._do(work)
+        await self._db.do(work)
 
     async def outbox_refused(self, claim_id: ClaimId, code: str, *, at: datetime) -> None:
         """See the port."""
         outcome = JobOutcome.CANCELLED if code == "job_cancelled" else JobOutcome.LEASE_LOST
 
         def work() -> None:
-            if self._run("outbox_delete", claim_id=claim_id):
-                self._run("job_refused", claim_id=claim_id, outcome=outcome.value, code=code, at=stamp(at))
+            if self._db.run("outbox_delete", claim_id=claim_id):
+                self._db.run("job_refused", claim_id=claim_id, outcome=outcome.value, code=code, at=stamp(at))
 
-        await self._do(work)
+        await self._db.do(work)
 
     # CVMs
 
     async def intend_vm(self, record: VmRecord) -> None:
         """See the port."""
-        await self._do(lambda: self._run("vm_insert", **vm_row(record)))
+        await self._db.do(lambda: self._db.run("vm_insert", **vm_row(record)))
 
     async def vm_created(self, name: VmName, vm_id: VmId) -> None:
         """See the port."""
-        await self._do(lambda: self._known("vm_created", name=name, vm_id=vm_id))
+        await self._db.do(lambda: self._db.known("vm_created", name=name, vm_id=vm_id))
 
     async def vm_phase(
         self, name: VmName, phase: VmPhase, *, at: datetime, reason: str | None = None
@@ -235,48 +221,48 @@ class SqliteStore:
         """See the port."""
 
         def work() -> None:
-            row = self._one("vm_one", name=name)
+            row = self._db.one("vm_one", name=name)
             if row is None:
                 raise UnknownRecord(f"no CVM {name}")
             if _PHASES.index(phase) > _PHASES.index(VmPhase(row["phase"])):
-                self._run("vm_phase", name=name, phase=phase.value, reason=reason, at=stamp(at))
+                self._db.run("vm_phase", name=name, phase=phase.value, reason=reason, at=stamp(at))
 
-        await self._do(work)
+        await self._db.do(work)
 
     async def vm_attested(self, name: VmName, *, attestation: str, vm_instance: str | None) -> None:
         """See the port."""
-        await self._do(
-            lambda: self._known("vm_attested", name=name, attestation=attestation, vm_instance=vm_instance)
+        await self._db.do(
+            lambda: self._db.known("vm_attested", name=name, attestation=attestation, vm_instance=vm_instance)
         )
 
     async def vm_assigned(self, name: VmName, claim_id: ClaimId) -> None:
         """See the port."""
 
         def work() -> None:
-            row = self._one("vm_one", name=name)
+            row = self._db.one("vm_one", name=name)
             if row is None:
                 raise UnknownRecord(f"no CVM {name}")
             if row["claim_id"] is not None:
                 raise DuplicateRecord(f"CVM {name} was taken by {row['claim_id']}")
-            self._run("vm_assigned", name=name, claim_id=claim_id)
-            self._known("job_vm", claim_id=claim_id, vm=name)
+            self._db.run("vm_assigned", name=name, claim_id=claim_id)
+            self._db.known("job_vm", claim_id=claim_id, vm=name)
 
-        await self._do(work)
+        await self._db.do(work)
 
     async def vm(self, name: VmName) -> VmRecord | None:
         """See the port."""
-        row = await self._do(lambda: self._one("vm_one", name=name))
+        row = await self._db.do(lambda: self._db.one("vm_one", name=name))
         return None if row is None else vm_of(row)
 
     async def open_vms(self) -> Sequence[VmRecord]:
         """See the port."""
-        return [vm_of(row) for row in await self._do(lambda: self._all("vms_open"))]
+        return [vm_of(row) for row in await self._db.do(lambda: self._db.all("vms_open"))]
 
     # Challenges
 
     async def put_instance(self, record: InstanceRecord) -> None:
         """See the port."""
-        await self._do(lambda: self._run("instance_put", **instance_row(record)))
+        await self._db.do(lambda: self._db.run("instance_put", **instance_row(record)))
 
     async def switch_instances(self, new: InstanceRecord, old: InstanceRecord | None) -> None:
         """See the port."""
@@ -284,17 +270,17 @@ class SqliteStore:
         def work() -> None:
             for record in (new, old):
                 if record is not None:
-                    self._run("instance_put", **instance_row(record))
+                    self._db.run("instance_put", **instance_row(record))
 
-        await self._do(work)
+        await self._db.do(work)
 
     async def instances(self) -> Sequence[InstanceRecord]:
         """See the port."""
-        return [instance_of(row) for row in await self._do(lambda: self._all("instances_all"))]
+        return [instance_of(row) for row in await self._db.do(lambda: self._db.all("instances_all"))]
 
     async def remove_instance(self, key: str) -> None:
         """See the port."""
-        await self._do(lambda: self._run("instance_delete", key=key))
+        await self._db.do(lambda: self._db.run("instance_delete", key=key))
 
     # Values
 
@@ -302,14 +288,14 @@ class SqliteStore:
         self, challenge_id: ChallengeId, prefix: str = "", limit: int = 1000
     ) -> Sequence[ValueRecord]:
         """See the port."""
-        rows = await self._do(
-            lambda: self._all("values_prefixed", challenge_id=challenge_id, prefix=prefix, limit=limit)
+        rows = await self._db.do(
+            lambda: self._db.all("values_prefixed", challenge_id=challenge_id, prefix=prefix, limit=limit)
         )
         return [value_of(row) for row in rows]
 
     async def value(self, challenge_id: ChallengeId, key: str) -> ValueRecord | None:
         """See the port."""
-        row = await self._do(lambda: self._one("value_one", challenge_id=challenge_id, key=key))
+        row = await self._db.do(lambda: self._db.one("value_one", challenge_id=challenge_id, key=key))
         return None if row is None else value_of(row)
 
     async def change_value(
@@ -325,18 +311,18 @@ class SqliteStore:
         """See the port."""
 
         def work() -> ValueReply:
-            earlier = self._one("reply_one", session_id=session_id, request_id=request_id)
+            earlier = self._db.one("reply_one", session_id=session_id, request_id=request_id)
             if earlier is not None:
                 return ValueReply(session_id, request_id, earlier["reply"])
-            row = self._one("value_one", challenge_id=challenge_id, key=key)
+            row = self._db.one("value_one", challenge_id=challenge_id, key=key)
             present = None if row is None else value_of(row)
             value, reply = change(present)
             if reply.startswith(_DELETE):
                 reply = reply.removeprefix(_DELETE)
-                self._run("value_delete", challenge_id=challenge_id, key=key)
+                self._db.run("value_delete", challenge_id=challenge_id, key=key)
             elif value is not None:
                 version = 1 if present is None else present.version + 1
-                self._run(
+                self._db.run(
                     "value_put",
                     challenge_id=challenge_id,
                     key=key,
@@ -344,52 +330,7 @@ class SqliteStore:
                     version=version,
                     at=stamp(at),
                 )
-            self._run("reply_put", session_id=session_id, request_id=request_id, reply=reply)
+            self._db.run("reply_put", session_id=session_id, request_id=request_id, reply=reply)
             return ValueReply(session_id, request_id, reply)
 
-        return await self._do(work)
-
-    # The one thread
-
-    async def _do(self, work: Callable[[], T]) -> T:
-        """Run `work` as one transaction in the store's thread; shielded: done wholly, or not begun."""
-        if self._closed:
-            raise StoreUnavailable("the store is closed")
-        running = asyncio.get_running_loop().run_in_executor(self._thread, self._transaction, work)
-        return await asyncio.shield(running)
-
-    def _transaction(self, work: Callable[[], T]) -> T:
-        try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            found = work()
-            self._connection.execute("COMMIT")
-        except BaseException as error:
-            # SQLite itself rolls back when the disk is full (sqlite.org/lang_transaction).
-            if self._connection.in_transaction:
-                self._connection.rollback()
-            if isinstance(error, sqlite3.IntegrityError):
-                raise DuplicateRecord(str(error)) from error
-            if isinstance(error, sqlite3.Error):
-                raise StoreUnavailable(f"the database cannot be used: {error}") from error
-            raise
-        return found
-
-    def _run(self, name: str, /, **values: Any) -> int:
-        return self._connection.execute(self._queries[name], values).rowcount
-
-    def _known(self, name: str, /, **values: Any) -> None:
-        if not self._run(name, **values):
-            raise UnknownRecord(f"{name}: no record {values.get('claim_id') or values.get('name')}")
-
-    def _one(self, name: str, /, **values: Any) -> sqlite3.Row | None:
-        found: sqlite3.Row | None = self._connection.execute(self._queries[name], values).fetchone()
-        return found
-
-    def _all(self, name: str, /, **values: Any) -> list[sqlite3.Row]:
-        return self._connection.execute(self._queries[name], values).fetchall()
-
-
-def _load_queries() -> Mapping[str, str]:
-    text = files("platform_validator.store").joinpath("queries.sql").read_text(encoding="utf-8")
-    parts = re.split(r"^-- name: (\w+)$", text, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], (query.strip() for query in parts[2::2]), strict=True))
+        return await self._db.do(work)

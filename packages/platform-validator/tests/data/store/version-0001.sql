@@ -15,7 +15,8 @@ CREATE TABLE challenges_instances (
     superseded_by TEXT,
     failures INTEGER NOT NULL DEFAULT 0
 ) STRICT;
-INSERT INTO "challenges_instances" VALUES(1,'key-1','challenge','name','repo','aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','digest','Created','2026-01-02T03:04:05.678901Z',NULL,NULL,NULL,NULL,0);
+INSERT INTO "challenges_instances" VALUES(1,'key-old','challenge','Challenge','https://example.org/challenge','aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','digest-old','Recycling','2026-01-02T03:04:01.678901Z','superseded','cccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc','dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd','key-new',2);
+INSERT INTO "challenges_instances" VALUES(2,'key-new','challenge','Challenge','https://example.org/challenge','aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','digest-new','Active','2026-01-02T03:04:02.678901Z',NULL,NULL,NULL,NULL,0);
 CREATE TABLE cvms_journal (
     position INTEGER PRIMARY KEY,
     name TEXT NOT NULL UNIQUE,
@@ -37,7 +38,8 @@ CREATE TABLE cvms_journal (
     reason TEXT,
     gone_at TEXT
 ) STRICT;
-INSERT INTO "cvms_journal" VALUES(1,'pv-1','ready','challenge','key','{"cpu_cores":1,"memory_mb":512,"disk_mb":1024,"gpu_count":0}','created',X'007365616C6564',X'7B7D',10001,'session-1','2026-01-02T03:04:05.678901Z','2026-01-09T03:04:05.678901Z','id','claim-1','aa','simulated',NULL,NULL);
+INSERT INTO "cvms_journal" VALUES(1,'pv-gone','ready','challenge','key-old','{"cpu_cores":1,"memory_mb":512,"disk_mb":1024,"gpu_count":0}','gone',X'007365616C65642D676F6E65',X'7B7D',10001,'session-gone','2026-01-02T03:04:00.678901Z','2026-01-02T03:04:09.678901Z','id-gone','claim-ended','aa','simulated','drained','2026-01-02T03:04:03.678901Z');
+INSERT INTO "cvms_journal" VALUES(2,'pv-destroying','job','challenge','key-new','{"cpu_cores":1,"memory_mb":512,"disk_mb":1024,"gpu_count":0}','destroying',X'007365616C65642D64657374726F79696E67',X'7B2261223A317D',10002,'session-destroying','2026-01-02T03:04:03.678901Z','2026-01-02T03:04:09.678901Z','id-destroying','claim-submitting','bb','tdx','its job has ended',NULL);
 CREATE TABLE jobs_journal (
     position INTEGER PRIMARY KEY,
     claim_id TEXT NOT NULL UNIQUE,
@@ -56,7 +58,9 @@ CREATE TABLE jobs_journal (
     started_at TEXT,
     ended_at TEXT
 ) STRICT;
-INSERT INTO "jobs_journal" VALUES(1,'claim-1','job-1','challenge','key','{"cpu_cores":1,"memory_mb":512,"disk_mb":1024,"gpu_count":0}','submitting','2026-01-02T03:04:05.678901Z',X'7B2261223A317D',3,'t','pv-1','succeeded',NULL,'2026-01-02T03:04:05.678901Z',NULL);
+INSERT INTO "jobs_journal" VALUES(1,'claim-ended','job-ended','challenge','key-old','{"cpu_cores":1,"memory_mb":512,"disk_mb":1024,"gpu_count":0}','done','2026-01-02T03:04:00.678901Z',X'7B22617474656D7074223A317D',1,'token-ended','pv-gone','lease_lost','lease_lost','2026-01-02T03:04:01.678901Z','2026-01-02T03:04:02.678901Z');
+INSERT INTO "jobs_journal" VALUES(2,'claim-submitting','job-submitting','challenge','key-new','{"cpu_cores":1,"memory_mb":512,"disk_mb":1024,"gpu_count":0}','submitting','2026-01-02T03:04:03.678901Z',X'7B22617474656D7074223A337DFF00',3,'token-submitting','pv-destroying','succeeded',NULL,'2026-01-02T03:04:04.678901Z',NULL);
+INSERT INTO "jobs_journal" VALUES(3,'claim-pending','job-pending','challenge','key-new','{"cpu_cores":1,"memory_mb":512,"disk_mb":1024,"gpu_count":0}','pending','2026-01-02T03:04:05.678901Z',NULL,NULL,NULL,NULL,NULL,NULL,NULL,NULL);
 CREATE TABLE jobs_outbox (
     position INTEGER PRIMARY KEY,
     claim_id TEXT NOT NULL UNIQUE REFERENCES jobs_journal (claim_id),
@@ -66,7 +70,7 @@ CREATE TABLE jobs_outbox (
     tries INTEGER NOT NULL DEFAULT 0,
     last_error TEXT
 ) STRICT;
-INSERT INTO "jobs_outbox" VALUES(1,'claim-1','job-1',X'6669727374','2026-01-02T03:04:05.678901Z',0,NULL);
+INSERT INTO "jobs_outbox" VALUES(1,'claim-submitting','job-submitting',X'7B2273636F7265223A317DFF00','2026-01-02T03:04:06.678901Z',7,'no answer');
 CREATE TABLE meta (
     key TEXT PRIMARY KEY,
     value TEXT NOT NULL
@@ -83,14 +87,14 @@ CREATE TABLE values_current (
     updated_at TEXT NOT NULL,
     PRIMARY KEY (challenge_id, key)
 ) STRICT, WITHOUT ROWID;
-INSERT INTO "values_current" VALUES('challenge','k','1',1,'2026-01-02T03:04:05.678901Z');
+INSERT INTO "values_current" VALUES('challenge','ké','[1]',4,'2026-01-02T03:04:07.678901Z');
 CREATE TABLE values_replies (
     session_id TEXT NOT NULL,
     request_id TEXT NOT NULL,
     reply TEXT NOT NULL,
     PRIMARY KEY (session_id, request_id)
 ) STRICT, WITHOUT ROWID;
-INSERT INTO "values_replies" VALUES('s','r','ok');
+INSERT INTO "values_replies" VALUES('session-destroying','r','ok');
 CREATE INDEX jobs_journal_open ON jobs_journal (position) WHERE stage <> 'done';
 CREATE INDEX cvms_journal_open ON cvms_journal (position) WHERE phase <> 'gone';
 COMMIT;
