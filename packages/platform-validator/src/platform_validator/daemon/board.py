@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
@@ -63,6 +64,7 @@ class Board:
         shown: dict[str, Any] = {
             "status": health.status,
             "reasons": health.reasons,
+            "pid": os.getpid(),
             "hotkey": self.settings["validator.hotkey"],
             "platform_api": self.settings["platform.base_api"],
             "vmm": self.settings["dstack.vmm_url"],

@@ -9,6 +9,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from enum import IntEnum
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from platform_validator.web.operators import TokenGuard, operators_app
 from platform_validator.web.server import AddressInUse, WebServer
 
 _VMM_EVERY = 15.0
+_LOCK_PATIENCE = timedelta(seconds=2)
 
 _log = structlog.get_logger(__name__)
 
@@ -75,7 +77,7 @@ def run(settings: Settings, keypair: Keypair, *, reread: Callable[[], Settings] 
     try:
         arm_from_environment(os.environ)
         state.prepare()
-        state.lock()
+        state.lock(patience=_LOCK_PATIENCE)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             daemon = Daemon(settings, keypair, state, systemd=systemd, reread=reread or (lambda: settings))
             return runner.run(daemon.run())

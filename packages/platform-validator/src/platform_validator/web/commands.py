@@ -58,7 +58,7 @@ def command_routes(control: Control) -> list[Route]:
 
     return [
         Route("/api/v1/drain", drain, methods=["POST"]),
-        Route("/api/v1/jobs/{job_id}/cancel", cancel, methods=["POST"]),
+        Route("/api/v1/jobs/{job_id:path}/cancel", cancel, methods=["POST"]),
         Route("/api/v1/reload", reload, methods=["POST"]),
     ]
 
