@@ -2,109 +2,21 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
-import secrets
 import signal
-import socket
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
+from tests.daemon.process import BIN, Daemon, until
 
 from platform_protocol.signing import Keypair
-
-BIN = Path(sys.executable).parent
-
-
-@dataclass
-class Daemon:
-    """A validator's settings, and the processes started with them."""
-
-    folder: Path
-    seed: bytes
-    ports: list[int]
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Everything that it needs, and nothing that answers."""
-        return {
-            "PATH": os.environ["PATH"],
-            "HOME": str(self.folder),
-            "VALIDATOR_HOTKEY": Keypair.from_seed(self.seed).address,
-            "HOTKEY_PASSPHRASE": f"0x{self.seed.hex()}",
-            "PLATFORM_BASE_API": f"http://127.0.0.1:{self.ports[0]}",
-            "DSTACK_VMM_URL": f"http://127.0.0.1:{self.ports[1]}",
-            "DSTACK_VMM_TOKEN": "made-up-vmm-token-0123456789",
-            "VALIDATOR_DB_PATH": str(self.folder / "state" / "validator.db"),
-            "VALIDATOR_HTTP_LISTEN": f"127.0.0.1:{self.ports[2]}",
-            "VALIDATOR_ADMIN_LISTEN": f"127.0.0.1:{self.ports[3]}",
-            "VALIDATOR_BASE_URL": f"http://10.0.2.2:{self.ports[2]}",
-            "RUST_LOG": "debug",
-        }
-
-    @contextmanager
-    def running(self, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-        """The daemon, ended with SIGKILL if the test did not end it."""
-        with (
-            log.open("wb") as out,
-            subprocess.Popen(
-                [str(BIN / "validator")], env=self.environment, stdout=out, stderr=out, cwd=self.folder
-            ) as process,
-        ):
-            try:
-                yield process
-            finally:
-                process.kill()
-
-    def health(self) -> dict[str, Any]:
-        """`/health`, or an empty dict."""
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.ports[2]}/health", timeout=5) as answer:
-                found: dict[str, Any] = json.load(answer)
-        except urllib.error.HTTPError as error:
-            found = json.load(error)
-        except (OSError, http.client.HTTPException):
-            return {}
-        return found
-
-    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """A validator command with the same settings."""
-        return subprocess.run(
-            [str(BIN / "validator"), *words],
-            env=self.environment,
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=50,
-            check=False,
-        )
 
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Daemon:
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    (tmp_path / "state").mkdir(mode=0o700)
-    return Daemon(tmp_path, secrets.token_bytes(32), ports)
-
-
-def _until(what: str, holds: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"not {what} within {seconds} s"
-        time.sleep(0.05)
+    return Daemon.made(tmp_path)
 
 
 def test_all_wrong_settings_are_told_at_once_with_exit_code_2(tmp_path: Path) -> None:
@@ -139,8 +51,8 @@ def test_all_wrong_settings_are_told_at_once_with_exit_code_2(tmp_path: Path) ->
 def test_unreachable_platform_and_vmm_leave_the_daemon_up_and_degraded_with_reasons(daemon: Daemon) -> None:
     log = daemon.folder / "log"
     with daemon.running(log) as process:
-        _until("degraded", lambda: daemon.health().get("status") == "degraded")
-        _until(
+        until("degraded", lambda: daemon.health().get("status") == "degraded")
+        until(
             "both failing",
             lambda: [daemon.health()["components"][n] for n in ("platform_api", "vmm")] == ["fails"] * 2,
         )
@@ -172,7 +84,7 @@ def test_a_platform_api_that_appears_is_found_without_a_restart(daemon: Daemon, 
     )
     assert registered.returncode == 0, registered.stderr
     with daemon.running(daemon.folder / "log"):
-        _until("degraded", lambda: daemon.health().get("components", {}).get("platform_api") == "fails")
+        until("degraded", lambda: daemon.health().get("components", {}).get("platform_api") == "fails")
         command = [str(BIN / "platform-api"), "serve", "--database-url", url]
         listen = [
             "--listen",
@@ -184,8 +96,8 @@ def test_a_platform_api_that_appears_is_found_without_a_restart(daemon: Daemon, 
             [*command, *listen], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as api:
             try:
-                _until("found", lambda: daemon.health().get("components", {}).get("platform_api") == "ok")
-                _until("notified", lambda: daemon.health()["components"]["notifications"] == "ok", 40)
+                until("found", lambda: daemon.health().get("components", {}).get("platform_api") == "ok")
+                until("notified", lambda: daemon.health()["components"]["notifications"] == "ok", 40)
             finally:
                 api.terminate()
 

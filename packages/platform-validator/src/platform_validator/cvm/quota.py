@@ -104,6 +104,7 @@ class Quota:
     def resize(self, limits: Limits) -> None:
         """Other totals; what is over them keeps its share until it is gone."""
         self._limits = limits
+        self._seen = None
 
     def reserve(self, request: Resources, owner: str) -> Reservation | Refusal:
         """Take a share, or the reason why not."""

@@ -1,0 +1,1 @@
+"""The daemon as operators meet it: processes, signals, drains."""

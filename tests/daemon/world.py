@@ -1,0 +1,251 @@
+"""Everything around the engine in memory, on virtual time: outlives the validators that use it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from tests.simulation.virtual import VirtualLoop, Wall
+
+from platform_protocol.ids import ChallengeId, Hotkey, JobId, VmId, VmName
+from platform_protocol.platform_messages import ActiveChallenge, IsolationLevel
+from platform_protocol.resources import Resources
+from platform_protocol.session.v2 import Offer
+from platform_validator.attestation.policy import AttestationPolicy
+from platform_validator.challenges.source import FetchedTree
+from platform_validator.config import Settings, load_settings
+from platform_validator.cvm.connection import Callee, Judge, SessionPace
+from platform_validator.cvm.jobs import GuestResult, JobOrder
+from platform_validator.cvm.memory import MemoryVmm
+from platform_validator.cvm.session import ValuesHandler
+from platform_validator.cvm.sessions import Session
+from platform_validator.daemon.engine import Engine
+from platform_validator.daemon.parts import Outside, make_components
+from platform_validator.jobs.lease import LeaseRules, TaskRenewer
+from platform_validator.keyring import Keyring
+from platform_validator.platform_client.memory import MemoryPlatform
+from platform_validator.store.memory import MemoryStore
+from platform_validator.store.records import StateIdentity
+from platform_validator.telemetry.metrics import Metrics
+
+CHALLENGE = ChallengeId("00000000-0000-4000-8000-0000000000c1")
+TOML = (
+    b'name = "digits"\nversion = "1"\n[cvm]\ncpu_cores = 1\nmemory_mb = 256\ndisk_mb = 512\n'
+    b"[execution]\nready = 0\n"
+)
+HOTKEY = "5H728gLgx4yuCSVEwGCAfLo3RtzTau9F6cTNqNJtrqqjACWq"
+DRAIN = timedelta(minutes=15)
+
+
+class VirtualClock:
+    """All clocks are the loop's."""
+
+    def __init__(self) -> None:
+        self._wall = Wall()
+
+    def now(self) -> datetime:
+        return self._wall.now()
+
+    def monotonic(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def boottime(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+class Tree:
+    """Code that is always there."""
+
+    async def fetch(self, repository: str, commit: str) -> FetchedTree:
+        return FetchedTree("b" * 64, Path("/nowhere"), TOML)
+
+    def file_of(self, tree: FetchedTree, path: str) -> bytes:
+        raise NotImplementedError
+
+
+@dataclass
+class Guests:
+    """What the SDK in every CVM does: boots and works when it is let."""
+
+    may_boot: asyncio.Event = field(default_factory=asyncio.Event)
+    may_finish: asyncio.Event = field(default_factory=asyncio.Event)
+    booting: asyncio.Event = field(default_factory=asyncio.Event)
+    running: asyncio.Event = field(default_factory=asyncio.Event)
+    cancelled: list[JobId] = field(default_factory=list)
+
+    def session(
+        self,
+        callee: Callee,
+        *,
+        challenge_id: ChallengeId,
+        env: Mapping[str, str],
+        judge: Judge,
+        values: ValuesHandler,
+        pace: SessionPace | None = None,
+        resume: bool = False,
+    ) -> Session:
+        return GatedSession(self, callee, judge, resume=resume)
+
+
+class GatedSession:
+    """A session that waits for the test."""
+
+    def __init__(self, guests: Guests, callee: Callee, judge: Judge, *, resume: bool) -> None:
+        self._guests = guests
+        self._resume = resume
+        self._callee = callee
+        self._judge = judge
+        self._closed = asyncio.Event()
+
+    async def run(self) -> None:
+        await self._closed.wait()
+
+    async def ready(self) -> None:
+        self._guests.booting.set()
+        await self._guests.may_boot.wait()
+        await self._judge(Offer(2, None, "", "", b"", VmName(self._callee.vm)))
+
+    async def execute(
+        self,
+        order: JobOrder,
+        submission: Path | None,
+        *,
+        on_started: Callable[[bool], None],
+        on_progress: Callable[[float, str], None],
+        on_log: Callable[[str, str], None],
+    ) -> GuestResult:
+        on_started(self._resume)
+        self._guests.running.set()
+        await self._guests.may_finish.wait()
+        return GuestResult(
+            job_id=order.job_id,
+            attempt=order.attempt,
+            result={"score": 0.5},
+            error=None,
+            evidence=None,
+            logs=[],
+            execution_time_ms=5,
+            seq=1,
+        )
+
+    async def cancel(self, job_id: JobId, reason: str) -> None:
+        self._guests.cancelled.append(job_id)
+
+    async def confirm(self) -> None:
+        pass
+
+    async def acknowledge(self, result: GuestResult) -> None:
+        pass
+
+    def close(self) -> None:
+        self._closed.set()
+
+
+class StuckVmm(MemoryVmm):
+    """One whose StopVm may never answer."""
+
+    stuck: asyncio.Event | None = None
+
+    async def stop(self, vm_id: VmId) -> None:
+        if self.stuck is not None:
+            await self.stuck.wait()
+        await super().stop(vm_id)
+
+
+class World:
+    """A Platform API, a VMM and a disk, which outlive the validators that use them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.clock = VirtualClock()
+        self.guests = Guests()
+        self.guests.may_boot.set()
+        self.platform = MemoryPlatform(term=timedelta(hours=2), now=self.clock.now)
+        self.store = MemoryStore(identity=StateIdentity("0123456789", "instance"))
+        self.vmm = StuckVmm()
+        self.settings: Settings = load_settings(
+            {"VALIDATOR_HOTKEY": HOTKEY, "PLATFORM_BASE_API": "http://nowhere"},
+            flags={"sandbox_config.isolation_level": "Container"},
+            folder=folder,
+        )
+        self._ids = itertools.count(1)
+        self.platform.put_challenge(
+            ActiveChallenge(
+                id=CHALLENGE,
+                name="digits",
+                status="active",
+                github_repo="https://github.com/o/digits",
+                github_commit="a" * 40,
+                resources=Resources(cpu_cores=1, memory_mb=256, disk_mb=512),
+            )
+        )
+
+    async def until_ready(self, vm_id: VmId) -> tuple[str, int]:
+        """The probe: whatever was made is up."""
+        found = await self.vmm.get(vm_id)
+        assert found is not None
+        assert found.address is not None
+        return found.address
+
+    def engine(self, store: MemoryStore | None = None) -> Engine:
+        """A validator's next life."""
+        client, rng, store = self.platform.client(), random.Random(7), store or self.store  # noqa: S311 - jitter
+        metrics = Metrics()
+        outside = Outside(
+            clock=self.clock,
+            client=client,
+            vmm=self.vmm,
+            probe=self,
+            sessions=self.guests.session,
+            source=Tree(),
+            policy=AttestationPolicy(level=IsolationLevel.CONTAINER, allow_simulated=False, checker=None),
+            renewer=TaskRenewer(client=client, clock=self.clock, rules=LeaseRules()),
+            rng=rng,
+            new_id=lambda: f"{next(self._ids):032x}",
+            random_bytes=lambda count: b"s" * count,
+        )
+        parts = make_components(
+            self.settings,
+            outside,
+            validator=Hotkey(HOTKEY),
+            store=store,
+            identity=StateIdentity("0123456789", "instance"),
+            keyring=Keyring(b"k" * 32),
+            metrics=metrics,
+            cache=self.folder,
+        )
+        return Engine(
+            parts=parts,
+            client=client,
+            store=store,
+            clock=self.clock,
+            rng=rng,
+            metrics=metrics,
+            drain_timeout=DRAIN,
+        )
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Virtual time passes until it does."""
+    async with asyncio.timeout(3600):
+        while not holds():
+            await asyncio.sleep(0.05)
+
+
+def play(story: Callable[[World], Coroutine[Any, Any, None]], folder: Path) -> None:
+    """A story on a loop whose time is virtual."""
+
+    async def told() -> None:
+        await story(World(folder))
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(told())
