@@ -200,6 +200,7 @@ class World:
         """A validator's next life."""
         client, rng, store = self.platform.client(), random.Random(7), store or self.store  # noqa: S311 - jitter
         metrics = Metrics()
+        self.renewer = TaskRenewer(client=client, clock=self.clock, rules=LeaseRules())
         outside = Outside(
             clock=self.clock,
             client=client,
@@ -208,7 +209,7 @@ class World:
             sessions=self.guests.session,
             source=Tree(),
             policy=AttestationPolicy(level=IsolationLevel.CONTAINER, allow_simulated=False, checker=None),
-            renewer=TaskRenewer(client=client, clock=self.clock, rules=LeaseRules()),
+            renewer=self.renewer,
             rng=rng,
             new_id=lambda: f"{next(self._ids):032x}",
             random_bytes=lambda count: b"s" * count,
