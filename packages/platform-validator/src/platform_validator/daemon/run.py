@@ -219,11 +219,18 @@ class Daemon:
         operators = operators_app(self._board, self._control)
         host, _ = settings["validator.admin_listen"]
         hosts = frozenset({host, "localhost", "127.0.0.1", "::1"})
-        return [
-            WebServer(guests_app(self._board), settings["validator.http_listen"]),
-            WebServer(TokenGuard(operators, token, hosts), settings["validator.admin_listen"]),
-            WebServer(operators, self._state.prepare_socket()),
-        ]
+        with contextlib.ExitStack() as bound:
+            servers = []
+            for app, where in (
+                (guests_app(self._board), settings["validator.http_listen"]),
+                (TokenGuard(operators, token, hosts), settings["validator.admin_listen"]),
+                (operators, self._state.prepare_socket()),
+            ):
+                server = WebServer(app, where)
+                bound.callback(server.close)
+                servers.append(server)
+            bound.pop_all()
+        return servers
 
 
 def _admin_token(folder: Path) -> str:

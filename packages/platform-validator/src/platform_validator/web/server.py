@@ -55,9 +55,13 @@ class WebServer:
         try:
             await self._server.serve(sockets=[self._socket])
         finally:
-            self._socket.close()
-            if self._path is not None:
-                self._path.unlink(missing_ok=True)
+            self.close()
+
+    def close(self) -> None:
+        """Give the address back; `run` does so by itself."""
+        self._socket.close()
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
     async def stop(self) -> None:
         """Finish what is being answered, then end `run`."""
