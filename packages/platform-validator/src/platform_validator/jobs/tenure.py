@@ -74,10 +74,13 @@ class Tenure:
             return lease_ended(error.code, job.stage)
         except PlatformError as error:
             return blame(error, stage=job.stage, started=False)
-        return await self._with_lease(job, work, term)
+        return job.ending or await self._with_lease(job, work, term)
 
     async def _renewed(self, job: ClaimedJob) -> float:
-        """The term that a first renewal brings; it is waited for as long as an outage is borne."""
+        """The term that a first renewal brings; it is waited for as long as an outage is borne.
+
+        Nothing is waited for once the job was ended.
+        """
         failures = 0
         gives_up_at = self._clock.monotonic() + self.outage_grace.total_seconds()
         while True:
@@ -89,6 +92,8 @@ class Tenure:
                 _log.warning("not_renewed_after_restart", tries=failures, error=str(error))
                 if self._clock.monotonic() >= gives_up_at:
                     raise
+                if job.ending is not None:
+                    return 0.0
                 await self._clock.sleep(_RETRY.wait(failures, self._rng, error.retry_after))
             else:
                 return term.total_seconds()

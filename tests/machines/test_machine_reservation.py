@@ -1,0 +1,348 @@
+"""The fleet's reservations over a VMM that fails, a disk that fills up, and processes that are killed.
+
+The law: what is reserved never exceeds the limits, covers what runs, and all of it comes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, invariant, precondition, rule
+from tests.machines.timed import PROFILE, TimedMachine, finds
+from tests.simulation.bugs import BUGS
+
+from platform_protocol.canonical import sha256_hex
+from platform_protocol.ids import ChallengeId, Hotkey, VmId, VmName
+from platform_protocol.platform_messages import IsolationLevel
+from platform_protocol.resources import Resources
+from platform_protocol.session.messages import ValuesRequest, ValuesResult
+from platform_protocol.session.v2 import Offer
+from platform_validator.attestation.policy import AttestationPolicy
+from platform_validator.cvm.connection import Callee, Judge
+from platform_validator.cvm.errors import BootFailed, CvmError, SessionLost
+from platform_validator.cvm.fleet import Fleet, FleetRules
+from platform_validator.cvm.host_ports import HostPorts
+from platform_validator.cvm.memory import IMAGE, MemoryVmm
+from platform_validator.cvm.plan import CvmPlan
+from platform_validator.cvm.quota import Limits, Quota, Refusal, Reservation, ReservationSpent, add
+from platform_validator.cvm.vmm import VmmAtCapacity, VmmError, VmmRefused, VmmUnavailable, VmState
+from platform_validator.keyring import Keyring
+from platform_validator.store.memory import MemoryStore
+from platform_validator.store.port import StoreUnavailable
+from platform_validator.store.records import Purpose, StateIdentity
+
+LIMITS = Limits(Resources(cpu_cores=4, memory_mb=1024, disk_mb=4096), max_cvms=3)
+KINDS = ("cpu_cores", "memory_mb", "disk_mb")
+COMPOSE = b"{}"
+PORTS = 5
+SETTLED = 400.0
+"""The longest time that a CVM takes to be gone once nothing is in its way."""
+
+_ERRORS: dict[str, VmmError] = {
+    "unanswered": VmmUnavailable("no answer"),
+    "refused": VmmRefused("internal error"),
+    "full": VmmAtCapacity("not enough CIDs"),
+}
+
+
+class Guest:
+    """A session with a guest that is well."""
+
+    def __init__(self, callee: Callee, judge: Judge) -> None:
+        self._name = callee.vm
+        self._judge = judge
+        self._closed = asyncio.Event()
+
+    async def run(self) -> None:
+        """See the port."""
+        await self._closed.wait()
+
+    async def ready(self) -> None:
+        """See the port."""
+        await self._judge(Offer(2, None, "", "", b"", VmName(self._name)))
+
+    async def execute(self, *_: Any, **__: Any) -> Any:
+        """See the port."""
+        raise SessionLost("nobody has it run a job here")
+
+    async def cancel(self, *_: Any) -> None:
+        """See the port."""
+
+    async def confirm(self) -> None:
+        """See the port."""
+
+    async def acknowledge(self, _: Any) -> None:
+        """See the port."""
+
+    def close(self) -> None:
+        """See the port."""
+        self._closed.set()
+
+
+def _session(callee: Callee, *, judge: Judge, **_: Any) -> Guest:
+    return Guest(callee, judge)
+
+
+class NoValues:
+    """Nobody asks for any."""
+
+    async def answer(
+        self, challenge_id: ChallengeId, session_id: str, request: ValuesRequest
+    ) -> ValuesResult:
+        """See the port."""
+        return ValuesResult(request_id=request.request_id)
+
+
+class ReservationMachine(TimedMachine):
+    """CVMs are booted, given up and cancelled while the VMM, the disk and the process fail."""
+
+    @initialize()
+    def begins(self) -> None:
+        """A host without CVMs."""
+        self.vmm = MemoryVmm()
+        self.store = MemoryStore(identity=StateIdentity("0123456789", "instance"))
+        self.full = False
+        self.store.fail = lambda call: self.full and call not in {"open_vms", "vm"}
+        self.boot_ends = "well"
+        self.numbers = itertools.count(1)
+        self.given_back = 0
+        self._open()
+
+    def _open(self) -> None:
+        self.quota = Quota(LIMITS)
+        self.ports = HostPorts(20_000, 20_000 + PORTS - 1)
+        self.fleet = Fleet(
+            vmm=self.vmm,
+            probe=self,
+            store=self.store,
+            keyring=Keyring(b"k" * 32),
+            quota=self.quota,
+            ports=self.ports,
+            policy=AttestationPolicy(level=IsolationLevel.CONTAINER, allow_simulated=False, checker=None),
+            values=NoValues(),
+            clock=self.clock,
+            identity=StateIdentity("0123456789", "instance"),
+            validator=Hotkey("5DD"),
+            rules=FleetRules(
+                level=IsolationLevel.CONTAINER, allow_simulated=False, base_url="http://10.0.2.2:18080"
+            ),
+            sessions=_session,
+            new_id=lambda: f"{next(self.numbers):08d}",
+            random_bytes=bytes,
+        )
+        self.boots: list[asyncio.Task[Any]] = []
+        self.do(self.fleet.restore())
+        self.running = self.start(self.fleet.run())
+        self.let_pass(0)
+
+    async def until_ready(self, vm_id: VmId) -> tuple[str, int]:
+        """The probe: well, never, or failed after a while."""
+        await asyncio.sleep(5)
+        if self.boot_ends == "never":
+            await asyncio.Event().wait()
+        if self.boot_ends == "failed" or await self.vmm.get(vm_id) is None:
+            raise BootFailed("it did not come up")
+        return "127.0.0.1", 20_000
+
+    @rule(
+        cores=st.integers(0, 3),
+        memory=st.sampled_from([1, 256, 512, 1024]),
+        disk=st.sampled_from([1, 1024, 3000]),
+        times=st.integers(1, 3),
+    )
+    def some_are_wanted(self, cores: int, memory: int, disk: int, times: int) -> None:
+        """Several at once; those for which there is room begin to boot."""
+        for _ in range(times):
+            size = Resources(cpu_cores=cores, memory_mb=memory, disk_mb=disk)
+            share = self.quota.reserve(size, owner="machine")
+            if isinstance(share, Refusal):
+                assert share.wanted > share.free
+                continue
+            self.boots.append(self.start(self._boot(size, share)))
+        # A task that is cancelled before its first step never gets what it was given.
+        self.let_pass(0)
+
+    async def _boot(self, size: Resources, share: Reservation) -> None:
+        plan = CvmPlan(
+            challenge_id=ChallengeId("challenge"),
+            instance_key="c@1",
+            commit="c" * 40,
+            image=IMAGE,
+            compose=COMPOSE,
+            compose_hash=sha256_hex(COMPOSE),
+            bundle_sha256="b" * 64,
+            resources=size,
+            timeout=timedelta(minutes=5),
+            env={},
+        )
+        with contextlib.suppress(CvmError, VmmError, StoreUnavailable):
+            await self.fleet.boot(
+                plan, purpose=Purpose.READY, reservation=share, claim_id=None, on_stage=lambda _: None
+            )
+
+    @rule(seconds=st.sampled_from([0.01, 1, 6, 30, 120, 400]))
+    def time_passes(self, seconds: float) -> None:
+        """And whatever is under way goes on."""
+        self.let_pass(seconds)
+
+    @precondition(lambda self: self.fleet.views())
+    @rule(data=st.data(), twice=st.booleans())
+    def one_is_given_up(self, data: st.DataObject, twice: bool) -> None:
+        """At any stage; once, or again while it is on its way out."""
+        name = data.draw(st.sampled_from(sorted(view.name for view in self.fleet.views())))
+        for _ in range(1 + twice):
+            self.fleet.destroy(name, reason="given up")
+
+    @precondition(lambda self: any(not boot.done() for boot in self.boots))
+    @rule(data=st.data())
+    def a_boot_is_cancelled(self, data: st.DataObject) -> None:
+        """Its job was."""
+        under_way = [boot for boot in self.boots if not boot.done()]
+        self.stop(under_way[data.draw(st.integers(0, len(under_way) - 1))])
+
+    @rule(end=st.sampled_from(["well", "well", "failed", "never"]))
+    def boots_end(self, end: str) -> None:
+        """How guests come up from now on."""
+        self.boot_ends = end
+
+    @rule(
+        call=st.sampled_from(["create", "create", "stop", "remove", "list", "get"]),
+        error=st.sampled_from(sorted(_ERRORS)),
+        times=st.integers(1, 4),
+        after=st.booleans(),
+    )
+    def the_vmm_fails(self, call: str, error: str, times: int, after: bool) -> None:
+        """Before its call took effect, or after."""
+        what = _ERRORS[error] if call == "create" else _ERRORS["unanswered"]
+        unsure = isinstance(what, VmmUnavailable) and call in {"create", "stop", "remove"}
+        self.vmm.fail(call, what, times=times, after=after and unsure)
+
+    @rule(at_once=st.booleans())
+    def removal_is_quick_or_slow(self, at_once: bool) -> None:
+        """A dstack whose removals take their time."""
+        self.vmm.removes_at_once = at_once
+        self.vmm.finish_removals()
+
+    @rule(full=st.booleans())
+    def the_disk_changes(self, full: bool) -> None:
+        """Full, or not."""
+        self.full = full
+
+    @rule()
+    def the_process_is_killed(self) -> None:
+        """The next one knows only the journal, and gives up what it finds there."""
+        for task in [*self.boots, self.running]:
+            if not task.done():
+                self.stop(task)
+        self._open()
+        for view in self.fleet.views():
+            self.fleet.destroy(view.name, reason="left by an earlier process")
+
+    @rule()
+    def it_sweeps(self) -> None:
+        """Journal and VMM are compared."""
+        self.do(self.fleet.sweep())
+
+    @invariant()
+    def the_account_is_right(self) -> None:
+        """Within the limits, never below nothing, and never less than what is there."""
+        if self.running.done():
+            self.running.result()
+        view = self.quota.view()
+        assert 0 <= view.cvms <= LIMITS.max_cvms
+        there = {m.spec.name: m.spec.resources for m in self.vmm.machines() if m.state is VmState.RUNNING}
+        real = add(there.values())
+        assert len(there) <= view.cvms, "more CVMs run than are accounted for"
+        for kind in KINDS:
+            used, limit = getattr(view.used, kind), getattr(LIMITS.resources, kind)
+            assert getattr(real, kind) <= used <= limit, f"{kind}: {real} run, {view.used} reserved"
+            assert getattr(view.free, kind) == limit - used
+
+    def teardown(self) -> None:
+        """When all is well again and everything is given up, everything has come back."""
+        try:
+            if hasattr(self, "fleet"):
+                self._settle()
+        finally:
+            super().teardown()
+
+    def _settle(self) -> None:
+        self.full, self.boot_ends = False, "failed"
+        self.vmm.heal()
+        self.vmm.removes_at_once = True
+        self.vmm.finish_removals()
+        for boot in [boot for boot in self.boots if not boot.done()]:
+            self.stop(boot)
+        for view in self.fleet.views():
+            self.fleet.destroy(view.name, reason="the end")
+        self.let_pass(SETTLED)
+        self.the_account_is_right()
+        left = self.quota.view()
+        assert (left.cvms, left.used.cpu_cores, left.used.memory_mb) == (0, 0, 0), "shares were kept"
+        assert self.vmm.machines() == []
+        assert self.do(self.store.open_vms()) == []
+        assert len({self.ports.take() for _ in range(PORTS)}) == PORTS, "a host port was kept"
+
+
+ReservationMachine.TestCase.settings = PROFILE
+TestReservationMachine = ReservationMachine.TestCase
+
+
+def _never_given_back(patch: pytest.MonkeyPatch) -> None:
+    def gone(self: Any, name: VmName) -> None:
+        self._reservations.pop(name, None)
+        self._members.pop(name, None)
+        self._restored.pop(name, None)
+
+    patch.setattr(Fleet, "_gone", gone)
+
+
+def _forgotten_at_a_restart(patch: pytest.MonkeyPatch) -> None:
+    async def restore(self: Any) -> None:
+        await self._store.open_vms()
+
+    patch.setattr(Fleet, "restore", restore)
+
+
+def _given_back_before_it_is_gone(patch: pytest.MonkeyPatch) -> None:
+    original = Fleet.destroy
+
+    def destroy(self: Any, name: VmName, reason: str | None = None) -> None:
+        reservation = self._reservations.pop(name, None)
+        if reservation is not None:
+            self._quota.release(reservation)
+        original(self, name, reason)
+
+    patch.setattr(Fleet, "destroy", destroy)
+
+
+@pytest.mark.parametrize("fault", [_never_given_back, _forgotten_at_a_restart, _given_back_before_it_is_gone])
+def test_an_account_with_a_fault_is_caught(
+    fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine finds each fault that is put in."""
+    fault(monkeypatch)
+    finds(ReservationMachine)
+
+
+def test_a_share_that_comes_back_twice_is_caught() -> None:
+    """The machine finds a fleet that releases early and again, over a quota that forgives it."""
+    with BUGS["released-twice"]():
+        finds(ReservationMachine)
+
+
+def test_a_quota_does_not_forgive() -> None:
+    """The second release of a share is a fault that is said, so that no count goes below nothing."""
+    quota = Quota(LIMITS)
+    share = quota.reserve(Resources(cpu_cores=1, memory_mb=1, disk_mb=1), owner="test")
+    assert isinstance(share, Reservation)
+    quota.release(share)
+    with pytest.raises(ReservationSpent):
+        quota.release(share)
