@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -116,6 +117,7 @@ class JobManager:
         self._passed_over = PassedOver()
         self._kept = NOTHING
         self._refused: dict[tuple[ChallengeId, Resources], tuple[Capacity, Resources]] = {}
+        self._counted: Counter[NoCapacity] = Counter()
         self._inherited = Inheritance()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -275,6 +277,9 @@ class JobManager:
             if len(self._slots) >= self._max:
                 break
             self._consider(job, group, source)
+        for reason, jobs in self._counted.items():
+            self._metrics.passed_over(reason, jobs)
+        self._counted.clear()
 
     def _consider(self, job: PendingJob, group: asyncio.TaskGroup, source: str) -> None:
         like = job.challenge_id, job.resources
@@ -301,7 +306,7 @@ class JobManager:
 
     def _pass_over(self, job_id: JobId, answer: Capacity, need: Resources) -> None:
         if answer.refusal is not None:
-            self._metrics.passed_over(answer.refusal)
+            self._counted[answer.refusal] += 1
         if answer.lacks_room:
             self._make_room(need, job_id)
 
