@@ -1,0 +1,521 @@
+"""The whole engine on virtual time, told to end in every phase of a job's life; twins outside."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import itertools
+import random
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.simulation.virtual import VirtualLoop, Wall
+
+from platform_protocol.ids import ChallengeId, Hotkey, JobId, VmId, VmName
+from platform_protocol.platform_messages import ActiveChallenge, IsolationLevel, ReleaseReason
+from platform_protocol.resources import Resources
+from platform_protocol.session.v2 import Offer
+from platform_validator.attestation.policy import AttestationPolicy
+from platform_validator.challenges.source import FetchedTree
+from platform_validator.config import Settings, load_settings
+from platform_validator.cvm.connection import Callee, Judge, SessionPace
+from platform_validator.cvm.jobs import GuestResult, JobOrder
+from platform_validator.cvm.memory import MemoryVmm
+from platform_validator.cvm.session import ValuesHandler
+from platform_validator.cvm.sessions import Session
+from platform_validator.cvm.vmm import VmmUnavailable
+from platform_validator.daemon.engine import Drained, Engine
+from platform_validator.daemon.parts import Outside, make_components
+from platform_validator.jobs.lease import LeaseRules, TaskRenewer
+from platform_validator.keyring import Keyring
+from platform_validator.platform_client.memory import MemoryPlatform
+from platform_validator.store.memory import MemoryStore
+from platform_validator.store.records import StateIdentity
+from platform_validator.telemetry.metrics import Metrics
+
+CHALLENGE = ChallengeId("00000000-0000-4000-8000-0000000000c1")
+TOML = (
+    b'name = "digits"\nversion = "1"\n[cvm]\ncpu_cores = 1\nmemory_mb = 256\ndisk_mb = 512\n'
+    b"[execution]\nready = 0\n"
+)
+HOTKEY = "5H728gLgx4yuCSVEwGCAfLo3RtzTau9F6cTNqNJtrqqjACWq"
+DRAIN = timedelta(minutes=15)
+
+
+class VirtualClock:
+    """All clocks are the loop's."""
+
+    def __init__(self) -> None:
+        self._wall = Wall()
+
+    def now(self) -> datetime:
+        return self._wall.now()
+
+    def monotonic(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def boottime(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+class Tree:
+    """Code that is always there."""
+
+    async def fetch(self, repository: str, commit: str) -> FetchedTree:
+        return FetchedTree("b" * 64, Path("/nowhere"), TOML)
+
+    def file_of(self, tree: FetchedTree, path: str) -> bytes:
+        raise NotImplementedError
+
+
+@dataclass
+class Guests:
+    """What the SDK in every CVM does: boots and works when it is let."""
+
+    may_boot: asyncio.Event = field(default_factory=asyncio.Event)
+    may_finish: asyncio.Event = field(default_factory=asyncio.Event)
+    booting: asyncio.Event = field(default_factory=asyncio.Event)
+    running: asyncio.Event = field(default_factory=asyncio.Event)
+    cancelled: list[JobId] = field(default_factory=list)
+
+    def session(
+        self,
+        callee: Callee,
+        *,
+        challenge_id: ChallengeId,
+        env: Mapping[str, str],
+        judge: Judge,
+        values: ValuesHandler,
+        pace: SessionPace | None = None,
+        resume: bool = False,
+    ) -> Session:
+        return GatedSession(self, callee, judge, resume=resume)
+
+
+class GatedSession:
+    """A session that waits for the test."""
+
+    def __init__(self, guests: Guests, callee: Callee, judge: Judge, *, resume: bool) -> None:
+        self._guests = guests
+        self._resume = resume
+        self._callee = callee
+        self._judge = judge
+        self._closed = asyncio.Event()
+
+    async def run(self) -> None:
+        await self._closed.wait()
+
+    async def ready(self) -> None:
+        self._guests.booting.set()
+        await self._guests.may_boot.wait()
+        await self._judge(Offer(2, None, "", "", b"", VmName(self._callee.vm)))
+
+    async def execute(
+        self,
+        order: JobOrder,
+        submission: Path | None,
+        *,
+        on_started: Callable[[bool], None],
+        on_progress: Callable[[float, str], None],
+        on_log: Callable[[str, str], None],
+    ) -> GuestResult:
+        on_started(self._resume)
+        self._guests.running.set()
+        await self._guests.may_finish.wait()
+        return GuestResult(
+            job_id=order.job_id,
+            attempt=order.attempt,
+            result={"score": 0.5},
+            error=None,
+            evidence=None,
+            logs=[],
+            execution_time_ms=5,
+            seq=1,
+        )
+
+    async def cancel(self, job_id: JobId, reason: str) -> None:
+        self._guests.cancelled.append(job_id)
+
+    async def confirm(self) -> None:
+        pass
+
+    async def acknowledge(self, result: GuestResult) -> None:
+        pass
+
+    def close(self) -> None:
+        self._closed.set()
+
+
+class StuckVmm(MemoryVmm):
+    """One whose StopVm may never answer."""
+
+    stuck: asyncio.Event | None = None
+
+    async def stop(self, vm_id: VmId) -> None:
+        if self.stuck is not None:
+            await self.stuck.wait()
+        await super().stop(vm_id)
+
+
+class World:
+    """A Platform API, a VMM and a disk, which outlive the validators that use them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.clock = VirtualClock()
+        self.guests = Guests()
+        self.guests.may_boot.set()
+        self.platform = MemoryPlatform(term=timedelta(hours=2), now=self.clock.now)
+        self.store = MemoryStore(identity=StateIdentity("0123456789", "instance"))
+        self.vmm = StuckVmm()
+        self.settings: Settings = load_settings(
+            {"VALIDATOR_HOTKEY": HOTKEY, "PLATFORM_BASE_API": "http://nowhere"},
+            flags={"sandbox_config.isolation_level": "Container"},
+            folder=folder,
+        )
+        self._ids = itertools.count(1)
+        self.platform.put_challenge(
+            ActiveChallenge(
+                id=CHALLENGE,
+                name="digits",
+                status="active",
+                github_repo="https://github.com/o/digits",
+                github_commit="a" * 40,
+                resources=Resources(cpu_cores=1, memory_mb=256, disk_mb=512),
+            )
+        )
+
+    async def until_ready(self, vm_id: VmId) -> tuple[str, int]:
+        """The probe: whatever was made is up."""
+        found = await self.vmm.get(vm_id)
+        assert found is not None
+        assert found.address is not None
+        return found.address
+
+    def engine(self, store: MemoryStore | None = None) -> Engine:
+        """A validator's next life."""
+        client, rng, store = self.platform.client(), random.Random(7), store or self.store  # noqa: S311 - jitter
+        metrics = Metrics()
+        outside = Outside(
+            clock=self.clock,
+            client=client,
+            vmm=self.vmm,
+            probe=self,
+            sessions=self.guests.session,
+            source=Tree(),
+            policy=AttestationPolicy(level=IsolationLevel.CONTAINER, allow_simulated=False, checker=None),
+            renewer=TaskRenewer(client=client, clock=self.clock, rules=LeaseRules()),
+            rng=rng,
+            new_id=lambda: f"{next(self._ids):032x}",
+            random_bytes=lambda count: b"s" * count,
+        )
+        parts = make_components(
+            self.settings,
+            outside,
+            validator=Hotkey(HOTKEY),
+            store=store,
+            identity=StateIdentity("0123456789", "instance"),
+            keyring=Keyring(b"k" * 32),
+            metrics=metrics,
+            cache=self.folder,
+        )
+        return Engine(
+            parts=parts,
+            client=client,
+            store=store,
+            clock=self.clock,
+            rng=rng,
+            metrics=metrics,
+            drain_timeout=DRAIN,
+        )
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Virtual time passes until it does."""
+    async with asyncio.timeout(3600):
+        while not holds():
+            await asyncio.sleep(0.05)
+
+
+def play(story: Callable[[World], Coroutine[Any, Any, None]], folder: Path) -> None:
+    """A story on a loop whose time is virtual."""
+
+    async def told() -> None:
+        await story(World(folder))
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(told())
+
+
+def seconds() -> float:
+    """Virtual seconds."""
+    return asyncio.get_running_loop().time()
+
+
+async def begun(world: World, phase: str) -> tuple[Engine, asyncio.Task[Drained], JobId]:
+    """An engine whose one job is `booting` or `running`; the challenge's trial CVM is gone by then."""
+    engine, guests = world.engine(), world.guests
+    running = asyncio.create_task(engine.run())
+    await until(lambda: bool(engine.parts.challenges.active_ids()) and not world.vmm.machines())
+    if phase == "booting":
+        guests.may_boot.clear()
+    guests.booting.clear()
+    job_id = world.platform.add_job(CHALLENGE, timeout_s=7200)
+    await (guests.booting if phase == "booting" else guests.running).wait()
+    return engine, running, job_id
+
+
+def nothing_is_left(world: World, engine: Engine) -> None:
+    """No VM, no share of the quota."""
+    assert world.vmm.machines() == []
+    assert engine.parts.quota.view().cvms == 0
+
+
+@pytest.mark.parametrize("phase", ["booting", "running"])
+def test_a_drain_lets_what_was_claimed_finish(tmp_path: Path, phase: str) -> None:
+    """Robustness 2: SIGTERM while booting and while running; nothing more is claimed meanwhile."""
+
+    async def story(world: World) -> None:
+        engine, running, job_id = await begun(world, phase)
+        engine.drain("signal")
+        late = world.platform.add_job(CHALLENGE)
+        await asyncio.sleep(60)
+        assert not running.done()
+        assert engine.phase == "draining"
+        world.guests.may_boot.set()
+        world.guests.may_finish.set()
+        assert await running == Drained(0, 0)
+        assert world.platform.jobs[job_id].status == "completed"
+        assert world.platform.jobs[late].attempt == 0
+        assert not await world.store.outbox()
+        nothing_is_left(world, engine)
+
+    play(story, tmp_path)
+
+
+def test_a_drain_delivers_what_is_being_submitted(tmp_path: Path) -> None:
+    """Robustness 2: SIGTERM while submitting; the Platform API comes back in time."""
+
+    async def story(world: World) -> None:
+        engine, running, job_id = await begun(world, "running")
+        world.platform.down = True
+        world.guests.may_finish.set()
+        await until(lambda: engine.parts.outbox.depth == 1)
+        engine.drain("signal")
+        await asyncio.sleep(20)
+        assert not running.done()
+        world.platform.down = False
+        assert await running == Drained(0, 0)
+        assert world.platform.jobs[job_id].status == "completed"
+        nothing_is_left(world, engine)
+
+    play(story, tmp_path)
+
+
+def test_a_result_that_a_drain_cannot_deliver_is_kept_for_the_next_start(tmp_path: Path) -> None:
+    """Robustness 2: the Platform API stays away: the end does not wait for it for long."""
+
+    async def story(world: World) -> None:
+        engine, running, job_id = await begun(world, "running")
+        world.platform.down = True
+        world.guests.may_finish.set()
+        await until(lambda: engine.parts.outbox.depth == 1)
+        engine.drain("signal")
+        asked = seconds()
+        assert await running == Drained(1, 0)
+        assert seconds() - asked < 120
+        world.platform.down = False
+        after = world.engine()
+        again = asyncio.create_task(after.run())
+        await until(lambda: world.platform.jobs[job_id].finished)
+        after.drain("signal")
+        assert await again == Drained(0, 0)
+        assert world.platform.jobs[job_id].attempt == 1
+
+    play(story, tmp_path)
+
+
+@pytest.mark.parametrize("phase", ["booting", "running"])
+def test_a_second_signal_cancels_and_gives_back(tmp_path: Path, phase: str) -> None:
+    """Robustness 2: at once, whatever the job does; others may claim it."""
+
+    async def story(world: World) -> None:
+        engine, running, job_id = await begun(world, phase)
+        engine.drain("signal")
+        await asyncio.sleep(5)
+        engine.drain("signal")
+        asked = seconds()
+        assert await running == Drained(0, 0)
+        assert seconds() - asked < 30
+        job = world.platform.jobs[job_id]
+        assert (job.status, job.releases) == ("pending", [ReleaseReason.DRAIN])
+        nothing_is_left(world, engine)
+
+    play(story, tmp_path)
+
+
+def test_the_deadline_gives_back_what_has_not_finished(tmp_path: Path) -> None:
+    """Robustness 2: a job that does not end in time is another validator's."""
+
+    async def story(world: World) -> None:
+        engine, running, job_id = await begun(world, "running")
+        engine.drain("signal")
+        asked = seconds()
+        await running
+        assert seconds() - asked < DRAIN.total_seconds() + 150
+        job = world.platform.jobs[job_id]
+        assert (job.status, job.releases) == ("pending", [ReleaseReason.DRAIN])
+        nothing_is_left(world, engine)
+
+    play(story, tmp_path)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_vm_that_cannot_be_removed_does_not_hold_the_end_up(tmp_path: Path, hangs: bool) -> None:
+    """Robustness 2: the deadline passes with a stuck VM: it is left in the journal, for the next start."""
+
+    async def story(world: World) -> None:
+        engine, running, _ = await begun(world, "running")
+        if hangs:
+            world.vmm.stuck = asyncio.Event()
+        world.vmm.fail("stop", VmmUnavailable("no answer"), times=10_000)
+        engine.drain("signal")
+        asked = seconds()
+        assert await running == Drained(0, 1)
+        [stuck] = [machine.spec.name for machine in world.vmm.machines()]
+        assert DRAIN.total_seconds() <= seconds() - asked <= DRAIN.total_seconds() + 150
+        world.vmm.heal()
+        world.vmm.stuck = None
+        after = world.engine()
+        again = asyncio.create_task(after.run())
+        await until(lambda: stuck not in {machine.spec.name for machine in world.vmm.machines()})
+        after.drain("signal")
+        assert await again == Drained(0, 0)
+        nothing_is_left(world, after)
+
+    play(story, tmp_path)
+
+
+def test_told_to_end_while_the_journal_cannot_be_read(tmp_path: Path) -> None:
+    """Robustness 2: SIGTERM while recovering: it ends, and nothing was begun."""
+
+    async def story(world: World) -> None:
+        world.store.fail = lambda _: True
+        engine = world.engine()
+        running = asyncio.create_task(engine.run())
+        await until(lambda: engine.store_error is not None)
+        engine.drain("signal")
+        asked = seconds()
+        assert await running == Drained(0, 0)
+        assert seconds() - asked < 10
+        assert engine.phase == "starting"
+        assert "claim" not in world.platform.calls
+        assert world.vmm.machines() == []
+
+    play(story, tmp_path)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_told_to_end_before_a_running_job_is_adopted(tmp_path: Path, answers: bool) -> None:
+    """Robustness 2: SIGTERM while recovering: what an earlier run left running is finished, or given back.
+
+    Without the Platform API its lease cannot be renewed, and the deadline ends it.
+    """
+
+    async def story(world: World) -> None:
+        engine, running, job_id = await begun(world, "running")
+        journal = copy.deepcopy(world.store)
+        # As if killed: nothing that the first run still does reaches anybody.
+        world.platform.down = True
+        world.vmm.fail("list", VmmUnavailable("killed"), times=10_000)
+        engine.drain("signal")
+        engine.drain("signal")
+        await running
+        world.vmm.heal()
+        world.platform.down = not answers
+        world.guests.may_finish.set()
+        after = world.engine(journal)
+        after.drain("signal")
+        assert await after.run() == Drained(0, 0)
+        job = world.platform.jobs[job_id]
+        assert job.attempt == 1
+        assert job.status == ("completed" if answers else "claimed")
+        nothing_is_left(world, after)
+
+    play(story, tmp_path)
+
+
+def test_the_operator_cancels_a_job_that_waits_for_its_lease(tmp_path: Path) -> None:
+    """Robustness 17: after a restart, while the Platform API is away."""
+
+    async def story(world: World) -> None:
+        engine, running, job_id = await begun(world, "running")
+        journal = copy.deepcopy(world.store)
+        world.platform.down = True
+        world.vmm.fail("list", VmmUnavailable("killed"), times=10_000)
+        engine.drain("signal")
+        engine.drain("signal")
+        await running
+        world.vmm.heal()
+        after = world.engine(journal)
+        again = asyncio.create_task(after.run())
+        await until(lambda: after.phase == "running" and bool(after.parts.jobs.views()))
+        assert after.cancel_job(job_id)
+        await asyncio.sleep(60)
+        world.platform.down = False
+        await until(lambda: not after.parts.jobs.views())
+        assert world.platform.jobs[job_id].releases == [ReleaseReason.OPERATOR]
+        after.drain("signal")
+        assert await again == Drained(0, 0)
+        [record] = await journal.recent_jobs(10)
+        assert (record.outcome, record.reason) == ("cancelled", "operator")
+        nothing_is_left(world, after)
+
+    play(story, tmp_path)
+
+
+def test_every_loop_turns_while_nothing_answers(tmp_path: Path) -> None:
+    """Robustness 10: hours without the Platform API and the VMM starve no watchdog."""
+
+    async def story(world: World) -> None:
+        world.platform.down = True
+        world.vmm.fail("list", VmmUnavailable("no answer"), times=100_000)
+        engine = world.engine()
+        running = asyncio.create_task(engine.run())
+        for _ in range(4 * 60):
+            await asyncio.sleep(60)
+            assert engine.pulse.silent() == {}
+        engine.drain("signal")
+        assert await running == Drained(0, 0)
+
+    play(story, tmp_path)
+
+
+@pytest.mark.parametrize("loop", ["jobs", "outbox", "challenges"])
+def test_a_loop_that_is_stuck_is_noticed(tmp_path: Path, loop: str) -> None:
+    """Robustness 4: it does not turn, and says so within minutes."""
+
+    async def story(world: World) -> None:
+        engine = world.engine()
+        never = asyncio.Event()
+
+        async def stuck(*_: object, **__: object) -> Any:
+            await never.wait()
+
+        target = {"jobs": "_pass", "outbox": "deliver", "challenges": "_look"}[loop]
+        setattr(getattr(engine.parts, loop), target, stuck)
+        running = asyncio.create_task(engine.run())
+        await until(lambda: engine.pulse.silent() != {})
+        assert list(engine.pulse.silent()) == [loop]
+        assert seconds() < 300
+        engine.drain("signal")
+        await running
+
+    play(story, tmp_path)
