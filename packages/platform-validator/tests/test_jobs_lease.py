@@ -103,14 +103,13 @@ async def test_a_fault_in_a_renewal_is_no_answer_and_not_the_end_of_the_thread()
 
 async def test_the_rules_may_change_while_a_lease_is_kept() -> None:
     """The rules may change while a lease is kept."""
-    rules = LeaseRules()
-    thread = ThreadRenewer(renew=Api(PlatformUnavailable("down")).renew, clock=CLOCK, rules=rules)
+    thread = renewer(Api(PlatformUnavailable("down")))
     lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     async with (
         asyncio.timeout(10),
         thread.keep(JOB, TOKEN, term=0.015, asked_at=CLOCK.boottime(), on_lost=lost.set_result),
     ):
-        rules.outage_grace = timedelta(milliseconds=20)
+        thread.rules = LeaseRules(outage_grace=timedelta(milliseconds=20))
         assert await lost == "outage"
 
 

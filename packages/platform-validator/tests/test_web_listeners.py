@@ -13,6 +13,8 @@ import aiohttp
 import pytest
 from starlette.types import ASGIApp
 
+from platform_protocol.ids import JobId
+from platform_validator.web.control import Cancelling, Draining, Reloaded
 from platform_validator.web.guests import guests_app
 from platform_validator.web.operators import TokenGuard, operators_app
 from platform_validator.web.server import AddressInUse, WebServer
@@ -52,6 +54,19 @@ class Shown:
 
     def challenges(self) -> list[dict[str, Any]]:
         return []
+
+
+class Uncontrolled:
+    """Nothing here asks for anything."""
+
+    def drain(self, reason: str, *, hurry: bool = False) -> Draining:
+        raise NotImplementedError
+
+    async def cancel_job(self, job_id: JobId) -> Cancelling:
+        raise NotImplementedError
+
+    def reload(self) -> Reloaded:
+        raise NotImplementedError
 
 
 @pytest.fixture
@@ -159,7 +174,7 @@ async def test_guests_see_no_operators_api(shown: Shown) -> None:
 )
 async def test_operators_need_a_token_and_our_host(shown: Shown, headers: dict[str, str], code: int) -> None:
     """The Host check is against pages that rebind their name to us."""
-    guard = TokenGuard(operators_app(shown), "t0ken", frozenset({"127.0.0.1"}))
+    guard = TokenGuard(operators_app(shown, Uncontrolled()), "t0ken", frozenset({"127.0.0.1"}))
     async with served(guard) as client, client.get("/api/v1/status", headers=headers) as answer:
         assert answer.status == code
         assert (REASON in await answer.text()) == (code == 200)
@@ -167,7 +182,10 @@ async def test_operators_need_a_token_and_our_host(shown: Shown, headers: dict[s
 
 @pytest.mark.parametrize(("query", "limit"), [("", 100), ("?limit=7", 7), ("?limit=99999999", 10_000)])
 async def test_jobs_are_limited(shown: Shown, query: str, limit: int) -> None:
-    async with served(operators_app(shown)) as client, client.get(f"/api/v1/jobs{query}") as answer:
+    async with (
+        served(operators_app(shown, Uncontrolled())) as client,
+        client.get(f"/api/v1/jobs{query}") as answer,
+    ):
         assert await answer.json() == [{"limit": limit}]
 
 
@@ -175,7 +193,7 @@ async def test_a_unix_socket_is_private_and_goes_with_the_server(shown: Shown, t
     """One that a killed daemon left is replaced."""
     path = tmp_path / "validator.sock"
     path.touch()
-    server = WebServer(operators_app(shown), path)
+    server = WebServer(operators_app(shown, Uncontrolled()), path)
     assert path.stat().st_mode & 0o777 == 0o600
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         group.create_task(server.run())

@@ -37,6 +37,10 @@ POINTS = (
 """Every name, in the order in which a job and then a challenge's update passes them."""
 
 
+class BadCrashpoint(ValueError):
+    """No point of `POINTS`, or no count."""
+
+
 class _Armed:
     hook: Callable[[str], None] | None = None
 
@@ -56,14 +60,16 @@ def arm_from_environment(environment: Mapping[str, str]) -> None:
     """Arm one point as `PLATFORM_VALIDATOR_CRASHPOINT` says; unset, nothing happens.
 
     Raises:
-        ValueError: It names no point of `POINTS`, or no count.
+        BadCrashpoint: It names no point of `POINTS`, or no count.
     """
     asked = environment.get(ENVIRONMENT)
     if not asked:
         return
     name, _, count = asked.partition(":")
     if name not in POINTS or not (count or "1").isdigit():
-        raise ValueError(f"{ENVIRONMENT}: expected one of {', '.join(POINTS)}, with :n or not; got {asked!r}")
+        raise BadCrashpoint(
+            f"{ENVIRONMENT}: expected one of {', '.join(POINTS)}, with :n or not; got {asked!r}"
+        )
     nth, passed = int(count or "1"), Counter[str]()
 
     def strike(passing: str) -> None:

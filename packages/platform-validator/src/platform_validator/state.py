@@ -7,11 +7,14 @@ import hashlib
 import os
 import stat
 import tempfile
+import time
+from datetime import timedelta
 from pathlib import Path
 
 from platform_validator.errors import ValidatorError
 
 _SOCKET_PATH_MAX = 107
+_LOCK_POLL = 0.05
 
 
 class StateLocked(ValidatorError):
@@ -46,8 +49,11 @@ class StateDirectory:
         except OSError as error:
             raise StateUnusable(f"{self.folder} cannot be used: {error.strerror or error}") from error
 
-    def lock(self) -> None:
+    def lock(self, patience: timedelta = timedelta(0)) -> None:
         """Take the exclusive lock.
+
+        Args:
+            patience: How long it is waited for: a command that reads the journal has it for a moment.
 
         Raises:
             StateLocked: Another process has it.
@@ -58,13 +64,18 @@ class StateDirectory:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StateUnusable(f"{path} cannot be made: {error.strerror}") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            raise StateLocked(
-                f"another validator uses {self.folder}: stop it, or set VALIDATOR_DB_PATH"
-            ) from error
+        given_up_at = time.monotonic() + patience.total_seconds()
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() >= given_up_at:
+                    os.close(descriptor)
+                    raise StateLocked(
+                        f"another validator uses {self.folder}: stop it, or set VALIDATOR_DB_PATH"
+                    ) from error
+                time.sleep(_LOCK_POLL)
         self._lock = descriptor
 
     def close(self) -> None:

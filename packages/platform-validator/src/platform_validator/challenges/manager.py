@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 import structlog
 
 from platform_protocol.ids import ChallengeId
+from platform_protocol.resources import Resources
 from platform_validator.challenges.instance import ChallengeView, InstanceRef
 from platform_validator.challenges.parts import RunnerParts
 from platform_validator.challenges.resolve import HostRules
@@ -70,6 +72,7 @@ class ChallengeManager:
         self._yielded_at: int | None = None
         self._last_error: str | None = "not listed yet"
         self.on_active = on_active
+        self.beat: Callable[[], None] = lambda: None
         self._parts = RunnerParts(
             store=store,
             source=source,
@@ -92,11 +95,16 @@ class ChallengeManager:
         """Look at the list now (a push hinted at a change)."""
         self._wake.set()
 
+    def resize(self, limits: Resources) -> None:
+        """Other totals for all CVMs: what Failed for being larger is tried again as for any reason."""
+        self._parts.rules = replace(self._parts.rules, limits=limits)
+
     async def run(self) -> None:
         """Follow the list until cancelled; ready CVMs are handed to destruction at the end."""
         await self._forget()
         async with asyncio.TaskGroup() as group:
             while True:
+                self.beat()
                 listed = await self._look(group)
                 pause = MONITOR_EVERY if listed else RETRY_AFTER
                 with contextlib.suppress(TimeoutError):
@@ -157,6 +165,7 @@ class ChallengeManager:
                     await self._store.remove_instance(record.key)
             except StoreUnavailable as error:
                 _log.error("instances_not_forgotten", error=str(error))
+                self.beat()
                 await self._clock.sleep(RETRY_AFTER.total_seconds())
             else:
                 return

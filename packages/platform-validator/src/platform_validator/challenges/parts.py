@@ -27,9 +27,9 @@ class RoomMaker(Protocol):
         """False while a job waits for the room that a yielding CVM leaves."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RunnerParts:
-    """What every runner shares."""
+    """What every runner shares; `rules` may change while they run."""
 
     store: Store
     source: Source

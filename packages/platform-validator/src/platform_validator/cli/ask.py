@@ -6,6 +6,8 @@ import asyncio
 import http.client
 import json
 import socket
+from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,19 @@ from platform_validator.state import StateDirectory, StateLocked
 from platform_validator.store.sqlite import SqliteStore
 
 _TIMEOUT = 10.0
+_SHOWN = 500
 
 
 class DaemonSilent(ValidatorError):
     """A daemon holds the state directory and does not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the daemon answered: the HTTP status and the JSON."""
+
+    status: int
+    body: Any
 
 
 def ask(settings: Settings, path: str) -> Any:
@@ -31,9 +42,9 @@ def ask(settings: Settings, path: str) -> Any:
         StateUnusable: The state directory cannot be used.
     """
     state = StateDirectory(settings.db_path)
-    answer = _from_daemon(state.socket, path)
-    if answer is not None:
-        return answer[0]
+    reply = exchange(state.socket, "GET", path)
+    if reply is not None and reply.status == HTTPStatus.OK:
+        return reply.body
     if not state.database.exists():
         return _empty(path)
     try:
@@ -46,15 +57,22 @@ def ask(settings: Settings, path: str) -> Any:
         state.close()
 
 
-def _from_daemon(path: Path, what: str) -> tuple[Any] | None:
+def exchange(path: Path, method: str, what: str, body: dict[str, Any] | None = None) -> Reply | None:
+    """One request to the daemon behind that socket; None when nothing answers there."""
     connection = http.client.HTTPConnection("validator", timeout=_TIMEOUT)
     try:
         connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.sock.settimeout(_TIMEOUT)
         connection.sock.connect(str(path))
-        connection.request("GET", f"/api/v1/{what}")
-        return (json.loads(connection.getresponse().read()),)
-    except (OSError, ValueError, http.client.HTTPException):
+        sent = None if body is None else json.dumps(body)
+        connection.request(method, f"/api/v1/{what}", body=sent, headers={"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        text = answer.read().decode(errors="replace")
+        try:
+            return Reply(answer.status, json.loads(text))
+        except ValueError:
+            return Reply(answer.status, {"error": text[:_SHOWN]})
+    except (OSError, http.client.HTTPException):
         return None
     finally:
         connection.close()
@@ -81,6 +99,22 @@ async def _from_journal(database: Path, path: str) -> Any:
         }
     finally:
         await store.close()
+
+
+def left_in(state: StateDirectory) -> dict[str, int]:
+    """What a daemon that has ended left for the next one: `undelivered` results and `cvms_left`.
+
+    Raises:
+        StateLocked: The next one runs already.
+    """
+    if not state.database.exists():
+        return {"undelivered": 0, "cvms_left": 0}
+    state.lock()
+    try:
+        found = asyncio.run(_from_journal(state.database, "status"))
+    finally:
+        state.close()
+    return {"undelivered": found["outbox"], "cvms_left": found["open_cvms"]}
 
 
 def _empty(path: str) -> Any:

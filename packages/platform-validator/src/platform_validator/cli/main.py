@@ -8,12 +8,13 @@ import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
+from urllib.parse import quote
 
 import typer
 from rich.console import Console
 
 from platform_protocol.signing import Keypair
-from platform_validator.cli import ask, show
+from platform_validator.cli import ask, show, tell
 from platform_validator.config import OPTIONS, ConfigFaults, Settings, load_settings
 from platform_validator.errors import ValidatorError
 from platform_validator.keys import find_hotkey
@@ -36,6 +37,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="The configuration file")]
 _CONFIGURATION = 2
 _FAILED = 1
+_NO_DAEMON = 3
+_GRACE = 30.0
 
 
 @app.callback()
@@ -57,7 +60,8 @@ def root(
 @app.command()
 def run(context: typer.Context, *, config: ConfigFile = None) -> None:
     """Run the daemon until SIGTERM."""
-    settings = _settings(config or context.obj)
+    path = config or context.obj
+    settings = _settings(path)
     keypair = _keypair(settings)
     try:
         directives = Directives(settings["validator.log"])
@@ -66,7 +70,10 @@ def run(context: typer.Context, *, config: ConfigFile = None) -> None:
     configure_logging(directives, settings["validator.log_format"])
     from platform_validator.daemon import run as run_daemon  # noqa: PLC0415 - commands start fast without it
 
-    raise typer.Exit(run_daemon(settings, keypair))
+    def reread() -> Settings:
+        return load_settings(dict(os.environ), flag_file=path)
+
+    raise typer.Exit(run_daemon(settings, keypair, reread=reread))
 
 
 @app.command()
@@ -88,6 +95,46 @@ def status(context: typer.Context, *, config: ConfigFile = None, as_json: AsJson
     """What the daemon is doing, and what is wrong."""
     found = _ask(_settings(config or context.obj), "status")
     print(json.dumps(found)) if as_json else show.status(found, Console())
+
+
+@app.command()
+def drain(
+    context: typer.Context,
+    *,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the daemon has ended")] = False,
+    hurry: Annotated[bool, typer.Option("--hurry", help="Cancel what runs and give it back")] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have the daemon claim no more, finish what runs, and end."""
+    settings = _settings(config or context.obj)
+    begun = _tell(settings, "status", None, as_json=as_json) if wait else {}
+    found = _tell(settings, "drain", {"hurry": hurry}, as_json=as_json)
+    if wait:
+        ended = _wait(settings, begun.get("pid"), found["within_s"] + _GRACE, as_json=as_json)
+        found = {"phase": "ended", "seconds": round(ended.seconds, 1), **ended.left}
+    print(json.dumps(found)) if as_json else show.drain(found, Console())
+
+
+@app.command()
+def reload(context: typer.Context, *, config: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Have the daemon read its configuration anew; say what applies now and what waits for a restart."""
+    found = _tell(_settings(config or context.obj), "reload", {}, as_json=as_json)
+    print(json.dumps(found)) if as_json else show.reloaded(found, Console())
+
+
+@jobs_group.command("cancel")
+def cancel_job(
+    context: typer.Context,
+    job_id: Annotated[str, typer.Argument(metavar="ID", help="The job's id")],
+    *,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """End a job that runs here: it is given back, and another validator may claim it."""
+    settings = _settings(config or context.obj)
+    found = _tell(settings, f"jobs/{quote(job_id, safe='')}/cancel", {}, as_json=as_json)
+    print(json.dumps(found) if as_json else f"job {job_id} is being cancelled: validator jobs list")
 
 
 @jobs_group.command("list")
@@ -130,6 +177,7 @@ def show_config(context: typer.Context, *, config: ConfigFile = None, as_json: A
                 "setting": option.key,
                 "value": list(value) if isinstance(value, tuple) else getattr(value, "value", value),
                 "from": origin.where,
+                "reloads": option.reloads,
                 "meaning": option.meaning + (" (read, not in force yet)" if option.later else ""),
             }
         )
@@ -170,6 +218,37 @@ def _ask(settings: Settings, path: str) -> Any:
         return ask.ask(settings, path)
     except ValidatorError as error:
         _fail(str(error))
+
+
+def _tell(settings: Settings, path: str, body: dict[str, Any] | None, *, as_json: bool) -> dict[str, Any]:
+    """Ask the running daemon; without a body only for what it shows."""
+    try:
+        return tell.tell(settings, path, body)
+    except tell.Refused as error:
+        code = _CONFIGURATION if error.reply.body.get("code") == "invalid" else _FAILED
+        _refused(error.reply.body, code, as_json=as_json)
+    except (tell.NoDaemon, ask.DaemonSilent) as error:
+        _refused({"error": str(error), "code": "no_daemon"}, _NO_DAEMON, as_json=as_json)
+    except ValidatorError as error:
+        _fail(str(error))
+
+
+def _wait(settings: Settings, pid: int | None, patience: float, *, as_json: bool) -> tell.Ended:
+    try:
+        return tell.wait_until_ended(
+            settings, pid, lambda line: print(line, file=sys.stderr, flush=True), patience=patience
+        )
+    except ValidatorError as error:
+        _refused({"error": str(error), "code": "not_ended"}, _FAILED, as_json=as_json)
+
+
+def _refused(body: dict[str, Any], code: int, *, as_json: bool) -> NoReturn:
+    if as_json:
+        print(json.dumps(body))
+    print(f"error: {body['error']}", file=sys.stderr)
+    for fault in body.get("faults", []):
+        print(f"error: {fault}", file=sys.stderr)
+    raise typer.Exit(code)
 
 
 def _fail(message: str) -> NoReturn:

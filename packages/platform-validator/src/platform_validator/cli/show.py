@@ -59,6 +59,30 @@ def status(found: dict[str, Any], console: Console) -> None:
         )
 
 
+def drain(found: dict[str, Any], console: Console) -> None:
+    """A drain that was begun, or is over."""
+    if found["phase"] != "ended":
+        how = "cancelling what runs" if found["hurried"] else f"{found['jobs']} jobs run on"
+        minutes = found["within_s"] / 60
+        console.print(f"{found['phase']}: {how}; it ends within {minutes:.0f} min: validator status")
+        return
+    console.print(f"the daemon has ended after {found['seconds']} s")
+    for name, what in (("undelivered", "results wait in the outbox"), ("cvms_left", "CVMs are not gone yet")):
+        if found.get(name):
+            console.print(f"[yellow]{found[name]} {what}[/]: the next start goes on with them")
+
+
+def reloaded(found: dict[str, Any], console: Console) -> None:
+    """What a reload did."""
+    for change in found["applied"]:
+        console.print(escape(f"{change['setting']}: {change['old']} -> {change['new']}"), soft_wrap=True)
+    for change in found["restart"]:
+        line = f"{change['setting']}: {change['new']} needs a restart: {change['reason']}"
+        console.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
+    if not found["applied"] and not found["restart"]:
+        console.print("nothing has changed")
+
+
 def jobs(found: list[dict[str, Any]], console: Console) -> None:
     """Claims, newest first."""
     _table(found, ("job_id", "stage", "outcome", "attempt", "claimed_at", "reason"), console, "no jobs yet")
@@ -89,7 +113,7 @@ def challenges(found: list[dict[str, Any]], console: Console) -> None:
 
 def config(rows: list[dict[str, Any]], console: Console) -> None:
     """Settings with their origins."""
-    _table(rows, ("setting", "value", "from", "meaning"), console, "")
+    _table(rows, ("setting", "value", "from", "reloads", "meaning"), console, "")
 
 
 def _table(rows: list[dict[str, Any]], columns: tuple[str, ...], console: Console, empty: str) -> None:

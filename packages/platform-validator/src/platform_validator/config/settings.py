@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +18,11 @@ REQUIRED = object()
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One setting. `secret`: never shown; `later`: read and checked, and named as not in force yet."""
+    """One setting.
+
+    `secret`: never shown; `later`: read and checked, and named as not in force yet; `reloads`: a reload
+    brings a new value into force, where the others wait for a restart.
+    """
 
     key: str
     parser: Parser
@@ -27,6 +31,7 @@ class Option:
     env: tuple[str, ...] = ()
     secret: bool = False
     later: bool = False
+    reloads: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,14 @@ class Settings:
         names = ("cpu_cores", "memory_mb", "disk_mb", "gpu_count")
         return Resources(**{name: self[f"resource_limits.{name}"] for name in names})
 
+    def taking(self, other: Settings, keys: Iterable[str]) -> Settings:
+        """These settings with some keys as they are in another configuration."""
+        keys = set(keys)
+        return Settings(
+            {**self.values, **{key: other.values[key] for key in keys}},
+            {**self.origins, **{key: other.origins[key] for key in keys}},
+        )
+
     def seconds(self, key: str) -> float:
         """A duration's seconds."""
         duration: timedelta = self[key]
@@ -72,6 +85,11 @@ class Settings:
 
 def _o(key: str, parser: Parser, default: Any, meaning: str, *env: str, **more: bool) -> Option:
     return Option(key, parser, default, meaning, env, **more)
+
+
+def _r(key: str, parser: Parser, default: Any, meaning: str, *env: str) -> Option:
+    """One that reloads."""
+    return Option(key, parser, default, meaning, env, reloads=True)
 
 
 _POSITIVE = parse.whole(1)
@@ -107,7 +125,7 @@ OPTIONS: tuple[Option, ...] = (
         "the operator's API",
         "VALIDATOR_ADMIN_LISTEN",
     ),
-    _o(
+    _r(
         "validator.log",
         parse.text,
         "info",
@@ -115,7 +133,7 @@ OPTIONS: tuple[Option, ...] = (
         "VALIDATOR_LOG",
         "RUST_LOG",
     ),
-    _o("validator.log_format", parse.text, "auto", "auto, json or people", "VALIDATOR_LOG_FORMAT"),
+    _r("validator.log_format", parse.text, "auto", "auto, json or people", "VALIDATOR_LOG_FORMAT"),
     _o("platform.base_api", parse.web_url, REQUIRED, "the Platform API", "PLATFORM_BASE_API"),
     _o(
         "dstack.vmm_url",
@@ -143,18 +161,18 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _o("dstack.port_range", parse.port_range, "10000-19999", "host ports for CVMs"),
     _o("dstack.port_address", parse.text, "127.0.0.1", "the host under which mapped ports are reached"),
-    _o("resource_limits.cpu_cores", _POSITIVE, 4, "CPU cores of all CVMs together", "VALIDATOR_CPU_CORES"),
-    _o(
+    _r("resource_limits.cpu_cores", _POSITIVE, 4, "CPU cores of all CVMs together", "VALIDATOR_CPU_CORES"),
+    _r(
         "resource_limits.memory_mb", _POSITIVE, 2048, "memory of all CVMs together, MB", "VALIDATOR_MEMORY_MB"
     ),
-    _o("resource_limits.disk_mb", _POSITIVE, 10240, "disk of all CVMs together, MB", "VALIDATOR_DISK_MB"),
-    _o("resource_limits.gpu_count", parse.whole(0), 0, "GPUs of all CVMs together", "VALIDATOR_GPU_COUNT"),
-    _o("resource_limits.max_cvms", _POSITIVE, 16, "CVMs at once"),
-    _o("jobs.max_concurrent", _POSITIVE, 4, "active jobs at once", "VALIDATOR_MAX_CONCURRENT_JOBS"),
-    _o("jobs.outage_grace", parse.duration, "1h", "how long work goes on with unanswered renewals"),
-    _o("jobs.stall_limit", parse.duration, "10min", "how long a job's own task may be silent"),
-    _o("jobs.drain_timeout", parse.duration, "15min", "how long a drain may take"),
-    _o("http.metrics", parse.boolean, True, "serve /metrics", "VALIDATOR_METRICS"),
+    _r("resource_limits.disk_mb", _POSITIVE, 10240, "disk of all CVMs together, MB", "VALIDATOR_DISK_MB"),
+    _r("resource_limits.gpu_count", parse.whole(0), 0, "GPUs of all CVMs together", "VALIDATOR_GPU_COUNT"),
+    _r("resource_limits.max_cvms", _POSITIVE, 16, "CVMs at once"),
+    _r("jobs.max_concurrent", _POSITIVE, 4, "active jobs at once", "VALIDATOR_MAX_CONCURRENT_JOBS"),
+    _r("jobs.outage_grace", parse.duration, "1h", "how long work goes on with unanswered renewals"),
+    _r("jobs.stall_limit", parse.duration, "10min", "how long a job's own task may be silent"),
+    _r("jobs.drain_timeout", parse.duration, "15min", "how long a drain may take"),
+    _r("http.metrics", parse.boolean, True, "serve /metrics", "VALIDATOR_METRICS"),
     _o(
         "sources.allow",
         parse.listing(parse.text),

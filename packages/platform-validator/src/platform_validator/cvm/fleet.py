@@ -34,6 +34,7 @@ from platform_validator.store.records import Purpose, StateIdentity, VmPhase, Vm
 __all__ = ["Cvm", "CvmView", "Fleet", "FleetRules"]
 
 SWEEP = timedelta(seconds=60)
+_BEATS_A_SWEEP = 4
 _PORT_TRIES = 5
 _GONE_POLLS, _GONE_POLL = 100, 0.1
 _STARTING = frozenset({"creating", "booting"})
@@ -112,6 +113,7 @@ class Fleet:
         self._reservations: dict[VmName, Reservation] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self.destroyer = Destroyer(vmm=vmm, store=store, clock=clock, on_gone=self._gone)
+        self.beat: Callable[[], None] = lambda: None
         self.strays: tuple[VmName, ...] = ()
         self.last_error: str | None = None
 
@@ -134,7 +136,9 @@ class Fleet:
             self._tasks = tasks
             tasks.create_task(self.destroyer.run())
             while True:
-                await self._clock.sleep(SWEEP.total_seconds())
+                for _ in range(_BEATS_A_SWEEP):
+                    await self._clock.sleep(SWEEP.total_seconds() / _BEATS_A_SWEEP)
+                    self.beat()
                 await self.sweep()
 
     async def boot(

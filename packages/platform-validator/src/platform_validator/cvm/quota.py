@@ -101,6 +101,10 @@ class Quota:
         self._refused: dict[str, int] = {}
         self._seen: QuotaView | None = None
 
+    def resize(self, limits: Limits) -> None:
+        """Other totals; what is over them keeps its share until it is gone."""
+        self._limits = limits
+
     def reserve(self, request: Resources, owner: str) -> Reservation | Refusal:
         """Take a share, or the reason why not."""
         refusal = decide(self._limits, (share.resources for share in self._held.values()), request)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
+from collections.abc import Callable
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -23,7 +25,7 @@ class Board:
     """The Views of a daemon; grows as the startup sequence goes on."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self._settings = settings
+        self.settings = settings
         self._metrics = metrics
         self.phase = "starting"
         self.vmm_error: str | None = "not asked yet"
@@ -31,6 +33,8 @@ class Board:
         self.components: Components | None = None
         self.source: GitSource | None = None
         self.notifications: NotificationLoop | None = None
+        self.journal: Callable[[], str | None] = lambda: None
+        self.silent: Callable[[], dict[str, float]] = dict
         self.extra: dict[str, Any] = {}
 
     def health(self) -> Health:
@@ -41,7 +45,7 @@ class Board:
 
     def metrics(self) -> tuple[bytes, str] | None:
         """See the port."""
-        if not self._settings["http.metrics"]:
+        if not self.settings["http.metrics"]:
             return None
         self._measure()
         return self._metrics.text(), self._metrics.content_type
@@ -60,12 +64,13 @@ class Board:
         shown: dict[str, Any] = {
             "status": health.status,
             "reasons": health.reasons,
-            "hotkey": self._settings["validator.hotkey"],
-            "platform_api": self._settings["platform.base_api"],
-            "vmm": self._settings["dstack.vmm_url"],
+            "pid": os.getpid(),
+            "hotkey": self.settings["validator.hotkey"],
+            "platform_api": self.settings["platform.base_api"],
+            "vmm": self.settings["dstack.vmm_url"],
             "vmm_version": self.vmm_version,
-            "isolation_level": self._settings.level.value,
-            "simulated_attestation": bool(self._settings["attestation.allow_simulated"]),
+            "isolation_level": self.settings.level.value,
+            "simulated_attestation": bool(self.settings["attestation.allow_simulated"]),
             **self.extra,
         }
         parts = self.components
@@ -75,7 +80,7 @@ class Board:
         active = parts.jobs.views()
         shown |= {
             "claiming": parts.jobs.claiming,
-            "slots": {"used": len(active), "total": self._settings["jobs.max_concurrent"]},
+            "slots": {"used": len(active), "total": self.settings["jobs.max_concurrent"]},
             "quota": {
                 kind: {"used": getattr(quota.used, kind), "limit": getattr(quota.limits.resources, kind)}
                 for kind in _KINDS
@@ -91,6 +96,14 @@ class Board:
         if self.notifications is not None:
             shown["notifications"] = plain(self.notifications.view())
         return shown
+
+    def line(self) -> str:
+        """One line for the service manager."""
+        health = self.health()
+        failing = ", ".join(sorted(health.reasons))
+        parts = self.components
+        jobs = len(parts.jobs.views()) if parts is not None else 0
+        return f"{health.status}, {jobs} jobs" + (f": {failing} failing" if failing else "")
 
     async def jobs(self, limit: int) -> list[dict[str, Any]]:
         """See the port."""
@@ -121,7 +134,13 @@ class Board:
             "notifications": push,
             "vmm": self.vmm_error,
             "fleet": None if parts is None else parts.fleet.last_error,
+            "journal": self.journal(),
+            "loops": self._stuck(),
         }
+
+    def _stuck(self) -> str | None:
+        silent = self.silent()
+        return ", ".join(f"{name} has not turned for {age:.0f} s" for name, age in silent.items()) or None
 
     def _measure(self) -> None:
         for name, reason in self._reasons().items():

@@ -19,6 +19,7 @@ from platform_protocol.ids import JobId
 from platform_protocol.notifications import ChallengeUpdated, JobCancelled, NewJob
 from platform_validator.clock import Clock
 from platform_validator.daemon.parts import Components
+from platform_validator.daemon.pulse import Pulse
 from platform_validator.jobs.recovery import Inheritance, recover
 from platform_validator.platform_client.notifications import NotificationLoop
 from platform_validator.platform_client.port import PlatformClient
@@ -31,6 +32,7 @@ _DESTROY_WITHIN = timedelta(seconds=60)
 _DELIVER_WITHIN = timedelta(seconds=30)
 _RELEASE_WITHIN = timedelta(seconds=30)
 _COMPACT_EVERY = timedelta(hours=6)
+_BEAT_EVERY = timedelta(minutes=1)
 _KEPT_FOR = timedelta(days=30)
 _KEPT_JOBS = 10_000
 
@@ -56,8 +58,7 @@ class Engine:
         rng: Jitter.
         metrics: Is told.
         drain_timeout: After that the jobs that still run are cancelled and given back.
-        extra: Further loops to be kept running, by name.
-        beat: Called with a loop's name whenever it turns.
+        extra: Further loops to be kept running, by name; each beats in `pulse` when it turns.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Engine:
         self._clock = clock
         self._metrics = metrics
         self._extra = extra or {}
+        self.pulse = Pulse(clock)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self.drain_timeout = drain_timeout
@@ -87,6 +89,8 @@ class Engine:
         self.notifications = NotificationLoop(
             client=client, listener=self, clock=clock, rng=rng, on_reconnect=metrics.connected
         )
+        parts.fleet.beat, parts.outbox.beat = self.pulse.of("fleet"), self.pulse.of("outbox")
+        parts.challenges.beat, parts.jobs.beat = self.pulse.of("challenges"), self.pulse.of("jobs")
 
     async def run(self) -> Drained:
         """Recover, run the loops until told to drain, drain."""
@@ -95,7 +99,11 @@ class Engine:
             notifying = group.create_task(self._supervise("notifications", self.notifications.run))
             _log.info("step_3_websocket_connecting")
             others = [group.create_task(self._supervise(name, loop)) for name, loop in self._extra.items()]
-            await self._recover()
+            if not await self._recover():
+                # Told to end before the journal could be read: nothing was begun.
+                for task in (notifying, *others):
+                    task.cancel()
+                return Drained(0, 0)
             _log.info("step_4_components_recovered")
             # The fleet runs before anything boots or adopts.
             fleet = group.create_task(self._supervise("fleet", parts.fleet.run))
@@ -110,8 +118,12 @@ class Engine:
                 task.cancel()
         return left
 
-    async def _recover(self) -> None:
-        """Begins anew until the journal can be read and written: a full disk at start is waited out."""
+    async def _recover(self) -> bool:
+        """Begins anew until the journal can be read and written: a full disk at start is waited out.
+
+        Returns:
+            False when it was told to end before that.
+        """
         parts = self.parts
         while True:
             try:
@@ -121,12 +133,14 @@ class Engine:
                 self._metrics.store_failed()
                 self.store_error = str(error)
                 _log.error("not_recovered", error=str(error))
+                if self._stop.is_set():
+                    return False
                 await self._clock.sleep(_STORE_RETRY)
             else:
                 self.store_error = None
                 self._inherit(found)
                 await parts.jobs.forget_submissions()
-                return
+                return True
 
     def _inherit(self, found: Inheritance) -> None:
         for fate, count in found.fates.items():
@@ -144,6 +158,11 @@ class Engine:
             _log.info("drain_asked", reason=reason)
         self.parts.jobs.stop_claiming()
         self._stop.set()
+
+    @property
+    def draining(self) -> bool:
+        """Whether it was told to end."""
+        return self._stop.is_set()
 
     def cancel_job(self, job_id: JobId) -> bool:
         """The operator ends a running job; False when none of that id runs here."""
@@ -192,17 +211,23 @@ class Engine:
 
     async def _supervise(self, name: str, loop: Callable[[], Awaitable[None]]) -> None:
         """Run a loop for ever; one that dies is logged, counted and started again."""
-        while True:
-            try:
-                await loop()
-            except Exception:  # noqa: BLE001 - whatever it was, the others go on
-                _log.exception("loop_died", loop=name)
-            else:
-                if name == "notifications" and self.hotkey_taken:
-                    return
-                _log.error("loop_ended", loop=name)
-            self._metrics.restarted(name)
-            await self._clock.sleep(_RESTART)
+        if name != "notifications":
+            # That one waits for pushes for as long as it takes: the pings of its connection watch it.
+            self.pulse.expect(name)
+        try:
+            while True:
+                try:
+                    await loop()
+                except Exception:  # noqa: BLE001 - whatever it was, the others go on
+                    _log.exception("loop_died", loop=name)
+                else:
+                    if name == "notifications" and self.hotkey_taken:
+                        return
+                    _log.error("loop_ended", loop=name)
+                self._metrics.restarted(name)
+                await self._clock.sleep(_RESTART)
+        finally:
+            self.pulse.forget(name)
 
     async def _keep_house(self) -> None:
         while True:
@@ -214,7 +239,9 @@ class Engine:
             except StoreUnavailable as error:
                 self._metrics.store_failed()
                 _log.warning("journal_not_compacted", error=str(error))
-            await self._clock.sleep(_COMPACT_EVERY.total_seconds())
+            for _ in range(_COMPACT_EVERY // _BEAT_EVERY):
+                self.pulse.beat("housekeeping")
+                await self._clock.sleep(_BEAT_EVERY.total_seconds())
 
     def _enter(self, phase: str) -> None:
         self.phase = phase

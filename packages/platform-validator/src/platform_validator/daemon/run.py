@@ -9,6 +9,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from enum import IntEnum
 from pathlib import Path
 
@@ -17,11 +18,15 @@ import structlog
 from platform_protocol.ids import Hotkey
 from platform_protocol.signing import Keypair
 from platform_validator.config import Settings
-from platform_validator.crashpoint import arm_from_environment
+from platform_validator.crashpoint import BadCrashpoint, arm_from_environment
 from platform_validator.cvm.vmm import VmmError
 from platform_validator.daemon.board import Board
+from platform_validator.daemon.control import ENDS_WITHIN, DaemonControl, Started
 from platform_validator.daemon.engine import Engine
+from platform_validator.daemon.lag import LoopLag
 from platform_validator.daemon.parts import Connections, make_components, make_connections, make_outside
+from platform_validator.daemon.systemd import Systemd
+from platform_validator.daemon.watchdog import Watchdog
 from platform_validator.keyring import Keyring, KeyringBroken
 from platform_validator.state import StateDirectory, StateLocked, StateUnusable
 from platform_validator.store.port import StoreCorrupt, StoreUnavailable
@@ -32,7 +37,7 @@ from platform_validator.web.operators import TokenGuard, operators_app
 from platform_validator.web.server import AddressInUse, WebServer
 
 _VMM_EVERY = 15.0
-_LAG_EVERY = 1.0
+_LOCK_PATIENCE = timedelta(seconds=2)
 
 _log = structlog.get_logger(__name__)
 
@@ -48,39 +53,62 @@ class Exit(IntEnum):
     INTERNAL = 70
 
 
-def run(settings: Settings, keypair: Keypair) -> int:
-    """Run the daemon until it is drained. Returns the exit code."""
+_CODES: tuple[tuple[type[Exception], Exit], ...] = (
+    (StateLocked, Exit.STATE_LOCKED),
+    (StateUnusable, Exit.STATE_UNUSABLE),
+    (StoreCorrupt, Exit.STATE_UNUSABLE),
+    (StoreUnavailable, Exit.STATE_UNUSABLE),
+    (KeyringBroken, Exit.STATE_UNUSABLE),
+    (AddressInUse, Exit.CONFIGURATION),
+    (BadCrashpoint, Exit.CONFIGURATION),
+)
+
+
+def run(settings: Settings, keypair: Keypair, *, reread: Callable[[], Settings] | None = None) -> int:
+    """Run the daemon until it is drained. Returns the exit code.
+
+    Args:
+        settings: The configuration.
+        keypair: The hotkey's.
+        reread: Reads the configuration anew for a reload (raises ConfigFaults); None: it never changes.
+    """
     state = StateDirectory(settings.db_path)
+    systemd = Systemd.from_environment(os.environ, pid=os.getpid())
     try:
         arm_from_environment(os.environ)
         state.prepare()
-        state.lock()
+        state.lock(patience=_LOCK_PATIENCE)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(Daemon(settings, keypair, state).run())
-    except StateLocked as error:
-        return _end(Exit.STATE_LOCKED, error)
-    except (StateUnusable, StoreCorrupt, StoreUnavailable, KeyringBroken) as error:
-        return _end(Exit.STATE_UNUSABLE, error)
-    except AddressInUse as error:
-        return _end(Exit.CONFIGURATION, error)
-    except Exception:  # noqa: BLE001 - the last place that can say why
-        _log.exception("daemon_died")
-        return Exit.INTERNAL
+            daemon = Daemon(settings, keypair, state, systemd=systemd, reread=reread or (lambda: settings))
+            return runner.run(daemon.run())
+    except Exception as error:  # noqa: BLE001 - the last place that can say why
+        return _end(error, systemd)
     finally:
+        systemd.close()
         state.close()
 
 
 class Daemon:
     """One run of the daemon: the engine, with its operating system around it."""
 
-    def __init__(self, settings: Settings, keypair: Keypair, state: StateDirectory) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        keypair: Keypair,
+        state: StateDirectory,
+        *,
+        systemd: Systemd,
+        reread: Callable[[], Settings],
+    ) -> None:
         self._settings = settings
         self._keypair = keypair
         self._state = state
+        self._systemd = systemd
         self._metrics = Metrics()
         self._board = Board(settings, self._metrics)
-        self._engine: Engine | None = None
-        self._asked_to_end: list[str] = []
+        self._control = DaemonControl(settings, reread=reread, board=self._board, systemd=systemd)
+        self._lag = LoopLag(self._metrics.loop_lag)
+        self._vmm_watched: Callable[[], None] = lambda: None
         self._code = Exit.DRAINED
 
     async def run(self) -> int:
@@ -94,8 +122,8 @@ class Daemon:
         # 1. Configuration, state lock (taken before), HTTP listener.
         _log.info("step_1_configuration_loaded", state=str(state.folder), level=settings.level.value)
         store = await SqliteStore.open(state.database)
-        servers = self._servers()
         try:
+            servers = self._servers()
             async with asyncio.TaskGroup() as group:
                 web = [group.create_task(server.run()) for server in servers]
                 try:
@@ -129,7 +157,7 @@ class Daemon:
                 cache=cache,
             )
             # 3. The WebSocket begins to connect, nobody waits for it; 4. components, recovery; 5. the loops.
-            engine = self._engine = Engine(
+            engine = Engine(
                 parts=parts,
                 client=connections.client,
                 store=store,
@@ -137,16 +165,20 @@ class Daemon:
                 rng=outside.rng,
                 metrics=self._metrics,
                 drain_timeout=settings["jobs.drain_timeout"],
-                extra={
-                    "vmm_watch": lambda: self._watch_vmm(connections),
-                    "loop_lag": self._measure_lag,
-                },
+                extra={"vmm_watch": lambda: self._watch_vmm(connections), "loop_lag": self._lag.run},
             )
             engine.on_phase = self._entered
-            self._board.components, self._board.notifications = parts, engine.notifications
-            for reason in self._asked_to_end:
-                engine.drain(reason)
-            await engine.run()
+            self._lag.beat, self._vmm_watched = engine.pulse.of("loop_lag"), engine.pulse.of("vmm_watch")
+            board = self._board
+            board.components, board.notifications = parts, engine.notifications
+            board.journal, board.silent = lambda: engine.store_error or store.trouble.now, engine.pulse.silent
+            self._control.start(Started(engine, store, outside.renewer))
+            watchdog = Watchdog(self._systemd, silent=engine.pulse.silent, status=board.line)
+            feeding = asyncio.create_task(watchdog.run())
+            try:
+                await engine.run()
+            finally:
+                feeding.cancel()
             if engine.hotkey_taken:
                 self._code = Exit.HOTKEY_IN_USE
         finally:
@@ -157,6 +189,10 @@ class Daemon:
         self._board.phase = phase
         if phase == "running":
             _log.info("step_5_ready", guests=self._settings["validator.http_listen"])
+            self._systemd.ready()
+        elif phase == "draining":
+            self._systemd.stopping(self._control.settings["jobs.drain_timeout"] + ENDS_WITHIN)
+        self._systemd.status(self._board.line())
 
     async def _watch_vmm(self, connections: Connections) -> None:
         while True:
@@ -168,30 +204,19 @@ class Daemon:
             if (error is None) != (self._board.vmm_error is None):
                 _log.info("vmm_reachable") if error is None else _log.warning("vmm_unreachable", reason=error)
             self._board.vmm_error = error
+            self._vmm_watched()
             await asyncio.sleep(_VMM_EVERY if error is None else 2.0)
-
-    async def _measure_lag(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            due = loop.time() + _LAG_EVERY
-            await asyncio.sleep(_LAG_EVERY)
-            self._metrics.loop_lag(max(0.0, loop.time() - due))
 
     def _listen_to_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled)
-
-    def _signalled(self) -> None:
-        if self._engine is None:
-            self._asked_to_end.append("signal")
-        else:
-            self._engine.drain("signal")
+            loop.add_signal_handler(number, self._control.signalled)
+        loop.add_signal_handler(signal.SIGHUP, self._control.hung_up)
 
     def _servers(self) -> list[WebServer]:
         settings = self._settings
         token = _admin_token(self._state.folder)
-        operators = operators_app(self._board)
+        operators = operators_app(self._board, self._control)
         host, _ = settings["validator.admin_listen"]
         hosts = frozenset({host, "localhost", "127.0.0.1", "::1"})
         return [
@@ -219,6 +244,21 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return factory
 
 
-def _end(code: Exit, error: Exception) -> int:
-    _log.error("daemon_cannot_run", reason=str(error), code=int(code))
+def _end(error: Exception, systemd: Systemd) -> int:
+    """Say why it ends, and find the code of that."""
+    known = _known(error)
+    if known is None:
+        _log.error("daemon_died", exc_info=error, code=int(Exit.INTERNAL))
+        systemd.status(f"died: {error!r}")
+        return int(Exit.INTERNAL)
+    reason, code = known
+    _log.error("daemon_cannot_run", reason=str(reason), code=int(code))
+    systemd.status(str(reason))
     return int(code)
+
+
+def _known(error: Exception) -> tuple[Exception, Exit] | None:
+    # What is raised while the listeners run comes wrapped in their group; of several the first counts.
+    if isinstance(error, ExceptionGroup):
+        return next(filter(None, map(_known, error.exceptions)), None)
+    return next(((error, code) for kind, code in _CODES if isinstance(error, kind)), None)

@@ -80,7 +80,7 @@ class JobExecutor:
         self._store = store
         self._fleet = fleet
         self._quota = quota
-        self._tenure = tenure
+        self.tenure = tenure
         self._diary = diary
         self.submissions = submissions
         self._giving_back = giving_back
@@ -97,7 +97,7 @@ class JobExecutor:
         structlog.contextvars.bind_contextvars(job_id=job.job_id, attempt=job.claim.attempt)
         self._diary.begin(job)
         try:
-            ending = await self._tenure.run(job, self._steps)
+            ending = await self.tenure.run(job, self._steps)
         except asyncio.CancelledError:
             if not job.stored:
                 await self._finish(job, Ending(JobOutcome.CANCELLED, "drained", ReleaseReason.DRAIN))

@@ -28,12 +28,9 @@ OUTAGE = "outage"
 _RETRY = TABLE[Kind.RENEWAL].pause
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class LeaseRules:
-    """`stall_limit`: how long the job's task may be silent. `outage_grace`: how long no answer is borne.
-
-    Both may be changed while leases are kept: they count from the next look.
-    """
+    """`stall_limit`: how long the job's task may be silent. `outage_grace`: how long no answer is borne."""
 
     stall_limit: timedelta = timedelta(minutes=10)
     outage_grace: timedelta = timedelta(hours=1)
@@ -115,7 +112,9 @@ class HeldLease(Protocol):
 
 
 class Renewer(Protocol):
-    """Keeps leases."""
+    """Keeps leases, under `rules`: new ones count for the leases that are being kept, too."""
+
+    rules: LeaseRules
 
     def keep(
         self,
@@ -143,7 +142,7 @@ class ThreadRenewer:
     ) -> None:
         self._renew = renew
         self._clock = clock
-        self._rules = rules
+        self.rules = rules
 
     @asynccontextmanager
     async def keep(
@@ -171,7 +170,7 @@ class ThreadRenewer:
             return self._renew(job_id, token)
 
         state = LeaseState(term, granted_at=asked_at, asked_at=asked_at)
-        lease = _LeaseThread(ask=ask, tell=tell, state=state, clock=self._clock, rules=self._rules)
+        lease = _LeaseThread(ask=ask, tell=tell, state=state, clock=self._clock, rules=lambda: self.rules)
         lease.start()
         try:
             yield lease
@@ -188,7 +187,7 @@ class _LeaseThread(threading.Thread):
         tell: Callable[[str], None],
         state: LeaseState,
         clock: Clock,
-        rules: LeaseRules,
+        rules: Callable[[], LeaseRules],
     ) -> None:
         super().__init__(name="lease", daemon=True)
         self._ask = ask
@@ -215,7 +214,7 @@ class _LeaseThread(threading.Thread):
     def run(self) -> None:
         while not self._stopped:
             now = self._clock.boottime()
-            step = decide(self._state, fed_at=self._fed_at, now=now, rules=self._rules)
+            step = decide(self._state, fed_at=self._fed_at, now=now, rules=self._rules())
             if isinstance(step, Stop):
                 self._tell(step.reason)
                 return
@@ -247,7 +246,7 @@ class TaskRenewer:
     def __init__(self, *, client: PlatformClient, clock: Clock, rules: LeaseRules) -> None:
         self._client = client
         self._clock = clock
-        self._rules = rules
+        self.rules = rules
 
     @asynccontextmanager
     async def keep(
@@ -279,7 +278,7 @@ class TaskRenewer:
     ) -> None:
         while True:
             now = self._clock.boottime()
-            step = decide(state, fed_at=lease.fed_at, now=now, rules=self._rules)
+            step = decide(state, fed_at=lease.fed_at, now=now, rules=self.rules)
             if isinstance(step, Stop):
                 on_lost(step.reason)
                 return

@@ -157,13 +157,20 @@ class JobManager:
         if job is None or job.stored:
             return False
         self._declined[job_id] = self._clock.monotonic() + DECLINED_FOR.total_seconds()
-        job.stop(Ending(JobOutcome.CANCELLED, "operator", ReleaseReason.OPERATOR, job.stage))
+        ending = Ending(JobOutcome.CANCELLED, "operator", ReleaseReason.OPERATOR, job.stage)
+        job.stop(ending)
+        # One whose lease is not being kept yet finds it when it comes to that.
+        job.ending = job.ending or ending
         return True
 
     def resize(self, max_concurrent: int) -> None:
         """Another number of slots; jobs over it finish."""
         self._max = max_concurrent
         self.wake("local")
+
+    def bear_outages(self, grace: timedelta) -> None:
+        """Another time for which the first renewal after a restart may stay unanswered."""
+        self._executor.tenure.outage_grace = grace
 
     def stop_claiming(self) -> None:
         """Claim no more; what runs goes on."""

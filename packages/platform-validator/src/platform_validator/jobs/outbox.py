@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
@@ -52,6 +53,7 @@ class Outbox:
         self._metrics = metrics
         self._wake = asyncio.Event()
         self._urgent = False
+        self.beat: Callable[[], None] = lambda: None
         self._tries: dict[ClaimId, _Tries] = {}
         self.depth = 0
 
@@ -68,6 +70,7 @@ class Outbox:
                 pause = await self.deliver()
             except StoreUnavailable as error:
                 _log.error("outbox_unreadable", error=str(error))
+            self.beat()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._wake.wait()

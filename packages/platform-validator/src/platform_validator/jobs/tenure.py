@@ -72,10 +72,13 @@ class Tenure:
             return lease_ended(error.code, job.stage)
         except PlatformError as error:
             return blame(error, stage=job.stage, started=False)
-        return await self._with_lease(job, work, term)
+        return job.ending or await self._with_lease(job, work, term)
 
     async def _renewed(self, job: ClaimedJob) -> float:
-        """The term that a first renewal brings; it is waited for as long as an outage is borne."""
+        """The term that a first renewal brings; it is waited for as long as an outage is borne.
+
+        Nothing is waited for once the job was ended.
+        """
         began, failures = self._clock.monotonic(), 0
         while True:
             job.asked_at = self._clock.boottime()
@@ -94,6 +97,8 @@ class Tenure:
                 if isinstance(step, Over):
                     raise
                 _log.warning("not_renewed_after_restart", tries=failures, error=str(error))
+                if job.ending is not None:
+                    return 0.0
                 await self._clock.sleep(step.after)
             else:
                 return term.total_seconds()

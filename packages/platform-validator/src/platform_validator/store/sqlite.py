@@ -44,6 +44,7 @@ class SqliteStore:
 
     def __init__(self, database: Transactions) -> None:
         self._db = database
+        self.trouble = database.trouble
 
     @classmethod
     async def open(cls, path: Path) -> SqliteStore:

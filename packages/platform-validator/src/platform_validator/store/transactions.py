@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from platform_validator.store.opening import open_database
 from platform_validator.store.port import DuplicateRecord, StoreUnavailable, UnknownRecord
+from platform_validator.store.trouble import StoreTrouble
 
 T = TypeVar("T")
 
@@ -26,6 +27,7 @@ class Transactions:
         self._thread = thread
         self._queries = load_queries()
         self._closed = False
+        self.trouble = StoreTrouble()
 
     @classmethod
     async def open(cls, path: Path) -> Transactions:
@@ -58,6 +60,7 @@ class Transactions:
         return await asyncio.shield(running)
 
     def _transaction(self, work: Callable[[], T]) -> T:
+        before = self.connection.total_changes
         try:
             self.connection.execute("BEGIN IMMEDIATE")
             found = work()
@@ -71,8 +74,11 @@ class Transactions:
             if isinstance(error, sqlite3.IntegrityError):
                 raise DuplicateRecord(str(error)) from error
             if isinstance(error, sqlite3.Error):
+                self.trouble.failed(str(error))
                 raise StoreUnavailable(f"the database cannot be used: {error}") from error
             raise
+        if self.connection.total_changes != before:
+            self.trouble.passed()
         return found
 
     def run(self, name: str, /, **values: Any) -> int:

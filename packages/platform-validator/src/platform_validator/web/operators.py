@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -10,13 +11,19 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from platform_validator.web.commands import command_routes, refused
+from platform_validator.web.control import Control
 from platform_validator.web.views import Views
 
 _MAX_JOBS = 10_000
+_SAFE = ("GET", "HEAD", "OPTIONS")
 
 
-def operators_app(views: Views) -> Starlette:
-    """`/api/v1/{status,jobs,cvms,challenges}`; whoever reaches it may read everything."""
+def operators_app(views: Views, control: Control) -> Starlette:
+    """`/api/v1`: whoever reaches it may read everything, and control the daemon.
+
+    GET `/status` `/jobs` `/cvms` `/challenges`; POST `/drain` `/jobs/{id}/cancel` `/reload`.
+    """
 
     async def status(_: Request) -> Response:
         return JSONResponse(views.status())
@@ -38,12 +45,16 @@ def operators_app(views: Views) -> Starlette:
             Route("/api/v1/jobs", jobs),
             Route("/api/v1/cvms", cvms),
             Route("/api/v1/challenges", challenges),
+            *command_routes(control),
         ]
     )
 
 
 class TokenGuard:
-    """In front of the operator's API on TCP: a token, and a Host that is ours (against DNS rebinding)."""
+    """In front of the operator's API on TCP: a token, and a Host that is ours (against DNS rebinding).
+
+    A browser sends no token by itself; what a page elsewhere sends is refused whatever it brings.
+    """
 
     def __init__(self, app: ASGIApp, token: str, hosts: frozenset[str]) -> None:
         self._app = app
@@ -53,15 +64,25 @@ class TokenGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "http":
-            request = Request(scope)
-            scheme, _, token = request.headers.get("authorization", "").partition(" ")
-            if (request.url.hostname or "") not in self._hosts:
-                await JSONResponse({"error": "this Host is not ours"}, status_code=421)(scope, receive, send)
-                return
-            if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), self._token):
-                answer = JSONResponse(
-                    {"error": "expected Authorization: Bearer <admin.token>"}, status_code=401
-                )
-                await answer(scope, receive, send)
+            refusal = self._refusal(Request(scope))
+            if refusal is not None:
+                await refusal(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+    def _refusal(self, request: Request) -> Response | None:
+        if (request.url.hostname or "") not in self._hosts:
+            return refused(421, "wrong_host", "this Host is not ours")
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), self._token):
+            return refused(401, "no_token", "expected Authorization: Bearer <admin.token>")
+        if request.method not in _SAFE and not self._from_here(request):
+            return refused(403, "cross_site", "a page of another site may not ask this")
+        return None
+
+    def _from_here(self, request: Request) -> bool:
+        """Whether no browser sent it, or a page of this very listener (RFC 6454: Origin)."""
+        origin = request.headers.get("origin")
+        if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+            return False
+        return origin is None or urlsplit(origin).netloc == request.url.netloc

@@ -1,0 +1,82 @@
+"""The operator's API, the part that changes something: POST alone, answered as soon as it is begun."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from platform_protocol.ids import JobId
+from platform_validator.store.port import StoreUnavailable
+from platform_validator.web.control import Cancelling, Control, NotStarted
+
+_MAX_BODY = 4096
+_MAX_ID = 200
+_CANCELLED = {
+    Cancelling.UNKNOWN: (404, "no job of that id was ever granted here: validator jobs list"),
+    Cancelling.CLAIMING: (409, "its claim has not been answered yet: ask again"),
+    Cancelling.STORED: (409, "its result is stored and is being submitted"),
+    Cancelling.ENDED: (409, "it has ended"),
+}
+
+
+def command_routes(control: Control) -> list[Route]:
+    """`/drain`, `/jobs/{id}/cancel` and `/reload` below `/api/v1`; a refusal is `{"error", "code"}`."""
+
+    async def drain(request: Request) -> Response:
+        asked = await _asked(request)
+        if asked is None or not isinstance(hurry := asked.get("hurry", False), bool):
+            return refused(400, "bad_body", 'expected no body, or {"hurry": true}')
+        return JSONResponse(asdict(control.drain("operator", hurry=hurry)), status_code=202)
+
+    async def cancel(request: Request) -> Response:
+        job_id = JobId(request.path_params["job_id"][:_MAX_ID])
+        try:
+            answer = await control.cancel_job(job_id)
+        except NotStarted as error:
+            return refused(409, "not_started", str(error))
+        except StoreUnavailable as error:
+            return refused(503, "journal_unreadable", str(error))
+        if answer in _CANCELLED:
+            code, why = _CANCELLED[answer]
+            return refused(code, answer.value, f"job {job_id}: {why}")
+        return JSONResponse({"job_id": job_id, "cancelled": True}, status_code=202)
+
+    async def reload(_: Request) -> Response:
+        try:
+            done = control.reload()
+        except NotStarted as error:
+            return refused(409, "not_started", str(error))
+        if done.faults:
+            why = "the configuration is invalid: nothing was changed"
+            return JSONResponse({"error": why, "code": "invalid", "faults": done.faults}, status_code=422)
+        return JSONResponse({"applied": done.applied, "restart": done.restart})
+
+    return [
+        Route("/api/v1/drain", drain, methods=["POST"]),
+        Route("/api/v1/jobs/{job_id:path}/cancel", cancel, methods=["POST"]),
+        Route("/api/v1/reload", reload, methods=["POST"]),
+    ]
+
+
+async def _asked(request: Request) -> dict[str, Any] | None:
+    """A small JSON object, or nothing at all; None for anything else."""
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > _MAX_BODY:
+            return None
+    try:
+        found = json.loads(body or b"{}")
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def refused(status: int, code: str, error: str) -> Response:
+    """A refusal; `code` is a stable word."""
+    return JSONResponse({"error": error, "code": code}, status_code=status)

@@ -1,0 +1,71 @@
+"""What an operator may ask of the running daemon."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from platform_protocol.ids import JobId
+
+
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """A drain that was asked for: jobs that still run, results not delivered, and the seconds it may take."""
+
+    phase: str
+    jobs: int
+    undelivered: int
+    within_s: float
+    hurried: bool
+
+
+class Cancelling(StrEnum):
+    """What became of the wish to cancel a job."""
+
+    CANCELLED = "cancelled"
+    UNKNOWN = "unknown_job"
+    CLAIMING = "being_claimed"
+    STORED = "result_stored"
+    ENDED = "job_ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """What a reload did.
+
+    Attributes:
+        applied: `{setting, old, new}` of each that came into force.
+        restart: The same, with `reason`, of each that waits for a restart.
+        faults: What is wrong with the configuration; then nothing was applied.
+    """
+
+    applied: list[dict[str, Any]] = field(default_factory=list)
+    restart: list[dict[str, Any]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+class NotStarted(Exception):
+    """The daemon is not as far yet: ask again when it is running."""
+
+
+class Control(Protocol):
+    """Carried out at once, on the daemon's loop."""
+
+    def drain(self, reason: str, *, hurry: bool = False) -> Draining:
+        """Claim no more, finish what runs, end. Twice is as once; `hurry` cancels what runs."""
+
+    async def cancel_job(self, job_id: JobId) -> Cancelling:
+        """End a job that runs here and give it back.
+
+        Raises:
+            NotStarted: Jobs are not known yet.
+            StoreUnavailable: The journal, which knows jobs that ended, cannot be read.
+        """
+
+    def reload(self) -> Reloaded:
+        """Read the configuration anew and apply what can be.
+
+        Raises:
+            NotStarted: There is nothing yet to apply it to.
+        """

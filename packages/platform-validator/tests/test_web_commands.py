@@ -1,0 +1,246 @@
+"""Drain, cancel and reload over HTTP, on real sockets: answers, and who may ask."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from starlette.types import ASGIApp
+
+from platform_protocol.ids import JobId
+from platform_validator.store.port import StoreUnavailable
+from platform_validator.web.control import Cancelling, Draining, NotStarted, Reloaded
+from platform_validator.web.operators import TokenGuard, operators_app
+from platform_validator.web.server import WebServer
+from platform_validator.web.views import Health
+
+JOB = JobId("00000000-0000-4000-8000-00000000000b")
+TOKEN = {"Authorization": "Bearer t0ken"}
+POSTS = ["/api/v1/drain", f"/api/v1/jobs/{JOB}/cancel", "/api/v1/reload"]
+
+
+class Controlled:
+    """Views with nothing to show; a Control that notes what was asked, and answers what a test says."""
+
+    def __init__(self) -> None:
+        self.asked: list[object] = []
+        self.cancelling: Cancelling | Exception = Cancelling.CANCELLED
+        self.reloaded: Reloaded | Exception = Reloaded()
+
+    def drain(self, reason: str, *, hurry: bool = False) -> Draining:
+        self.asked.append((reason, hurry))
+        return Draining("draining", 2, 1, 1050.0, hurry)
+
+    async def cancel_job(self, job_id: JobId) -> Cancelling:
+        self.asked.append(job_id)
+        if isinstance(self.cancelling, Exception):
+            raise self.cancelling
+        return self.cancelling
+
+    def reload(self) -> Reloaded:
+        self.asked.append("reload")
+        if isinstance(self.reloaded, Exception):
+            raise self.reloaded
+        return self.reloaded
+
+    def health(self) -> Health:
+        return Health("running", {})
+
+    def metrics(self) -> tuple[bytes, str] | None:
+        return None
+
+    def bundle(self, sha256: str, authorization: str) -> Path | None:
+        return None
+
+    def status(self) -> dict[str, Any]:
+        return {}
+
+    async def jobs(self, limit: int) -> list[dict[str, Any]]:
+        return []
+
+    def cvms(self) -> list[dict[str, Any]]:
+        return []
+
+    def challenges(self) -> list[dict[str, Any]]:
+        return []
+
+
+@pytest.fixture
+def controlled() -> Controlled:
+    return Controlled()
+
+
+@asynccontextmanager
+async def served(app: ASGIApp) -> AsyncIterator[aiohttp.ClientSession]:
+    """A client of the application, behind a real listener."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    server = WebServer(app, ("127.0.0.1", port))
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        group.create_task(server.run())
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client:
+            yield client
+        await server.stop()
+
+
+def over_tcp(controlled: Controlled) -> TokenGuard:
+    """As it is on the operators' TCP listener."""
+    return TokenGuard(operators_app(controlled, controlled), "t0ken", frozenset({"127.0.0.1"}))
+
+
+@pytest.mark.parametrize(
+    ("body", "hurry"),
+    [(b"", False), (b"{}", False), (b'{"hurry": false}', False), (b'{"hurry": true}', True)],
+)
+async def test_a_drain_is_begun_and_says_what_is_left(
+    controlled: Controlled, body: bytes, hurry: bool
+) -> None:
+    async with (
+        served(operators_app(controlled, controlled)) as client,
+        client.post("/api/v1/drain", data=body) as answer,
+    ):
+        assert answer.status == 202
+        assert await answer.json() == {
+            "phase": "draining",
+            "jobs": 2,
+            "undelivered": 1,
+            "within_s": 1050.0,
+            "hurried": hurry,
+        }
+    assert controlled.asked == [("operator", hurry)]
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{", b'{"hurry": 1}', b"[" * 4000, b" " * 5000, b"\xff"])
+async def test_a_drain_that_is_not_understood_is_none(controlled: Controlled, body: bytes) -> None:
+    async with (
+        served(operators_app(controlled, controlled)) as client,
+        client.post("/api/v1/drain", data=body) as answer,
+    ):
+        assert answer.status == 400
+        assert (await answer.json())["code"] == "bad_body"
+    assert controlled.asked == []
+
+
+@pytest.mark.parametrize(
+    ("answered", "status", "code"),
+    [
+        (Cancelling.CANCELLED, 202, None),
+        (Cancelling.UNKNOWN, 404, "unknown_job"),
+        (Cancelling.CLAIMING, 409, "being_claimed"),
+        (Cancelling.STORED, 409, "result_stored"),
+        (Cancelling.ENDED, 409, "job_ended"),
+        (NotStarted("starting"), 409, "not_started"),
+        (StoreUnavailable("disk full"), 503, "journal_unreadable"),
+    ],
+)
+async def test_a_cancellation_is_answered_by_what_the_job_does(
+    controlled: Controlled, answered: Cancelling | Exception, status: int, code: str | None
+) -> None:
+    """Robustness 17: after the result, twice, and for an unknown job too."""
+    controlled.cancelling = answered
+    async with (
+        served(operators_app(controlled, controlled)) as client,
+        client.post(f"/api/v1/jobs/{JOB}/cancel") as answer,
+    ):
+        assert answer.status == status
+        assert (await answer.json()).get("code") == code
+    assert controlled.asked == [JOB]
+
+
+async def test_a_reload_tells_what_applies_and_what_waits(controlled: Controlled) -> None:
+    controlled.reloaded = Reloaded(
+        applied=[{"setting": "jobs.max_concurrent", "old": 4, "new": 2}],
+        restart=[{"setting": "dstack.vmm_url", "old": "a", "new": "b", "reason": "because"}],
+    )
+    async with (
+        served(operators_app(controlled, controlled)) as client,
+        client.post("/api/v1/reload") as answer,
+    ):
+        assert answer.status == 200
+        assert await answer.json() == {
+            "applied": controlled.reloaded.applied,
+            "restart": controlled.reloaded.restart,
+        }
+
+
+@pytest.mark.parametrize(
+    ("answered", "status", "told"),
+    [
+        (Reloaded(faults=["jobs.max_concurrent: no"]), 422, ["jobs.max_concurrent: no"]),
+        (NotStarted("starting"), 409, None),
+    ],
+)
+async def test_a_reload_that_changes_nothing_says_why(
+    controlled: Controlled, answered: Reloaded | Exception, status: int, told: list[str] | None
+) -> None:
+    controlled.reloaded = answered
+    async with (
+        served(operators_app(controlled, controlled)) as client,
+        client.post("/api/v1/reload") as answer,
+    ):
+        assert answer.status == status
+        assert (await answer.json()).get("faults") == told
+
+
+@pytest.mark.parametrize("path", POSTS)
+async def test_reading_changes_nothing(controlled: Controlled, path: str) -> None:
+    """What a link, an image or a prefetch can send is GET."""
+    async with served(over_tcp(controlled)) as client, client.get(path, headers=TOKEN) as answer:
+        assert answer.status == 405
+    assert controlled.asked == []
+
+
+@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        ({"Authorization": "Bearer wrong"}, 401),
+        ({"Cookie": "token=t0ken"}, 401),
+        ({**TOKEN, "Host": "rebound.example"}, 421),
+        ({**TOKEN, "Origin": "https://evil.example"}, 403),
+        ({**TOKEN, "Origin": "http://127.0.0.1:1"}, 403),
+        ({**TOKEN, "Origin": "null"}, 403),
+        ({**TOKEN, "Sec-Fetch-Site": "cross-site"}, 403),
+        ({**TOKEN, "Sec-Fetch-Site": "same-site"}, 403),
+    ],
+)
+async def test_a_page_elsewhere_cannot_ask(
+    controlled: Controlled, path: str, headers: dict[str, str], status: int
+) -> None:
+    """Without the token, under another name, or from another site: nothing is done."""
+    async with served(over_tcp(controlled)) as client, client.post(path, headers=headers) as answer:
+        assert answer.status == status
+        assert (await answer.json())["error"]
+    assert controlled.asked == []
+
+
+@pytest.mark.parametrize("own_page", [False, True])
+async def test_a_tool_with_the_token_can_ask(controlled: Controlled, own_page: bool) -> None:
+    """And so can a page that this very listener served."""
+    async with served(over_tcp(controlled)) as client:
+        headers = dict(TOKEN)
+        if own_page:
+            headers |= {"Origin": str(client._base_url).rstrip("/"), "Sec-Fetch-Site": "same-origin"}
+        for path in POSTS:
+            async with client.post(path, headers=headers) as answer:
+                assert answer.status in (200, 202)
+    assert len(controlled.asked) == len(POSTS)
+
+
+async def test_a_preflight_gets_no_leave(controlled: Controlled) -> None:
+    """Nothing here tells a browser that another site may send the token."""
+    headers = {
+        "Origin": "https://evil.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
+    async with served(over_tcp(controlled)) as client, client.options(POSTS[0], headers=headers) as answer:
+        assert answer.status == 401
+        assert not [name for name in answer.headers if name.lower().startswith("access-control")]
