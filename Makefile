@@ -54,6 +54,7 @@ lint: setup ## ruff, mypy strict, import contracts
 bench: setup system ## measure, beside something real in the same run
 	@$(BIN)/python -m bench.sandbox_start $(ARGS)
 	@$(BIN)/python -m bench.large_result
+	@$(BIN)/python -m bench.journal_year --jobs 10000
 
 simulate: setup ## the daemon on a virtual clock under seeded faults; SEEDS=1000, ARGS="--seed 11" replays
 	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) $(ARGS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -19,10 +20,11 @@ from tests.machines.timed import PROFILE, TimedMachine, finds
 from platform_protocol.canonical import canonical_json
 from platform_protocol.ids import ChallengeId, ClaimId, JobId
 from platform_protocol.resources import Resources
-from platform_validator.jobs import outbox as outbox_module
 from platform_validator.jobs.observe import Unmeasured
 from platform_validator.jobs.outbox import Outbox
+from platform_validator.platform_client import retries
 from platform_validator.platform_client.answers import read_json
+from platform_validator.platform_client.backoff import Backoff
 from platform_validator.platform_client.conformance import a_result
 from platform_validator.platform_client.memory import MemoryPlatform
 from platform_validator.platform_client.memory_client import MemoryPlatformClient
@@ -35,6 +37,7 @@ from platform_validator.platform_client.port import (
     PlatformUnavailable,
     ResultRefused,
 )
+from platform_validator.platform_client.retries import Kind
 from platform_validator.store.memory import MemoryStore
 from platform_validator.store.records import JobOutcome, JobRecord, OutboxRecord, Stage
 
@@ -241,23 +244,16 @@ TestOutboxMachine = OutboxMachine.TestCase
 
 
 def _silence_is_delivered(patch: pytest.MonkeyPatch) -> None:
-    async def again(self: Any, entry: OutboxRecord, error: PlatformError) -> None:
-        del error
+    async def note(self: Any, entry: OutboxRecord, tries: Any, error: PlatformError) -> None:
+        del tries, error
         await self._settle(entry, None)
 
-    patch.setattr(Outbox, "_again", again)
+    patch.setattr(Outbox, "_note", note)
 
 
 def _anything_but_silence_is_final(patch: pytest.MonkeyPatch) -> None:
-    original = Outbox._again
-
-    async def again(self: Any, entry: OutboxRecord, error: PlatformError) -> None:
-        if isinstance(error, PlatformRefused):
-            await self._settle(entry, error.code)
-        else:
-            await original(self, entry, error)
-
-    patch.setattr(Outbox, "_again", again)
+    rule = replace(retries.TABLE[Kind.RESULT], bears=0)
+    patch.setattr(retries, "TABLE", {**retries.TABLE, Kind.RESULT: rule})
 
 
 def _a_conflict_is_delivered(patch: pytest.MonkeyPatch) -> None:
@@ -270,24 +266,19 @@ def _a_conflict_is_delivered(patch: pytest.MonkeyPatch) -> None:
 
 
 def _tried_once(patch: pytest.MonkeyPatch) -> None:
-    original = Outbox._again
+    original = Outbox._note
 
-    async def again(self: Any, entry: OutboxRecord, error: PlatformError) -> None:
-        await original(self, entry, error)
-        self._tries[entry.claim_id].due = float("inf")
+    async def note(self: Any, entry: OutboxRecord, tries: Any, error: PlatformError) -> None:
+        await original(self, entry, tries, error)
+        tries.due = float("inf")
 
-    patch.setattr(Outbox, "_again", again)
+    patch.setattr(Outbox, "_note", note)
 
 
 def _the_server_s_wish_has_no_end(patch: pytest.MonkeyPatch) -> None:
-    class Obedient:
-        first = timedelta(seconds=1)
-
-        def wait(self, failures: int, rng: random.Random, asked: timedelta | None) -> float:
-            del failures, rng
-            return 1.0 if asked is None else asked.total_seconds()
-
-    patch.setattr(outbox_module, "RETRY", Obedient())
+    endless = Backoff(timedelta(seconds=1), timedelta(days=365))
+    rule = replace(retries.TABLE[Kind.RESULT], pause=endless)
+    patch.setattr(retries, "TABLE", {**retries.TABLE, Kind.RESULT: rule})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from tests.simulation.virtual import EPOCH, VirtualLoop
 
@@ -25,8 +25,8 @@ PROFILE = settings(
 )
 """Small, and the same at every run: the suite must not fail by chance."""
 
-HUNT = settings(PROFILE, max_examples=300, phases=[Phase.generate])
-"""To find a fault that was put in; how small its example is does not matter."""
+HUNT = settings(PROFILE, max_examples=5_000, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+"""To find a fault that was put in: it ends with the first example, however large that is."""
 
 
 class LoopClock:

@@ -121,7 +121,7 @@ class VmmLine:
         faults = host.plan.vmm_faults
         if chance < faults:
             loop, name = asyncio.get_running_loop(), spec.name
-            match dice.choice(("before", "after", "late", "twice", "ghost", "full", "refused")):
+            match dice.choice(("before", "after", "late", "twice", "ghost", "full", "port", "refused")):
                 case "before":
                     await self._silence("create")
                 case "after":
@@ -139,6 +139,8 @@ class VmmLine:
                     return VmId(f"ghost-{name}")
                 case "full":
                     raise VmmAtCapacity("not enough CIDs")
+                case "port":
+                    raise VmmRefused(f"vmm: port {spec.host_port} is in use")
                 case "refused":
                     raise VmmRefused("vmm: internal error")
         return host.make(spec).id
@@ -163,6 +165,8 @@ class VmmLine:
         """See the port. It may take minutes, or hours."""
         host, dice = self._host, self._host.dice
         await self._change("remove", vm_id)
+        if not host.healed and dice.random() < host.plan.vmm_faults:
+            raise VmmRefused("vmm: remove failed")
         slow = not host.healed and dice.random() < host.plan.vmm_faults
         host.vmm.removes_at_once = not slow
         await host.vmm.remove(vm_id)

@@ -22,8 +22,7 @@ from platform_protocol.notifications import ChallengeUpdated, JobCancelled, NewJ
 from platform_protocol.platform_messages import SubmissionRef
 from platform_protocol.signing import Keypair, signing_payload, verify
 from platform_validator.clock import SystemClock
-from platform_validator.platform_client.answers import Call, read_json, refusal, retry_after
-from platform_validator.platform_client.backoff import Backoff
+from platform_validator.platform_client.answers import Call, read_json, refusal
 from platform_validator.platform_client.http import HttpPlatformClient
 from platform_validator.platform_client.notifications import NotificationLoop
 from platform_validator.platform_client.port import (
@@ -39,6 +38,7 @@ from platform_validator.platform_client.port import (
     SubmissionUnusable,
 )
 from platform_validator.platform_client.renewals import BlockingRenewals
+from platform_validator.platform_client.retries import retry_after
 from platform_validator.platform_client.signer import RequestSigner
 
 KEY = Keypair.from_seed(bytes(32))
@@ -602,12 +602,3 @@ async def test_reconnects_back_off_with_full_jitter_up_to_a_minute(
     bounds = [min(2.0**n, 60.0) for n in range(12)]
     assert all(0 <= slept <= bound for slept, bound in zip(clock.slept, bounds, strict=True))
     assert len(set(clock.slept)) == len(clock.slept)
-
-
-def test_backoff_heeds_the_servers_wish_within_its_cap() -> None:
-    """Backoff heeds the servers wish within its cap."""
-    backoff = Backoff(timedelta(seconds=1), timedelta(seconds=60))
-    rng = random.Random(0)  # noqa: S311 - jitter
-    assert backoff.wait(1, rng, timedelta(seconds=30)) >= 30
-    assert backoff.wait(1, rng, timedelta(hours=5)) == 60
-    assert backoff.bound(10_000) == 60

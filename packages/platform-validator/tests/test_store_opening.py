@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -55,6 +58,25 @@ def test_a_creation_that_was_killed_is_begun_anew(tmp_path: Path) -> None:
     (tmp_path / ".validator.db.new").write_bytes(b"half")
     open_database(tmp_path / "validator.db").close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["validator.db"]
+
+
+def test_a_first_start_that_was_killed_is_undone_by_the_next(tmp_path: Path) -> None:
+    """Robustness 7: half a transaction in the file, and beside it the rollback journal that undoes it."""
+    path, left = tmp_path / "validator.db", tmp_path / "left" / "validator.db"
+    left.parent.mkdir()
+    open_database(path).close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE").fetchall()
+        connection.execute("PRAGMA cache_size = 1").fetchall()
+        connection.execute("BEGIN")
+        for number in range(200):
+            connection.execute("INSERT INTO meta VALUES (?, ?)", (str(number), "x" * 1000))
+        for suffix in ("", "-journal"):
+            shutil.copy(f"{path}{suffix}", f"{left}{suffix}")
+        connection.execute("ROLLBACK")
+    assert left.stat().st_size > 100_000
+    with closing(open_database(left)) as connection:
+        assert connection.execute("SELECT count(*) FROM meta").fetchone()[0] == 0
 
 
 async def test_every_file_of_the_database_is_private(tmp_path: Path) -> None:

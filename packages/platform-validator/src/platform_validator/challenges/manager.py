@@ -23,10 +23,11 @@ from platform_validator.clock import Clock
 from platform_validator.cvm.quota import Quota
 from platform_validator.cvm.vmm import VmmClient
 from platform_validator.platform_client.port import PlatformClient, PlatformError
+from platform_validator.platform_client.retries import TABLE, Kind
 from platform_validator.store.port import Store, StoreUnavailable
 
 MONITOR_EVERY = timedelta(seconds=60)
-RETRY_AFTER = timedelta(seconds=5)
+RETRY_AFTER = TABLE[Kind.LIST].pause.first
 _YIELDING = 10.0
 
 _log = structlog.get_logger(__name__)

@@ -16,7 +16,7 @@ from platform_validator.cvm.errors import CvmError, SessionLost
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.quota import Quota, Reservation
 from platform_validator.cvm.session import GuestResult, JobOrder
-from platform_validator.store.port import Store
+from platform_validator.store.port import Store, StoreUnavailable
 from platform_validator.store.records import Purpose, VmPhase, VmRecord
 
 Work = Callable[["MemorySession", JobOrder, Path | None], Awaitable[GuestResult]]
@@ -156,12 +156,19 @@ class MemoryFleet:
         while True:
             await self._work_to_do.wait()
             self._work_to_do.clear()
-            for name in self.destroyed:
-                if await self.store.vm(name) is not None:
-                    await self.store.vm_phase(name, VmPhase.GONE, at=self.clock.now())
-                reservation = self._held.pop(name, None)
-                if reservation is not None:
-                    self.quota.release(reservation)
+            try:
+                for name in self.destroyed:
+                    await self._confirm(name)
+            except StoreUnavailable:
+                self._work_to_do.set()
+                await self.clock.sleep(1)
+
+    async def _confirm(self, name: VmName) -> None:
+        if await self.store.vm(name) is not None:
+            await self.store.vm_phase(name, VmPhase.GONE, at=self.clock.now())
+        reservation = self._held.pop(name, None)
+        if reservation is not None:
+            self.quota.release(reservation)
 
     async def _told(self) -> None:
         told = self.boots.pop(0) if self.boots else _Boot()

@@ -16,14 +16,8 @@ from platform_validator.jobs.ends import JobEnds
 from platform_validator.jobs.observe import JobMetrics
 from platform_validator.jobs.slot import Slot
 from platform_validator.jobs.work import ClaimedJob
-from platform_validator.platform_client.backoff import Backoff
-from platform_validator.platform_client.port import (
-    AlreadyClaimed,
-    PlatformClient,
-    PlatformError,
-    PlatformRefused,
-    PlatformUnavailable,
-)
+from platform_validator.platform_client.port import AlreadyClaimed, PlatformClient, PlatformError
+from platform_validator.platform_client.retries import Kind, Over, decide
 from platform_validator.store.port import Store, StoreUnavailable
 from platform_validator.store.records import JobOutcome, JobRecord, Stage
 
@@ -38,8 +32,6 @@ class Claimer:
         store: The journal.
         clock: Time.
         rng: Jitter.
-        retry: Between two tries of one claim.
-        patience: Seconds after which a claim without an answer is given up; its lease, if any, lapses.
         ends: Writes down claims that were not granted.
         metrics: Is told.
     """
@@ -51,8 +43,6 @@ class Claimer:
         store: Store,
         clock: Clock,
         rng: random.Random,
-        retry: Backoff,
-        patience: float,
         ends: JobEnds,
         metrics: JobMetrics,
     ) -> None:
@@ -61,8 +51,6 @@ class Claimer:
         self._store = store
         self._clock = clock
         self._rng = rng
-        self._retry = retry
-        self._patience = patience
         self._metrics = metrics
         self.conflicts = 0
 
@@ -129,23 +117,21 @@ class Claimer:
 
     async def _ask_for(self, slot: Slot) -> tuple[Claim, float] | None:
         """The claim and CLOCK_BOOTTIME from before the request that was answered."""
-        gives_up_at = self._clock.monotonic() + self._patience
-        failures = 0
+        began, failures = self._clock.monotonic(), 0
         while True:
             asked_at = self._clock.boottime()
             try:
                 return await self._client.claim(slot.job_id, slot.claim_id), asked_at
-            except PlatformRefused as error:
-                await self._not_granted(slot, error.code, conflict=isinstance(error, AlreadyClaimed))
-                return None
-            except PlatformUnavailable as error:
+            except PlatformError as error:
                 failures += 1
+                waited = self._clock.monotonic() - began
+                step = decide(Kind.CLAIM, error, failures=failures, waited=waited, rng=self._rng)
+                if isinstance(step, Over):
+                    await self._not_granted(slot, step.code, conflict=isinstance(error, AlreadyClaimed))
+                    return None
                 _log.warning("claim_unanswered", job_id=slot.job_id, error=str(error), tries=failures)
                 self._metrics.claim_answered("unanswered")
-                if self._clock.monotonic() >= gives_up_at:
-                    await self._not_granted(slot, "claim_unanswered", conflict=False)
-                    return None
-                await self._clock.sleep(self._retry.wait(failures, self._rng, error.retry_after))
+                await self._clock.sleep(step.after)
 
     async def _not_granted(self, slot: Slot, code: str, *, conflict: bool) -> None:
         self._metrics.claim_answered(code)

@@ -10,10 +10,8 @@ import structlog
 from platform_protocol.ids import JobId, LeaseToken
 from platform_protocol.platform_messages import ReleaseReason
 from platform_validator.clock import Clock
-from platform_validator.platform_client.backoff import Backoff
-from platform_validator.platform_client.port import PlatformClient, PlatformError, PlatformUnavailable
-
-RETRY = Backoff(timedelta(milliseconds=500), timedelta(seconds=10))
+from platform_validator.platform_client.port import PlatformClient, PlatformError
+from platform_validator.platform_client.retries import UNANSWERED, Kind, Over, decide
 
 _log = structlog.get_logger(__name__)
 
@@ -25,16 +23,12 @@ class GivingBack:
         client: Takes them.
         clock: Time.
         rng: Jitter.
-        retry: Between two tries.
     """
 
-    def __init__(
-        self, *, client: PlatformClient, clock: Clock, rng: random.Random, retry: Backoff = RETRY
-    ) -> None:
+    def __init__(self, *, client: PlatformClient, clock: Clock, rng: random.Random) -> None:
         self._client = client
         self._clock = clock
         self._rng = rng
-        self._retry = retry
 
     async def release(
         self, job_id: JobId, token: LeaseToken, reason: ReleaseReason, *, patience: float | None
@@ -43,19 +37,21 @@ class GivingBack:
 
         A refusal is an answer: the lease was gone already.
         """
-        gives_up_at = None if patience is None else self._clock.monotonic() + patience
-        failures = 0
+        began, failures = self._clock.monotonic(), 0
+        limit = None if patience is None else timedelta(seconds=patience)
         while True:
             try:
                 await self._client.release(job_id, token, reason)
-            except PlatformUnavailable as error:
-                failures += 1
-                _log.warning("not_released", job_id=job_id, error=str(error), tries=failures)
-                if gives_up_at is not None and self._clock.monotonic() >= gives_up_at:
-                    return False
-                await self._clock.sleep(self._retry.wait(failures, self._rng, error.retry_after))
             except PlatformError as error:
-                _log.info("release_refused", job_id=job_id, error=str(error))
-                return True
+                failures += 1
+                waited = self._clock.monotonic() - began
+                step = decide(
+                    Kind.RELEASE, error, failures=failures, waited=waited, rng=self._rng, patience=limit
+                )
+                if isinstance(step, Over):
+                    _log.info("release_refused", job_id=job_id, code=step.code, error=str(error))
+                    return step.code != UNANSWERED
+                _log.warning("not_released", job_id=job_id, error=str(error), tries=failures)
+                await self._clock.sleep(step.after)
             else:
                 return True

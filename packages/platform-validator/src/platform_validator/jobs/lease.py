@@ -19,12 +19,13 @@ import structlog
 from platform_protocol.ids import JobId, LeaseToken
 from platform_validator.clock import Clock
 from platform_validator.platform_client.port import JobUnknown, LeaseRefused, PlatformClient, PlatformError
+from platform_validator.platform_client.retries import TABLE, Kind
 
 _log = structlog.get_logger(__name__)
 
 STALLED = "stalled"
 OUTAGE = "outage"
-_LONGEST_RETRY = 10.0
+_RETRY = TABLE[Kind.RENEWAL].pause
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def decide(state: LeaseState, *, fed_at: float, now: float, rules: LeaseRules) -
         return Stop(OUTAGE)
     # 4. Due at a third of the term; unanswered, again soon, doubling from a second.
     if state.unanswered:
-        due = state.asked_at + min(_LONGEST_RETRY, state.term / 6, 2.0 ** min(state.unanswered - 1, 10))
+        due = state.asked_at + min(state.term / 6, _RETRY.bound(state.unanswered))
     else:
         due = state.granted_at + state.term / 3
     if now >= due:

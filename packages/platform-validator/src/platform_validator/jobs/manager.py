@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -31,14 +32,12 @@ from platform_validator.jobs.passed_over import PassedOver
 from platform_validator.jobs.recovery import Inheritance
 from platform_validator.jobs.slot import Slot, size
 from platform_validator.jobs.work import ClaimedJob, JobView
-from platform_validator.platform_client.backoff import Backoff
 from platform_validator.platform_client.port import PlatformClient, PlatformError
+from platform_validator.platform_client.retries import Kind, asked_for
 from platform_validator.store.port import Store, StoreUnavailable
 from platform_validator.store.records import JobOutcome, JobRecord, VmRecord
 
 POLL_EVERY = timedelta(seconds=5)
-CLAIM_RETRY = Backoff(timedelta(seconds=1), timedelta(seconds=10))
-CLAIM_PATIENCE = timedelta(minutes=2)
 DECLINED_FOR = timedelta(minutes=10)
 NOTHING = Resources(cpu_cores=0, memory_mb=0, disk_mb=0, gpu_count=0)
 _ROOM_RETRY = 0.5
@@ -104,8 +103,6 @@ class JobManager:
             store=store,
             clock=clock,
             rng=rng,
-            retry=CLAIM_RETRY,
-            patience=CLAIM_PATIENCE.total_seconds(),
             ends=ends,
             metrics=metrics,
         )
@@ -116,6 +113,7 @@ class JobManager:
         self._passed_over = PassedOver()
         self._kept = NOTHING
         self._refused: dict[tuple[ChallengeId, Resources], tuple[Capacity, Resources]] = {}
+        self._counted: Counter[NoCapacity] = Counter()
         self._inherited = Inheritance()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -123,6 +121,7 @@ class JobManager:
         self._source = "poll"
         self._claiming = True
         self._lacking_room = False
+        self._hold_off = 0.0
         self.last_error: str | None = None
 
     # What others ask
@@ -242,6 +241,7 @@ class JobManager:
                     self.last_error = None
                 except (PlatformError, StoreUnavailable) as error:
                     self.last_error = str(error)
+                    self._hold_off = asked_for(Kind.LIST, error)
                     _log.warning("jobs_not_listed", error=str(error))
                 self._metrics.slots(len(self._slots), self._max)
                 self.beat()
@@ -252,6 +252,10 @@ class JobManager:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause):
                 await self._wake.wait()
+        hold_off, self._hold_off = self._hold_off, 0.0
+        if hold_off:
+            # The server asked not to be asked: pushes wait as well.
+            await self._clock.sleep(hold_off)
         conflicts = self._claimer.conflicts
         if self._wake.is_set() and self._source == "push" and conflicts:
             # Others were pushed too: spread out a little, the more the oftener we came second.
@@ -275,6 +279,9 @@ class JobManager:
             if len(self._slots) >= self._max:
                 break
             self._consider(job, group, source)
+        for reason, jobs in self._counted.items():
+            self._metrics.passed_over(reason, jobs)
+        self._counted.clear()
 
     def _consider(self, job: PendingJob, group: asyncio.TaskGroup, source: str) -> None:
         like = job.challenge_id, job.resources
@@ -301,7 +308,7 @@ class JobManager:
 
     def _pass_over(self, job_id: JobId, answer: Capacity, need: Resources) -> None:
         if answer.refusal is not None:
-            self._metrics.passed_over(answer.refusal)
+            self._counted[answer.refusal] += 1
         if answer.lacks_room:
             self._make_room(need, job_id)
 

@@ -24,7 +24,7 @@ class JobMetrics(Protocol):
     def pass_made(self, source: str) -> None:
         """The loop made a pass, woken by `push`, `poll` or `local`."""
 
-    def passed_over(self, reason: NoCapacity) -> None:
+    def passed_over(self, reason: NoCapacity, jobs: int) -> None:
         """A pending job was not claimed."""
 
     def slots(self, used: int, total: int) -> None:
@@ -73,7 +73,7 @@ class Unmeasured:
     def pass_made(self, source: str) -> None:
         """Nothing."""
 
-    def passed_over(self, reason: NoCapacity) -> None:
+    def passed_over(self, reason: NoCapacity, jobs: int) -> None:
         """Nothing."""
 
     def slots(self, used: int, total: int) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 
 import structlog
 
@@ -15,21 +14,14 @@ from platform_protocol.ids import ClaimId
 from platform_validator.clock import Clock
 from platform_validator.crashpoint import crashpoint
 from platform_validator.jobs.observe import JobMetrics
-from platform_validator.platform_client.backoff import Backoff
-from platform_validator.platform_client.port import (
-    JobUnknown,
-    LeaseRefused,
-    PlatformClient,
-    PlatformError,
-    PlatformUnavailable,
-    ResultRefused,
-)
+from platform_validator.platform_client.port import PlatformClient, PlatformError
+from platform_validator.platform_client.retries import TABLE, Kind, Over, decide
 from platform_validator.store.port import Store, StoreError, StoreUnavailable
 from platform_validator.store.records import OutboxRecord
 
-RETRY = Backoff(timedelta(seconds=1), timedelta(seconds=30))
 AT_ONCE = 8
 _IDLE = 60.0
+_FIRST = TABLE[Kind.RESULT].pause.first.total_seconds()
 
 _log = structlog.get_logger(__name__)
 
@@ -73,7 +65,7 @@ class Outbox:
     async def run(self) -> None:
         """Deliver until cancelled."""
         while True:
-            pause = RETRY.first.total_seconds()
+            pause = _FIRST
             try:
                 pause = await self.deliver()
             except StoreUnavailable as error:
@@ -110,24 +102,25 @@ class Outbox:
             crashpoint("submit_sent")
             await self._client.submit_result(entry.job_id, entry.body)
             crashpoint("submit_acknowledged")
-        except (LeaseRefused, ResultRefused, JobUnknown) as error:
-            self._metrics.delivery(error.code)
-            log.warning("result_refused", code=error.code, error=str(error))
-            await self._settle(entry, error.code)
         except PlatformError as error:
-            await self._again(entry, error)
+            tries = self._tries[entry.claim_id]
+            tries.failures += 1
+            step = decide(Kind.RESULT, error, failures=tries.failures, waited=0.0, rng=self._rng)
+            if isinstance(step, Over):
+                self._metrics.delivery(step.code)
+                log.warning("result_refused", code=step.code, error=str(error))
+                await self._settle(entry, step.code)
+                return
+            tries.due = self._clock.monotonic() + step.after
+            await self._note(entry, tries, error)
         else:
             self._metrics.delivery("accepted")
             self._metrics.platform_contact()
             log.info("result_accepted")
             await self._settle(entry, None)
 
-    async def _again(self, entry: OutboxRecord, error: PlatformError) -> None:
+    async def _note(self, entry: OutboxRecord, tries: _Tries, error: PlatformError) -> None:
         self._metrics.delivery("unanswered")
-        tries = self._tries[entry.claim_id]
-        tries.failures += 1
-        asked = error.retry_after if isinstance(error, PlatformUnavailable) else None
-        tries.due = self._clock.monotonic() + RETRY.wait(tries.failures, self._rng, asked)
         _log.warning("result_not_delivered", job_id=entry.job_id, error=str(error), tries=tries.failures)
         with contextlib.suppress(StoreError):
             await self._store.outbox_tried(entry.claim_id, str(error)[:500])
@@ -141,4 +134,4 @@ class Outbox:
             await self._store.outbox_delivered(entry.claim_id, at=self._clock.now())
         except StoreUnavailable as error:
             _log.error("delivery_not_stored", job_id=entry.job_id, error=str(error))
-            self._tries[entry.claim_id].due = self._clock.monotonic() + RETRY.first.total_seconds()
+            self._tries[entry.claim_id].due = self._clock.monotonic() + _FIRST

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Collection
-from datetime import timedelta
 from pathlib import Path
 
 import structlog
@@ -14,10 +13,8 @@ import structlog
 from platform_protocol.ids import ClaimId
 from platform_validator.clock import Clock
 from platform_validator.jobs.work import ClaimedJob
-from platform_validator.platform_client.backoff import Backoff
-from platform_validator.platform_client.port import PlatformClient, PlatformUnavailable
-
-_RETRY = Backoff(timedelta(milliseconds=500), timedelta(seconds=10))
+from platform_validator.platform_client.port import PlatformClient, PlatformError
+from platform_validator.platform_client.retries import Kind, Over, decide
 
 _log = structlog.get_logger(__name__)
 
@@ -56,11 +53,14 @@ class Submissions:
         while True:
             try:
                 await self._client.fetch_submission(submission, target)
-            except PlatformUnavailable as error:
+            except PlatformError as error:
                 # The lease lives through an outage, and so does the fetch; a refused renewal ends both.
                 failures += 1
+                step = decide(Kind.SUBMISSION, error, failures=failures, waited=0.0, rng=self._rng)
+                if isinstance(step, Over):
+                    raise
                 _log.warning("submission_not_fetched", tries=failures, error=str(error))
-                await self._clock.sleep(_RETRY.wait(failures, self._rng, error.retry_after))
+                await self._clock.sleep(step.after)
             else:
                 return target
 

@@ -16,19 +16,17 @@ from platform_validator.jobs.ending import Ending, blame, lease_ended
 from platform_validator.jobs.lease import Renewer
 from platform_validator.jobs.logs import LogStream
 from platform_validator.jobs.work import ClaimedJob
-from platform_validator.platform_client.backoff import Backoff
 from platform_validator.platform_client.port import (
     JobUnknown,
     LeaseRefused,
     PlatformClient,
     PlatformError,
-    PlatformUnavailable,
 )
+from platform_validator.platform_client.retries import Kind, Over, decide
 from platform_validator.store.records import JobOutcome
 
 FEED_EVERY = 30.0
 OUTAGE_GRACE = timedelta(hours=1)
-_RETRY = Backoff(timedelta(milliseconds=500), timedelta(seconds=10))
 
 _log = structlog.get_logger(__name__)
 
@@ -81,20 +79,27 @@ class Tenure:
 
         Nothing is waited for once the job was ended.
         """
-        failures = 0
-        gives_up_at = self._clock.monotonic() + self.outage_grace.total_seconds()
+        began, failures = self._clock.monotonic(), 0
         while True:
             job.asked_at = self._clock.boottime()
             try:
                 term = await self._client.renew(job.job_id, job.claim.lease.token)
-            except PlatformUnavailable as error:
+            except PlatformError as error:
                 failures += 1
-                _log.warning("not_renewed_after_restart", tries=failures, error=str(error))
-                if self._clock.monotonic() >= gives_up_at:
+                step = decide(
+                    Kind.RENEWAL,
+                    error,
+                    failures=failures,
+                    waited=self._clock.monotonic() - began,
+                    rng=self._rng,
+                    patience=self.outage_grace,
+                )
+                if isinstance(step, Over):
                     raise
+                _log.warning("not_renewed_after_restart", tries=failures, error=str(error))
                 if job.ending is not None:
                     return 0.0
-                await self._clock.sleep(_RETRY.wait(failures, self._rng, error.retry_after))
+                await self._clock.sleep(step.after)
             else:
                 return term.total_seconds()
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
+from datetime import datetime
 from enum import Enum, auto
 from typing import Any
 
@@ -20,10 +19,10 @@ from platform_validator.platform_client.port import (
     PlatformUnavailable,
     ResultRefused,
 )
+from platform_validator.platform_client.retries import retry_after
 
 MAX_BODY = 8 * 1024 * 1024
 MAX_DEPTH = 32
-LONGEST_RETRY_AFTER = timedelta(hours=1)
 _TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]|[\]}]', re.DOTALL)
 _HTTP_REDIRECT = range(300, 400)
 _HTTP_SERVER_ERROR = 500
@@ -120,23 +119,6 @@ def _kind(call: Call, status: int, code: str) -> type[PlatformRefused]:
     if call is Call.CLAIM and code == "already_claimed":
         return AlreadyClaimed
     return _KINDS.get(status, PlatformRefused) if call in _ABOUT_A_JOB else PlatformRefused
-
-
-def retry_after(value: str | None, now: datetime) -> timedelta | None:
-    """Retry-After in either form (RFC 9110 10.2.3), capped at an hour; None when absent or absurd."""
-    if value is None:
-        return None
-    text = value.strip()
-    if text.isascii() and text.isdigit():
-        seconds = float(min(int(text[:12]), int(LONGEST_RETRY_AFTER.total_seconds())))
-        return timedelta(seconds=seconds)
-    try:
-        moment = parsedate_to_datetime(text)
-    except (ValueError, IndexError, OverflowError):
-        return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return min(max(moment - now, timedelta(0)), LONGEST_RETRY_AFTER)
 
 
 def _short(error: BaseException) -> str:

@@ -22,9 +22,6 @@ class Backoff:
         doublings = min(max(failures - 1, 0), 32)
         return min(self.first.total_seconds() * 2.0**doublings, self.cap.total_seconds())
 
-    def wait(self, failures: int, rng: random.Random, retry_after: timedelta | None = None) -> float:
-        """Seconds to wait; never sooner than the server asked for, with its wish capped at `cap`."""
-        asked = 0.0
-        if retry_after is not None:
-            asked = min(max(retry_after.total_seconds(), 0.0), self.cap.total_seconds())
-        return max(rng.uniform(0.0, self.bound(failures)), asked)
+    def wait(self, failures: int, rng: random.Random) -> float:
+        """Seconds to wait."""
+        return rng.uniform(0.0, self.bound(failures))

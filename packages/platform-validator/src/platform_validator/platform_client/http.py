@@ -40,6 +40,7 @@ from platform_validator.platform_client.port import (
     PlatformUnavailable,
     SubmissionUnusable,
 )
+from platform_validator.platform_client.retries import TABLE, Kind
 from platform_validator.platform_client.signer import RequestSigner
 
 MAX_SUBMISSION = 64 * 1024 * 1024
@@ -70,8 +71,8 @@ class HttpPlatformClient:
         base_url: str,
         signer: RequestSigner,
         clock: Clock,
-        timeout: timedelta = timedelta(seconds=20),
-        download_timeout: timedelta = timedelta(minutes=5),
+        timeout: timedelta = TABLE[Kind.LIST].deadline,
+        download_timeout: timedelta = TABLE[Kind.SUBMISSION].deadline,
     ) -> None:
         parts = urlsplit(base_url)
         self._origin = f"{parts.scheme}://{parts.netloc}"
@@ -162,7 +163,7 @@ class HttpPlatformClient:
     def notifications(self) -> AsyncIterator[Notification]:
         """One WebSocket connection's notifications; ends when it closes."""
         path = f"{self._prefix}/validators/{self._signer.hotkey}/ws"
-        return notification_stream(origin=self._origin, path=path, signer=self._signer)
+        return notification_stream(origin=self._origin, path=path, signer=self._signer, now=self._clock.now)
 
     async def close(self) -> None:
         """Close connections."""

@@ -34,6 +34,7 @@ from platform_validator.platform_client.port import (
     PlatformClient,
     PlatformUnavailable,
 )
+from platform_validator.platform_client.retries import TABLE, Kind, asked_for, retry_after
 from platform_validator.platform_client.signer import RequestSigner
 
 PING_EVERY = 20.0
@@ -53,7 +54,7 @@ class _Connect(connect):
 
 
 async def notification_stream(
-    *, origin: str, path: str, signer: RequestSigner
+    *, origin: str, path: str, signer: RequestSigner, now: Callable[[], datetime]
 ) -> AsyncIterator[Notification]:
     """One connection's notifications.
 
@@ -69,7 +70,7 @@ async def notification_stream(
             additional_headers=signer.headers("GET", path),
             ping_interval=PING_EVERY,
             ping_timeout=PING_EVERY,
-            open_timeout=15,
+            open_timeout=TABLE[Kind.PUSH].deadline.total_seconds(),
             close_timeout=2,
             max_size=MAX_FRAME,
             proxy=None,
@@ -88,7 +89,8 @@ async def notification_stream(
         said = f"the WebSocket upgrade was answered {status} {code}: {detail}".rstrip(": ")
         if status in _REFUSED:
             raise NotAuthorized(said, code=code or "unauthorized", status=status) from error
-        raise PlatformUnavailable(said) from error
+        asked = retry_after(error.response.headers.get("Retry-After"), now())
+        raise PlatformUnavailable(said, asked) from error
     except ConnectionClosed as error:
         _raise_close(error.rcvd.code if error.rcvd else 1006, error)
     except (InvalidHandshake, OSError, TimeoutError, EOFError) as error:
@@ -169,7 +171,7 @@ class NotificationLoop:
         listener: NotificationListener,
         clock: Clock,
         rng: random.Random,
-        backoff: Backoff = Backoff(timedelta(seconds=1), timedelta(seconds=60)),  # noqa: B008 - frozen
+        backoff: Backoff = TABLE[Kind.PUSH].pause,
         good_after: timedelta = timedelta(seconds=60),
         on_reconnect: Callable[[], None] = lambda: None,
     ) -> None:
@@ -203,6 +205,7 @@ class NotificationLoop:
         """Connect, listen, and connect again; returns only when another instance has the hotkey."""
         failures = 0
         while True:
+            asked = 0.0
             begun = self._clock.monotonic()
             try:
                 await self._listen()
@@ -214,6 +217,7 @@ class NotificationLoop:
                 return
             except (PlatformUnavailable, NotAuthorized) as error:
                 self._last_error = str(error)
+                asked = asked_for(Kind.PUSH, error)
                 _log.warning("notifications_lost", error=str(error))
             finally:
                 self._connected = False
@@ -221,7 +225,7 @@ class NotificationLoop:
             failures = 1 if good else failures + 1
             self._reconnects += 1
             self._on_reconnect()
-            await self._clock.sleep(self._backoff.wait(failures, self._rng))
+            await self._clock.sleep(max(self._backoff.wait(failures, self._rng), asked))
 
     async def _listen(self) -> None:
         async for notification in self._client.notifications():

@@ -17,6 +17,7 @@ from platform_protocol.platform_messages import Renewal
 from platform_validator.clock import Clock
 from platform_validator.platform_client.answers import Call, problem_code, read_json, refusal
 from platform_validator.platform_client.port import PlatformUnavailable
+from platform_validator.platform_client.retries import TABLE, Kind
 from platform_validator.platform_client.signer import RequestSigner
 
 _MAX_ANSWER = 64 * 1024
@@ -32,7 +33,7 @@ class BlockingRenewals:
         base_url: str,
         signer: RequestSigner,
         clock: Clock,
-        timeout: timedelta = timedelta(seconds=10),
+        timeout: timedelta = TABLE[Kind.RENEWAL].deadline,
     ) -> None:
         parts = urlsplit(base_url)
         self._https = parts.scheme == "https"

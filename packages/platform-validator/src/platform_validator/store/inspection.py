@@ -24,7 +24,7 @@ def inspect(path: Path, steps: list[Migration], *, read_whole: int = _READ_WHOLE
         sqlite3.Error: Not a database, damaged, or it cannot be read.
     """
     if _is_there(path, "-journal"):
-        # Left by a creation of an older version that was killed: only a writer can undo it.
+        # Left by a first start that was killed: only a writer can undo it.
         connection = sqlite3.connect(path, isolation_level=None)
     else:
         # Without a log there is nothing to read beside the file, and no reason to make one.

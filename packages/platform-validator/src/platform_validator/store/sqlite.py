@@ -150,21 +150,21 @@ class SqliteStore:
 
     async def job(self, claim_id: ClaimId) -> JobRecord | None:
         """See the port."""
-        row = await self._db.do(lambda: self._db.one("job_one", claim_id=claim_id))
+        row = await self._db.read(lambda: self._db.one("job_one", claim_id=claim_id))
         return None if row is None else job_of(row)
 
     async def open_jobs(self) -> Sequence[JobRecord]:
         """See the port."""
-        return [job_of(row) for row in await self._db.do(lambda: self._db.all("jobs_open"))]
+        return [job_of(row) for row in await self._db.read(lambda: self._db.all("jobs_open"))]
 
     async def recent_jobs(self, limit: int) -> Sequence[JobRecord]:
         """See the port."""
-        return [job_of(row) for row in await self._db.do(lambda: self._db.all("jobs_recent", limit=limit))]
+        return [job_of(row) for row in await self._db.read(lambda: self._db.all("jobs_recent", limit=limit))]
 
     async def compact(self, *, ended_before: datetime, keep: int) -> int:
         """See the port."""
         before, removed = stamp(ended_before), 0
-        last = await self._db.do(lambda: self._db.one("jobs_newest_to_go", keep=keep))
+        last = await self._db.read(lambda: self._db.one("jobs_newest_to_go", keep=keep))
         newest = 0 if last is None else last[0]
 
         def work() -> int:
@@ -181,7 +181,7 @@ class SqliteStore:
 
     async def outbox(self) -> Sequence[OutboxRecord]:
         """See the port."""
-        return [outbox_of(row) for row in await self._db.do(lambda: self._db.all("outbox_all"))]
+        return [outbox_of(row) for row in await self._db.read(lambda: self._db.all("outbox_all"))]
 
     async def outbox_tried(self, claim_id: ClaimId, error: str) -> None:
         """See the port."""
@@ -252,12 +252,12 @@ class SqliteStore:
 
     async def vm(self, name: VmName) -> VmRecord | None:
         """See the port."""
-        row = await self._db.do(lambda: self._db.one("vm_one", name=name))
+        row = await self._db.read(lambda: self._db.one("vm_one", name=name))
         return None if row is None else vm_of(row)
 
     async def open_vms(self) -> Sequence[VmRecord]:
         """See the port."""
-        return [vm_of(row) for row in await self._db.do(lambda: self._db.all("vms_open"))]
+        return [vm_of(row) for row in await self._db.read(lambda: self._db.all("vms_open"))]
 
     # Challenges
 
@@ -277,7 +277,7 @@ class SqliteStore:
 
     async def instances(self) -> Sequence[InstanceRecord]:
         """See the port."""
-        return [instance_of(row) for row in await self._db.do(lambda: self._db.all("instances_all"))]
+        return [instance_of(row) for row in await self._db.read(lambda: self._db.all("instances_all"))]
 
     async def remove_instance(self, key: str) -> None:
         """See the port."""
@@ -289,14 +289,14 @@ class SqliteStore:
         self, challenge_id: ChallengeId, prefix: str = "", limit: int = 1000
     ) -> Sequence[ValueRecord]:
         """See the port."""
-        rows = await self._db.do(
+        rows = await self._db.read(
             lambda: self._db.all("values_prefixed", challenge_id=challenge_id, prefix=prefix, limit=limit)
         )
         return [value_of(row) for row in rows]
 
     async def value(self, challenge_id: ChallengeId, key: str) -> ValueRecord | None:
         """See the port."""
-        row = await self._db.do(lambda: self._db.one("value_one", challenge_id=challenge_id, key=key))
+        row = await self._db.read(lambda: self._db.one("value_one", challenge_id=challenge_id, key=key))
         return None if row is None else value_of(row)
 
     async def change_value(

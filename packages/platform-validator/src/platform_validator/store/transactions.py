@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Transactions:
-    """Made by `open`. `run`, `known`, `one` and `all` name a query, and belong inside `do`."""
+    """Made by `open`. `run`, `known`, `one` and `all` name a query, and belong inside `do` or `read`."""
 
     def __init__(self, connection: sqlite3.Connection, thread: ThreadPoolExecutor) -> None:
         self.connection = connection
@@ -48,21 +48,32 @@ class Transactions:
             self._thread.shutdown()
 
     async def do(self, work: Callable[[], T]) -> T:
-        """Run `work` as one transaction in the thread; shielded: done wholly, or not begun.
+        """Run `work`, which writes, as one transaction in the thread; shielded: done wholly, or not begun.
 
         Raises:
-            StoreUnavailable: It could not be written, or read; or closed.
+            StoreUnavailable: It could not be written; or closed.
             DuplicateRecord: A key was there.
         """
+        return await self._in_thread("BEGIN IMMEDIATE", work)
+
+    async def read(self, work: Callable[[], T]) -> T:
+        """Run `work`, which only reads: also where nothing can be written, or somebody else writes.
+
+        Raises:
+            StoreUnavailable: It could not be read; or closed.
+        """
+        return await self._in_thread("BEGIN", work)
+
+    async def _in_thread(self, begin: str, work: Callable[[], T]) -> T:
         if self._closed:
             raise StoreUnavailable("the store is closed")
-        running = asyncio.get_running_loop().run_in_executor(self._thread, self._transaction, work)
+        running = asyncio.get_running_loop().run_in_executor(self._thread, self._transaction, begin, work)
         return await asyncio.shield(running)
 
-    def _transaction(self, work: Callable[[], T]) -> T:
+    def _transaction(self, begin: str, work: Callable[[], T]) -> T:
         before = self.connection.total_changes
         try:
-            self.connection.execute("BEGIN IMMEDIATE")
+            self.connection.execute(begin)
             found = work()
             self.connection.execute("COMMIT")
         except BaseException as error:

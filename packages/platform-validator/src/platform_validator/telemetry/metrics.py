@@ -78,9 +78,9 @@ class Metrics:
         """The job loop made a pass."""
         self._passes.labels(source).inc()
 
-    def passed_over(self, reason: str) -> None:
-        """A pending job was not claimed."""
-        self._passed_over.labels(str(reason)).inc()
+    def passed_over(self, reason: str, jobs: int) -> None:
+        """So many pending jobs were not claimed in a pass."""
+        self._passed_over.labels(str(reason)).inc(jobs)
 
     def slots(self, used: int, total: int) -> None:
         """Job slots now."""
