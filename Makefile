@@ -24,8 +24,10 @@ $(STAMP): requirements.lock $(addsuffix /pyproject.toml,$(PACKAGES))
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on PATH. Expected Python 3.11 or newer with venv: install it (Debian: apt install python3.11 python3.11-venv) or name yours: make setup PYTHON=python3.12" >&2; exit 2; }
 	@echo "setup: creating .venv and installing $$(grep -c == requirements.lock) locked packages, each checked against its hash (needs the package index; nothing outside .venv is touched)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --progress-bar off --require-hashes -r requirements.lock
+	@# --no-deps: the lock is complete (pip check says so), and older pips look past it for what is asked for with extras.
+	@$(BIN)/python -m pip install --quiet --progress-bar off --no-deps --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation $(foreach p,$(PACKAGES),-e $(p))
+	@$(BIN)/python -m pip check
 	@touch $(STAMP)
 	@echo "setup: done"
 
