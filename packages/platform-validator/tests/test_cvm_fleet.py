@@ -695,6 +695,21 @@ async def test_foreign_vms_survive_the_sweep(make_world: MakeWorld) -> None:
     assert world.fleet.strays == ("pv-0123456789-restored",)
 
 
+async def test_a_stray_is_destroyed_when_the_operator_names_it(make_world: MakeWorld) -> None:
+    """Only what is a stray now: neither a name that was made up, nor a VM of somebody else's."""
+    world = await make_world()
+    stray, foreign = VmName("pv-0123456789-restored"), VmName("pv-9999999999-anothers")
+    ours = await world.boot()
+    low, _ = free_ports(3)
+    for number, name in enumerate((stray, foreign)):
+        world.vmm.make_late(replace(a_spec(name), host_port=low + number))
+    assert await world.fleet.reclaim_strays([stray, foreign, ours.name, VmName("made-up")]) == [stray]
+    await world.fleet.destroyer.finish()
+    assert {machine.spec.name for machine in world.vmm.machines()} == {foreign, ours.name}
+    await world.fleet.sweep()
+    assert world.fleet.strays == ()
+
+
 async def test_a_cvm_past_its_hard_deadline_is_destroyed_though_it_is_held(make_world: MakeWorld) -> None:
     """While the validator lives, no CVM outlives its record."""
     world = await make_world()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import aiohttp
 import pytest
 from starlette.types import ASGIApp
 
-from platform_protocol.ids import JobId
+from platform_protocol.ids import JobId, VmName
+from platform_validator.cvm.vmm import VmmUnavailable
 from platform_validator.store.port import StoreUnavailable
 from platform_validator.web.control import Cancelling, Draining, NotStarted, Reloaded
 from platform_validator.web.operators import TokenGuard, operators_app
@@ -22,7 +23,7 @@ from platform_validator.web.views import Health
 
 JOB = JobId("00000000-0000-4000-8000-00000000000b")
 TOKEN = {"Authorization": "Bearer t0ken"}
-POSTS = ["/api/v1/drain", f"/api/v1/jobs/{JOB}/cancel", "/api/v1/reload"]
+POSTS = ["/api/v1/drain", f"/api/v1/jobs/{JOB}/cancel", "/api/v1/cvms/reclaim", "/api/v1/reload"]
 
 
 class Controlled:
@@ -32,6 +33,7 @@ class Controlled:
         self.asked: list[object] = []
         self.cancelling: Cancelling | Exception = Cancelling.CANCELLED
         self.reloaded: Reloaded | Exception = Reloaded()
+        self.reclaimed: list[VmName] | Exception = [VmName("pv-stray")]
 
     def drain(self, reason: str, *, hurry: bool = False) -> Draining:
         self.asked.append((reason, hurry))
@@ -42,6 +44,12 @@ class Controlled:
         if isinstance(self.cancelling, Exception):
             raise self.cancelling
         return self.cancelling
+
+    async def reclaim(self, names: Collection[VmName]) -> list[VmName]:
+        self.asked.append(sorted(names))
+        if isinstance(self.reclaimed, Exception):
+            raise self.reclaimed
+        return self.reclaimed
 
     def reload(self) -> Reloaded:
         self.asked.append("reload")
@@ -229,7 +237,8 @@ async def test_a_tool_with_the_token_can_ask(controlled: Controlled, own_page: b
         if own_page:
             headers |= {"Origin": str(client._base_url).rstrip("/"), "Sec-Fetch-Site": "same-origin"}
         for path in POSTS:
-            async with client.post(path, headers=headers) as answer:
+            body: dict[str, list[str]] = {"names": []} if path.endswith("reclaim") else {}
+            async with client.post(path, json=body, headers=headers) as answer:
                 assert answer.status in (200, 202)
     assert len(controlled.asked) == len(POSTS)
 
@@ -244,3 +253,37 @@ async def test_a_preflight_gets_no_leave(controlled: Controlled) -> None:
     async with served(over_tcp(controlled)) as client, client.options(POSTS[0], headers=headers) as answer:
         assert answer.status == 401
         assert not [name for name in answer.headers if name.lower().startswith("access-control")]
+
+
+async def test_strays_are_reclaimed_by_name(controlled: Controlled) -> None:
+    """The names that the operator saw, and what came of them."""
+    async with served(over_tcp(controlled)) as client:
+        names = {"names": ["pv-stray", "pv-other"]}
+        async with client.post("/api/v1/cvms/reclaim", json=names, headers=TOKEN) as answer:
+            assert answer.status == 202
+            assert await answer.json() == {"reclaiming": ["pv-stray"]}
+    assert controlled.asked == [["pv-other", "pv-stray"]]
+
+
+@pytest.mark.parametrize(
+    ("body", "fault", "status"),
+    [
+        (b"", None, 400),
+        (b'{"names": "pv-stray"}', None, 400),
+        (b'{"names": [1]}', None, 400),
+        (b'{"names": []}', NotStarted("starting"), 409),
+        (b'{"names": []}', VmmUnavailable("connection refused"), 503),
+    ],
+)
+async def test_strays_that_cannot_be_reclaimed(
+    controlled: Controlled, body: bytes, fault: Exception | None, status: int
+) -> None:
+    """Bad bodies reach nobody; what cannot be done now says why."""
+    controlled.reclaimed = fault or []
+    async with (
+        served(over_tcp(controlled)) as client,
+        client.post("/api/v1/cvms/reclaim", data=body, headers=TOKEN) as answer,
+    ):
+        assert answer.status == status
+        assert (await answer.json())["error"]
+    assert len(controlled.asked) == (fault is not None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from starlette.types import ASGIApp
 
-from platform_protocol.ids import JobId
+from platform_protocol.ids import JobId, VmName
 from platform_validator.web.control import Cancelling, Draining, Reloaded
 from platform_validator.web.guests import guests_app
 from platform_validator.web.operators import TokenGuard, operators_app
@@ -63,6 +63,9 @@ class Uncontrolled:
         raise NotImplementedError
 
     async def cancel_job(self, job_id: JobId) -> Cancelling:
+        raise NotImplementedError
+
+    async def reclaim(self, names: Collection[VmName]) -> list[VmName]:
         raise NotImplementedError
 
     def reload(self) -> Reloaded:

@@ -157,6 +157,28 @@ def list_cvms(context: typer.Context, *, config: ConfigFile = None, as_json: AsJ
     print(json.dumps(found)) if as_json else show.cvms(found, Console())
 
 
+@cvms_group.command("reclaim")
+def reclaim_cvms(
+    context: typer.Context,
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Destroy VMs that carry our state id and are not in our journal: a restored backup leaves such."""
+    settings = _settings(config or context.obj)
+    strays = _tell(settings, "status", None, as_json=as_json).get("strays", [])
+    if not yes and as_json:
+        print(json.dumps({"strays": strays, "reclaiming": [], "remedy": "--yes destroys them"}))
+        return
+    if strays and not yes:
+        print("\n".join(strays))
+        typer.confirm(f"Destroy {len(strays)} VMs that the journal does not know?", abort=True)
+    found = _tell(settings, "cvms/reclaim", {"names": strays}, as_json=as_json)
+    begun = len(found["reclaiming"])
+    print(json.dumps(found) if as_json else f"{begun} VMs are being destroyed: validator cvms list")
+
+
 @challenges_group.command("list")
 def list_challenges(context: typer.Context, *, config: ConfigFile = None, as_json: AsJson = False) -> None:
     """Every challenge: state, commit, reason."""

@@ -26,11 +26,12 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class Doomed:
-    """A CVM on its way out, as the operator sees it."""
+    """A CVM on its way out, as the operator sees it; a stray is in no journal."""
 
     name: VmName
     tries: int = 0
     last_error: str | None = None
+    journaled: bool = True
 
 
 class Destroyer:
@@ -55,10 +56,10 @@ class Destroyer:
         self._fresh = asyncio.Event()
         self.destroyed = 0
 
-    def give(self, name: VmName, reason: str | None = None) -> None:
+    def give(self, name: VmName, reason: str | None = None, *, journaled: bool = True) -> None:
         """Take a CVM over. Giving it twice changes nothing."""
         if name not in self._doomed:
-            self._doomed[name] = Doomed(name, last_error=reason)
+            self._doomed[name] = Doomed(name, last_error=reason, journaled=journaled)
             self._fresh.set()
 
     @property
@@ -92,7 +93,8 @@ class Destroyer:
             try:
                 await self._note(doomed)
                 await self._once(doomed.name)
-                await self._store.vm_phase(doomed.name, VmPhase.GONE, at=self._clock.now())
+                if doomed.journaled:
+                    await self._store.vm_phase(doomed.name, VmPhase.GONE, at=self._clock.now())
                 crashpoint("destroyed")
                 break
             except UnknownRecord:
@@ -113,6 +115,8 @@ class Destroyer:
 
     async def _note(self, doomed: Doomed) -> None:
         """Journal that it ends. A store that cannot be written delays no end: the record stays open."""
+        if not doomed.journaled:
+            return
         try:
             await self._store.vm_phase(
                 doomed.name, VmPhase.DESTROYING, at=self._clock.now(), reason=doomed.last_error

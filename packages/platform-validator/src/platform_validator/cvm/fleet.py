@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import timedelta
 
 import structlog
@@ -26,7 +26,7 @@ from platform_validator.cvm.quota import Quota, Refusal, Reservation
 from platform_validator.cvm.reclaim import plan_reclaim
 from platform_validator.cvm.session import CvmSession, ValuesHandler
 from platform_validator.cvm.sessions import SessionMaker
-from platform_validator.cvm.vmm import VmmClient, VmmError
+from platform_validator.cvm.vmm import VmmClient, VmmError, VmmUnavailable
 from platform_validator.keyring import Keyring, KeyringBroken
 from platform_validator.store.port import Store, StoreUnavailable
 from platform_validator.store.records import Purpose, StateIdentity, VmPhase, VmRecord
@@ -131,15 +131,15 @@ class Fleet:
             self._restored[record.name] = Member(record, stage="restored")
 
     async def run(self) -> None:
-        """Destruction and the periodic sweep, until cancelled."""
+        """Destruction and the sweep, at once and then periodically, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             tasks.create_task(self.destroyer.run())
             while True:
+                await self.sweep()
                 for _ in range(_BEATS_A_SWEEP):
                     await self._clock.sleep(SWEEP.total_seconds() / _BEATS_A_SWEEP)
                     self.beat()
-                await self.sweep()
 
     async def boot(
         self,
@@ -225,6 +225,24 @@ class Fleet:
             if member.session is not None:
                 member.session.close()
         self.destroyer.give(name, reason)
+
+    async def reclaim_strays(self, names: Collection[VmName]) -> list[VmName]:
+        """Have VMs destroyed that carry our state id and are not in our journal: the operator names them.
+
+        Returns:
+            Those of the names that are strays, as of a look at the VMM now.
+
+        Raises:
+            VmmError: It cannot be looked at.
+        """
+        await self.sweep()
+        if self.last_error is not None:
+            raise VmmUnavailable(self.last_error)
+        wanted = [name for name in self.strays if name in names]
+        for name in wanted:
+            _log.warning("stray_reclaimed", vm=name)
+            self.destroyer.give(name, "reclaimed by the operator", journaled=False)
+        return wanted
 
     def views(self) -> list[CvmView]:
         """Every CVM that is not gone."""

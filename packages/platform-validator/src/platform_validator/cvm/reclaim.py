@@ -53,7 +53,7 @@ def plan_reclaim(
             destroy.append(record.name)
     # 4. Gone by the journal, and there: its creation was answered late, after we had looked for it.
     destroy.extend(sorted(name for name in ended if name in seen and name not in held))
-    known = {record.name for record in records} | set(ended)
+    known = {record.name for record in records} | set(ended) | set(held)
     ours = f"pv-{state_id}-"
     strays = sorted(name for name in seen if name.startswith(ours) and name not in known)
     return Reclaim(tuple(destroy), tuple(strays))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 
 import structlog
 
-from platform_protocol.ids import JobId
+from platform_protocol.ids import JobId, VmName
 from platform_validator.config import ConfigFaults, Settings
 from platform_validator.cvm.quota import Limits
 from platform_validator.daemon.board import Board, plain
@@ -108,6 +108,12 @@ class DaemonControl:
             for record in await store.recent_jobs(_JOURNAL)
         )
         return Cancelling.ENDED if ended else Cancelling.UNKNOWN
+
+    async def reclaim(self, names: Collection[VmName]) -> list[VmName]:
+        """See the port."""
+        if self._started is None:
+            raise NotStarted("the daemon is starting: ask again when it is running")
+        return await self._started.engine.parts.fleet.reclaim_strays(names)
 
     def reload(self) -> Reloaded:
         """See the port."""

@@ -10,11 +10,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from platform_protocol.ids import JobId
+from platform_protocol.ids import JobId, VmName
+from platform_validator.cvm.vmm import VmmError
 from platform_validator.store.port import StoreUnavailable
 from platform_validator.web.control import Cancelling, Control, NotStarted
 
-_MAX_BODY = 4096
+_MAX_BODY = 65_536
 _MAX_ID = 200
 _CANCELLED = {
     Cancelling.UNKNOWN: (404, "no job of that id was ever granted here: validator jobs list"),
@@ -25,18 +26,33 @@ _CANCELLED = {
 
 
 def command_routes(control: Control) -> list[Route]:
-    """`/drain`, `/jobs/{id}/cancel` and `/reload` below `/api/v1`; a refusal is `{"error", "code"}`."""
+    """Routes below `/api/v1`: drain, a job's cancel, reclaim of strays, reload.
 
-    async def drain(request: Request) -> Response:
+    A refusal is `{"error", "code"}`.
+    """
+    commands = _Commands(control)
+    return [
+        Route("/api/v1/drain", commands.drain, methods=["POST"]),
+        Route("/api/v1/jobs/{job_id:path}/cancel", commands.cancel, methods=["POST"]),
+        Route("/api/v1/cvms/reclaim", commands.reclaim, methods=["POST"]),
+        Route("/api/v1/reload", commands.reload, methods=["POST"]),
+    ]
+
+
+class _Commands:
+    def __init__(self, control: Control) -> None:
+        self._control = control
+
+    async def drain(self, request: Request) -> Response:
         asked = await _asked(request)
         if asked is None or not isinstance(hurry := asked.get("hurry", False), bool):
             return refused(400, "bad_body", 'expected no body, or {"hurry": true}')
-        return JSONResponse(asdict(control.drain("operator", hurry=hurry)), status_code=202)
+        return JSONResponse(asdict(self._control.drain("operator", hurry=hurry)), status_code=202)
 
-    async def cancel(request: Request) -> Response:
+    async def cancel(self, request: Request) -> Response:
         job_id = JobId(request.path_params["job_id"][:_MAX_ID])
         try:
-            answer = await control.cancel_job(job_id)
+            answer = await self._control.cancel_job(job_id)
         except NotStarted as error:
             return refused(409, "not_started", str(error))
         except StoreUnavailable as error:
@@ -46,21 +62,28 @@ def command_routes(control: Control) -> list[Route]:
             return refused(code, answer.value, f"job {job_id}: {why}")
         return JSONResponse({"job_id": job_id, "cancelled": True}, status_code=202)
 
-    async def reload(_: Request) -> Response:
+    async def reclaim(self, request: Request) -> Response:
+        asked = await _asked(request)
+        names = asked.get("names") if asked is not None else None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            return refused(400, "bad_body", 'expected {"names": [...]}: names of strays')
         try:
-            done = control.reload()
+            begun = await self._control.reclaim([VmName(name) for name in names])
+        except NotStarted as error:
+            return refused(409, "not_started", str(error))
+        except VmmError as error:
+            return refused(503, "vmm_unavailable", str(error))
+        return JSONResponse({"reclaiming": begun}, status_code=202)
+
+    async def reload(self, _: Request) -> Response:
+        try:
+            done = self._control.reload()
         except NotStarted as error:
             return refused(409, "not_started", str(error))
         if done.faults:
             why = "the configuration is invalid: nothing was changed"
             return JSONResponse({"error": why, "code": "invalid", "faults": done.faults}, status_code=422)
         return JSONResponse({"applied": done.applied, "restart": done.restart})
-
-    return [
-        Route("/api/v1/drain", drain, methods=["POST"]),
-        Route("/api/v1/jobs/{job_id:path}/cancel", cancel, methods=["POST"]),
-        Route("/api/v1/reload", reload, methods=["POST"]),
-    ]
 
 
 async def _asked(request: Request) -> dict[str, Any] | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from platform_protocol.ids import JobId
+from platform_protocol.ids import JobId, VmName
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,14 @@ class Control(Protocol):
         Raises:
             NotStarted: Jobs are not known yet.
             StoreUnavailable: The journal, which knows jobs that ended, cannot be read.
+        """
+
+    async def reclaim(self, names: Collection[VmName]) -> list[VmName]:
+        """Destroy VMs that carry our state id and are not in our journal; returns those that are such.
+
+        Raises:
+            NotStarted: CVMs are not known yet.
+            VmmError: The VMM cannot be asked.
         """
 
     def reload(self) -> Reloaded:
