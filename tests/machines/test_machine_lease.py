@@ -111,6 +111,8 @@ class LeaseMachine(TimedMachine):
         self.freeze(seconds)
         self.woke_at = self.clock.boottime()
         self._feed()
+        if self.held is not None and not self.lost and seconds > TERM:
+            assert self.held.in_doubt(), "it slept for longer than the term, and believes"
         self.let_pass(0.001)
         if believed and seconds > TERM / 3 and not busy:
             assert self.lost or len(self.api.asked) > asked, "it woke, and did not ask"
@@ -174,6 +176,8 @@ class LeaseMachine(TimedMachine):
         assert stuck <= MARGIN, "it renews for a task that is dead"
         calm = now - max(self.api.line_since, self.woke_at) > MARGIN
         if self.api.line == "up" and calm and self.api.over is None:
+            assert self.held is not None
+            assert not self.held.in_doubt(), "it was answered, and doubts"
             assert now < self.api.ends_at, "it let a lease lapse that it could have renewed"
 
 
@@ -216,6 +220,14 @@ def _a_gap_is_waited_out(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(lease_module, "decide", decide)
 
 
+def _a_gap_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    def in_doubt(self: LeaseState, now: float) -> bool:
+        del self, now
+        return False
+
+    patch.setattr(LeaseState, "in_doubt", in_doubt)
+
+
 def _renewed_at_the_last_moment(patch: pytest.MonkeyPatch) -> None:
     original = lease_module.decide
 
@@ -233,6 +245,7 @@ def _renewed_at_the_last_moment(patch: pytest.MonkeyPatch) -> None:
         _refusals_are_silence,
         _a_dead_task_keeps_its_lease,
         _a_gap_is_waited_out,
+        _a_gap_is_forgotten,
         _renewed_at_the_last_moment,
     ],
 )

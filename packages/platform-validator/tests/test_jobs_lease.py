@@ -10,7 +10,7 @@ import pytest
 
 from platform_protocol.ids import ChallengeId, ClaimId, JobId, LeaseToken
 from platform_validator.clock import SystemClock
-from platform_validator.jobs.lease import LeaseRules, TaskRenewer, ThreadRenewer
+from platform_validator.jobs.lease import LeaseRules, LeaseState, TaskRenewer, ThreadRenewer
 from platform_validator.platform_client.memory import MemoryPlatform
 from platform_validator.platform_client.port import LeaseRefused, PlatformUnavailable
 
@@ -168,3 +168,28 @@ async def test_the_task_keeps_a_lease_by_the_same_rules() -> None:
         platform.cancel_job(job_id)
         lease.renew_now()
         assert await lost == "job_cancelled"
+
+
+def test_only_a_gap_puts_a_lease_in_doubt_and_only_an_answer_ends_that() -> None:
+    """Silence in an outage is no doubt; after a gap longer than the term silence is no answer."""
+    fresh = LeaseState(120.0, granted_at=0.0, asked_at=0.0)
+    assert not fresh.in_doubt(120.0)
+    assert fresh.in_doubt(121.0)
+    outage = fresh.silent(40.0).silent(100.0).silent(200.0)
+    assert not outage.in_doubt(210.0)
+    after_gap = fresh.silent(300.0)
+    assert after_gap.in_doubt(301.0)
+    assert after_gap.silent(310.0).in_doubt(311.0)
+    assert not after_gap.granted(320.0, 120.0).in_doubt(321.0)
+
+
+async def test_the_thread_says_when_it_is_in_doubt() -> None:
+    """A claim whose answer took longer than the term is in doubt until it is renewed."""
+    api = Api(timedelta(hours=1))
+    async with (
+        asyncio.timeout(10),
+        renewer(api).keep(JOB, TOKEN, term=1.0, asked_at=CLOCK.boottime() - 5.0, on_lost=str) as lease,
+    ):
+        while lease.in_doubt():
+            await asyncio.sleep(0)
+    assert api.asked == 1

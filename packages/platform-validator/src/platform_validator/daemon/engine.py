@@ -27,6 +27,7 @@ from platform_validator.store.port import Store, StoreUnavailable
 from platform_validator.telemetry.metrics import Metrics
 
 _RESTART = 1.0
+_LOOK = 0.1
 _STORE_RETRY = 2.0
 _DESTROY_WITHIN = timedelta(seconds=60)
 _DELIVER_WITHIN = timedelta(seconds=30)
@@ -180,19 +181,26 @@ class Engine:
         self._enter("stopping")
         jobs.cancel()
         await asyncio.wait({jobs, challenges}, timeout=_RELEASE_WITHIN.total_seconds())
+        parts.outbox.wake(retry=True)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DELIVER_WITHIN.total_seconds()):
-                while parts.outbox.depth:
-                    parts.outbox.wake(retry=True)
-                    await self._clock.sleep(0.1)
+                while await self._undelivered():
+                    await self._clock.sleep(_LOOK)
         for view in parts.fleet.views():
             parts.fleet.destroy(view.name, reason="drained")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DESTROY_WITHIN.total_seconds()):
                 await parts.fleet.destroyer.finish()
-        left = Drained(parts.outbox.depth, len(parts.fleet.views()))
+        left = Drained(await self._undelivered(), len(parts.fleet.views()))
         _log.info("drained", undelivered=left.undelivered, cvms_left=left.cvms_left)
         return left
+
+    async def _undelivered(self) -> int:
+        """By the journal: what was stored a moment ago counts, though the outbox has not looked yet."""
+        try:
+            return len(await self._store.outbox())
+        except StoreUnavailable:
+            return self.parts.outbox.depth
 
     async def _idle_or_hurried(self) -> None:
         idle = asyncio.ensure_future(self.parts.jobs.idle())

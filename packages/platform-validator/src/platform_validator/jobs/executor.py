@@ -214,6 +214,7 @@ class JobExecutor:
         self, job: ClaimedJob, cvm: Guest, finding: Finding, result: GuestResult | None
     ) -> Ending:
         """Store the body that will be sent; the outbox delivers it. Then the SDK may forget it."""
+        await self.tenure.assured(job)
         limit_ms = _milliseconds(job.time_limit)
         body = result_body(
             finding,

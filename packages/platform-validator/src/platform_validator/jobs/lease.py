@@ -38,13 +38,18 @@ class LeaseRules:
 
 @dataclass(frozen=True, slots=True)
 class LeaseState:
-    """What is known of a lease. Times are CLOCK_BOOTTIME seconds, taken before the request was sent."""
+    """What is known of a lease. Times are CLOCK_BOOTTIME seconds, taken before the request was sent.
+
+    `gap`: for longer than a term nobody asked (a stopped process, a suspended machine), and nothing was
+    answered since. An outage is no gap: in one, the questions are asked and stay unanswered.
+    """
 
     term: float
     granted_at: float
     asked_at: float
     unanswered: int = 0
     refused: str | None = None
+    gap: bool = False
 
     def granted(self, asked_at: float, term: float) -> LeaseState:
         """A renewal was answered with a new term."""
@@ -52,11 +57,17 @@ class LeaseState:
 
     def silent(self, asked_at: float) -> LeaseState:
         """A renewal got no answer: nothing is known."""
-        return LeaseState(self.term, self.granted_at, asked_at, self.unanswered + 1)
+        return LeaseState(
+            self.term, self.granted_at, asked_at, self.unanswered + 1, gap=self.in_doubt(asked_at)
+        )
 
     def denied(self, asked_at: float, code: str) -> LeaseState:
         """A renewal was refused."""
         return LeaseState(self.term, self.granted_at, asked_at, self.unanswered, code)
+
+    def in_doubt(self, now: float) -> bool:
+        """Whether only an answer may be believed: after a gap longer than the term."""
+        return self.gap or now - self.asked_at > self.term
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +120,9 @@ class HeldLease(Protocol):
 
     def renew_now(self) -> None:
         """Ask at once (a push hinted at a cancellation); only the answer counts."""
+
+    def in_doubt(self) -> bool:
+        """Whether, after a gap longer than the term, no renewal was answered yet."""
 
 
 class Renewer(Protocol):
@@ -207,6 +221,9 @@ class _LeaseThread(threading.Thread):
         self._urgent = True
         self._wake.set()
 
+    def in_doubt(self) -> bool:
+        return self._state.in_doubt(self._clock.boottime())
+
     def stop(self) -> None:
         self._stopped = True
         self._wake.set()
@@ -259,10 +276,9 @@ class TaskRenewer:
         on_lost: Callable[[str], None],
     ) -> AsyncIterator[HeldLease]:
         """Renew in a task for as long as the context lasts."""
-        lease = _LeaseTask(self._clock)
-        state = LeaseState(term, granted_at=asked_at, asked_at=asked_at)
+        lease = _LeaseTask(self._clock, LeaseState(term, granted_at=asked_at, asked_at=asked_at))
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(self._run(lease, state, job_id, token, on_lost))
+            task = group.create_task(self._run(lease, job_id, token, on_lost))
             try:
                 yield lease
             finally:
@@ -271,20 +287,19 @@ class TaskRenewer:
     async def _run(
         self,
         lease: _LeaseTask,
-        state: LeaseState,
         job_id: JobId,
         token: LeaseToken,
         on_lost: Callable[[str], None],
     ) -> None:
         while True:
             now = self._clock.boottime()
-            step = decide(state, fed_at=lease.fed_at, now=now, rules=self.rules)
+            step = decide(lease.state, fed_at=lease.fed_at, now=now, rules=self.rules)
             if isinstance(step, Stop):
                 on_lost(step.reason)
                 return
             if isinstance(step, Renew) or lease.urgent.is_set():
                 lease.urgent.clear()
-                state = await self._ask(state, now, job_id, token)
+                lease.state = await self._ask(lease.state, now, job_id, token)
                 continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(step.seconds, 5.0)):
@@ -301,8 +316,9 @@ class TaskRenewer:
 
 
 class _LeaseTask:
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, state: LeaseState) -> None:
         self._clock = clock
+        self.state = state
         self.fed_at = clock.boottime()
         self.urgent = asyncio.Event()
 
@@ -311,3 +327,6 @@ class _LeaseTask:
 
     def renew_now(self) -> None:
         self.urgent.set()
+
+    def in_doubt(self) -> bool:
+        return self.state.in_doubt(self._clock.boottime())

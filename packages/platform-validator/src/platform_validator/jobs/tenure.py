@@ -26,6 +26,7 @@ from platform_validator.platform_client.retries import Kind, Over, decide
 from platform_validator.store.records import JobOutcome
 
 FEED_EVERY = 30.0
+_ASSURED_POLL = 0.1
 OUTAGE_GRACE = timedelta(hours=1)
 
 _log = structlog.get_logger(__name__)
@@ -73,6 +74,20 @@ class Tenure:
         except PlatformError as error:
             return blame(error, stage=job.stage, started=False)
         return job.ending or await self._with_lease(job, work, term)
+
+    async def assured(self, job: ClaimedJob) -> None:
+        """After a gap longer than the term, return only when a renewal was answered.
+
+        What came out of the gap (a stopped process, a suspended machine) may be somebody else's job by now.
+        A refusal ends the work, and silence does so after the outage's grace: both cancel the caller.
+        """
+        lease = job.lease
+        if lease is None or not lease.in_doubt():
+            return
+        _log.warning("lease_in_doubt", remedy="the process stood still for longer than the term: renewing first")
+        lease.renew_now()
+        while lease.in_doubt():
+            await self._clock.sleep(_ASSURED_POLL)
 
     async def _renewed(self, job: ClaimedJob) -> float:
         """The term that a first renewal brings; it is waited for as long as an outage is borne.
