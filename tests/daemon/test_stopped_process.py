@@ -1,4 +1,4 @@
-"""The whole engine on virtual time, stopped for longer than its lease's term (SIGSTOP, a machine that sleeps)."""
+"""The whole engine on virtual time, stopped for longer than its lease's term: SIGSTOP, a sleeping machine."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def test_after_a_gap_silence_is_no_answer(tmp_path: Path) -> None:
             assert [view.job_id for view in engine.parts.jobs.views()] == [job_id]
             world.platform.down = False
             await until(lambda: world.platform.jobs[job_id].finished)
-            assert (world.platform.jobs[job_id].status, world.platform.jobs[job_id].attempt) == ("completed", 1)
+            job = world.platform.jobs[job_id]
+            assert (job.status, job.attempt) == ("completed", 1)
 
     play(story, tmp_path)
 

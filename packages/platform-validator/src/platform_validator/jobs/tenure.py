@@ -84,7 +84,7 @@ class Tenure:
         lease = job.lease
         if lease is None or not lease.in_doubt():
             return
-        _log.warning("lease_in_doubt", remedy="the process stood still for longer than the term: renewing first")
+        _log.warning("lease_in_doubt", remedy="it stood still for longer than the term: renewing first")
         lease.renew_now()
         while lease.in_doubt():
             await self._clock.sleep(_ASSURED_POLL)
