@@ -188,7 +188,7 @@ async def test_the_thread_says_when_it_is_in_doubt() -> None:
     api = Api(timedelta(hours=1))
     async with (
         asyncio.timeout(10),
-        renewer(api).keep(JOB, TOKEN, term=1.0, asked_at=CLOCK.boottime() - 5.0, on_lost=str) as lease,
+        renewer(api).keep(JOB, TOKEN, term=1.0, asked_at=CLOCK.boottime() - 5.0, on_lost=print) as lease,
     ):
         while lease.in_doubt():
             await asyncio.sleep(0)
