@@ -42,6 +42,7 @@ READS = {
     "vm",
     "open_vms",
     "instances",
+    "challenge_history",
     "values",
     "value",
 }
@@ -67,7 +68,7 @@ WRITES: dict[str, Callable[[Store], Awaitable[object]]] = {
     "switch_instances": lambda store: store.switch_instances(
         replace(instance(2), state=InstanceState.ACTIVE), replace(instance(1), state=InstanceState.RECYCLING)
     ),
-    "remove_instance": lambda store: store.remove_instance("key-1"),
+    "remove_instance": lambda store: store.remove_instance("key-1", at=NOW),
     "change_value": lambda store: store.change_value(
         CHALLENGE, "k", change=lambda _: ("2", "ok"), session_id="s", request_id="r", at=NOW
     ),

@@ -162,7 +162,9 @@ class ChallengeManager:
         while True:
             try:
                 for record in await self._store.instances():
-                    await self._store.remove_instance(record.key)
+                    await self._store.remove_instance(
+                        record.key, at=self._clock.now(), reason="the validator was restarted"
+                    )
             except StoreUnavailable as error:
                 _log.error("instances_not_forgotten", error=str(error))
                 self.beat()

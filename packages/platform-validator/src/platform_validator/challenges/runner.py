@@ -388,7 +388,8 @@ class ChallengeRunner:
             self._bringing.cancel()
             self._bringing = None
         if candidate.told(fact, at=self._parts.clock.now()) is Aside.FORGOTTEN:
-            await self._parts.store.remove_instance(candidate.key)
+            now = self._parts.clock.now()
+            await self._parts.store.remove_instance(candidate.key, at=now, reason=fact.value)
         else:
             self._old.append(candidate)
             await self._parts.store.put_instance(candidate.record)
@@ -408,6 +409,6 @@ class ChallengeRunner:
         for instance in [each for each in self._old if each.users == 0]:
             instance.told(Fact.DRAINED, at=self._parts.clock.now())
             crashpoint("instance_recycled")
-            await self._parts.store.remove_instance(instance.key)
+            await self._parts.store.remove_instance(instance.key, at=self._parts.clock.now())
             self._old.remove(instance)
             _log.info("instance_gone", challenge_id=self._id, commit=instance.record.commit)

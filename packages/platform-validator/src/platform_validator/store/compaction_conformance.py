@@ -117,6 +117,7 @@ async def replies_go_with_their_cvm_and_values_stay(store: Store) -> None:
     await store.compact(ended_before=LATER, keep=0)
     require([v.key for v in await store.values(CHALLENGE)] == ["key-1", "key-2"], "a value is gone")
     require(len(await store.instances()) == 1, "an instance is gone")
+    require(not await store.challenge_history(CHALLENGE, 9), "old history was kept")
     require(await ask(2, "second") == "first", "the reply to a living session is gone")
     require(await ask(1, "second") == "second", "the reply to a session that ended was kept")
 

@@ -148,6 +148,32 @@ async def a_ready_cvm_is_taken_once(store: Store) -> None:
     require(record is not None and record.vm == "pv-1", "the job does not know its CVM")
 
 
+async def what_became_of_instances_is_kept(store: Store) -> None:
+    """Every state and reason once, with its time, newest first; also of what is forgotten."""
+    later = NOW + timedelta(seconds=1)
+    first, second = instance(1), instance(2)
+    active = replace(first, state=InstanceState.ACTIVE, since=later)
+    failed = replace(second, state=InstanceState.FAILED, reason="no kernel", since=later)
+    for record in (first, first, second, failed, replace(failed, failures=3)):
+        await store.put_instance(record)
+    await store.switch_instances(active, None)
+    await store.remove_instance("key-2", at=later, reason="superseded")
+    await store.remove_instance("key-3", at=later, reason="never there")
+    events = await store.challenge_history(CHALLENGE, 9)
+    found = [(each.key, each.state, each.reason, each.at) for each in events]
+    expected = [
+        ("key-1", InstanceState.CREATED, None, NOW),
+        ("key-2", InstanceState.CREATED, None, NOW),
+        ("key-2", InstanceState.FAILED, "no kernel", later),
+        ("key-1", InstanceState.ACTIVE, None, later),
+        ("key-2", None, "superseded", later),
+    ]
+    require(found == expected[::-1], f"the history is {found}")
+    newest = await store.challenge_history(CHALLENGE, 1)
+    require([each.state for each in newest] == [None], "the limit does not take the newest")
+    require(not await store.challenge_history(ChallengeId("other"), 9), "another challenge's history")
+
+
 async def instances_switch_together(store: Store) -> None:
     """Put, replaced, switched, removed; order is that of first sight."""
     for number in (1, 2):
@@ -156,8 +182,8 @@ async def instances_switch_together(store: Store) -> None:
     old = replace(instance(1), state=InstanceState.RECYCLING, superseded_by="key-2")
     await store.switch_instances(new, old)
     require(list(await store.instances()) == [old, new], "the switch did not happen")
-    await store.remove_instance("key-1")
-    await store.remove_instance("key-1")
+    await store.remove_instance("key-1", at=NOW)
+    await store.remove_instance("key-1", at=NOW)
     require(list(await store.instances()) == [new], "the instance is still there")
 
 
@@ -288,6 +314,7 @@ CASES: tuple[Check, ...] = (
     an_instance_id_belongs_to_one_cvm,
     a_ready_cvm_is_taken_once,
     instances_switch_together,
+    what_became_of_instances_is_kept,
     a_values_write_is_applied_once,
     values_belong_to_one_challenge,
     a_stage_never_goes_back,

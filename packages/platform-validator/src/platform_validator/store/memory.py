@@ -11,7 +11,9 @@ from datetime import datetime
 from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
 from platform_validator.store.port import DuplicateRecord, StoreUnavailable, UnknownRecord
 from platform_validator.store.records import (
+    InstanceEvent,
     InstanceRecord,
+    InstanceState,
     JobOutcome,
     JobRecord,
     OutboxRecord,
@@ -39,6 +41,7 @@ class MemoryStore:
         self._outbox: dict[ClaimId, OutboxRecord] = {}
         self._vms: dict[VmName, VmRecord] = {}
         self._instances: dict[str, InstanceRecord] = {}
+        self._history: list[InstanceEvent] = []
         self._values: dict[tuple[ChallengeId, str], ValueRecord] = {}
         self._replies: dict[tuple[str, str], str] = {}
         self._closed = False
@@ -162,6 +165,7 @@ class MemoryStore:
             del self._jobs[job.claim_id]
         for vm in vms:
             del self._vms[vm.name]
+        self._history = [event for event in self._history if event.at >= ended_before]
         self._replies = {key: reply for key, reply in self._replies.items() if key[0] not in sessions}
         return len(jobs) + len(vms)
 
@@ -259,24 +263,43 @@ class MemoryStore:
     async def put_instance(self, record: InstanceRecord) -> None:
         """See the port."""
         self._check("put_instance")
-        self._instances[record.key] = record
+        self._put_instance(record)
 
     async def switch_instances(self, new: InstanceRecord, old: InstanceRecord | None) -> None:
         """See the port."""
         self._check("switch_instances")
         for record in (new, old):
             if record is not None:
-                self._instances[record.key] = record
+                self._put_instance(record)
+
+    def _put_instance(self, record: InstanceRecord) -> None:
+        before = self._instances.get(record.key)
+        self._instances[record.key] = record
+        if before is None or (before.state, before.reason) != (record.state, record.reason):
+            self._note(record, record.state, record.reason, record.since)
+
+    def _note(
+        self, record: InstanceRecord, state: InstanceState | None, reason: str | None, at: datetime
+    ) -> None:
+        event = InstanceEvent(record.challenge_id, record.key, record.commit, state, reason, at)
+        self._history.append(event)
 
     async def instances(self) -> Sequence[InstanceRecord]:
         """See the port."""
         self._check("instances")
         return list(self._instances.values())
 
-    async def remove_instance(self, key: str) -> None:
+    async def remove_instance(self, key: str, *, at: datetime, reason: str | None = None) -> None:
         """See the port."""
         self._check("remove_instance")
-        self._instances.pop(key, None)
+        record = self._instances.pop(key, None)
+        if record is not None:
+            self._note(record, None, reason or record.reason, at)
+
+    async def challenge_history(self, challenge_id: ChallengeId, limit: int) -> Sequence[InstanceEvent]:
+        """See the port."""
+        self._check("challenge_history")
+        return [each for each in reversed(self._history) if each.challenge_id == challenge_id][:limit]
 
     # Values
 

@@ -13,6 +13,7 @@ from typing import Protocol
 from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
 from platform_validator.errors import ValidatorError
 from platform_validator.store.records import (
+    InstanceEvent,
     InstanceRecord,
     JobOutcome,
     JobRecord,
@@ -125,8 +126,8 @@ class Store(Protocol):
         """Forget what has ended, in batches; returns how many rows of jobs and CVMs went.
 
         Jobs that ended before that moment, but for the newest `keep` claims and those whose result is still
-        to be delivered; CVMs gone before it, with the replies kept for their sessions. Never anything open,
-        and never a value.
+        to be delivered; CVMs gone before it, with the replies kept for their sessions; challenges' history
+        from before it (not counted). Never anything open, and never a value.
         """
 
     # Outbox
@@ -183,7 +184,7 @@ class Store(Protocol):
     # Challenges
 
     async def put_instance(self, record: InstanceRecord) -> None:
-        """Insert or replace an instance."""
+        """Insert or replace an instance; another state or reason goes into the history, as of its `since`."""
 
     async def switch_instances(self, new: InstanceRecord, old: InstanceRecord | None) -> None:
         """Both in one transaction: the candidate becomes Active and the old one Recycling."""
@@ -191,8 +192,11 @@ class Store(Protocol):
     async def instances(self) -> Sequence[InstanceRecord]:
         """All instances, oldest first."""
 
-    async def remove_instance(self, key: str) -> None:
-        """Forget an instance. Unknown keys are no error."""
+    async def remove_instance(self, key: str, *, at: datetime, reason: str | None = None) -> None:
+        """Forget an instance; the history keeps when and why. Unknown keys are no error."""
+
+    async def challenge_history(self, challenge_id: ChallengeId, limit: int) -> Sequence[InstanceEvent]:
+        """What became of a challenge's instances, newest first."""
 
     # Values
 

@@ -116,6 +116,22 @@ ON CONFLICT (key) DO UPDATE SET challenge_id = excluded.challenge_id, name = exc
     bundle_sha256 = excluded.bundle_sha256, compose_hash = excluded.compose_hash,
     superseded_by = excluded.superseded_by, failures = excluded.failures;
 
+-- name: instance_noted
+INSERT INTO challenges_history (challenge_id, key, commit_id, state, reason, at)
+SELECT challenge_id, key, commit_id, COALESCE(:left, state), COALESCE(:reason, reason), :at
+FROM challenges_instances WHERE key = :key;
+
+-- name: instance_one
+SELECT * FROM challenges_instances WHERE key = :key;
+
+-- name: history_newest
+SELECT * FROM challenges_history WHERE challenge_id = :challenge_id ORDER BY position DESC LIMIT :limit;
+
+-- name: history_compact
+DELETE FROM challenges_history WHERE position IN (
+    SELECT position FROM challenges_history WHERE at < :before ORDER BY at LIMIT :batch
+);
+
 -- name: instances_all
 SELECT * FROM challenges_instances ORDER BY position;
 

@@ -161,6 +161,18 @@ class InstanceRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class InstanceEvent:
+    """An instance entered a state, or left for good (state None)."""
+
+    challenge_id: ChallengeId
+    key: str
+    commit: str
+    state: InstanceState | None
+    reason: str | None
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class ValueRecord:
     """A dynamic value of one challenge. `value` is JSON text; `version` counts its writes from 1."""
 

@@ -9,6 +9,7 @@ from typing import Any
 from platform_protocol.ids import ChallengeId, ClaimId, JobId, LeaseToken, VmId, VmName
 from platform_protocol.resources import Resources
 from platform_validator.store.records import (
+    InstanceEvent,
     InstanceRecord,
     InstanceState,
     JobOutcome,
@@ -20,6 +21,9 @@ from platform_validator.store.records import (
     VmPhase,
     VmRecord,
 )
+
+GONE = "Gone"
+"""In the history: an instance was forgotten."""
 
 
 def stamp(moment: datetime) -> str:
@@ -149,6 +153,18 @@ def instance_row(record: InstanceRecord) -> dict[str, Any]:
         "superseded_by": record.superseded_by,
         "failures": record.failures,
     }
+
+
+def event_of(row: sqlite3.Row) -> InstanceEvent:
+    """A row of challenges_history."""
+    return InstanceEvent(
+        challenge_id=ChallengeId(row["challenge_id"]),
+        key=row["key"],
+        commit=row["commit_id"],
+        state=None if row["state"] == GONE else InstanceState(row["state"]),
+        reason=row["reason"],
+        at=moment(row["at"]),
+    )
 
 
 def value_of(row: sqlite3.Row) -> ValueRecord:

@@ -11,6 +11,7 @@ from pathlib import Path
 from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
 from platform_validator.store.port import DuplicateRecord, StoreCorrupt, UnknownRecord
 from platform_validator.store.records import (
+    InstanceEvent,
     InstanceRecord,
     JobOutcome,
     JobRecord,
@@ -23,6 +24,8 @@ from platform_validator.store.records import (
     VmRecord,
 )
 from platform_validator.store.rows import (
+    GONE,
+    event_of,
     instance_of,
     instance_row,
     job_of,
@@ -167,14 +170,15 @@ class SqliteStore:
         last = await self._db.read(lambda: self._db.one("jobs_newest_to_go", keep=keep))
         newest = 0 if last is None else last[0]
 
-        def work() -> int:
+        def work() -> tuple[int, int]:
             gone = self._db.run("jobs_compact", before=before, newest=newest, batch=_BATCH)
             self._db.run("replies_compact", before=before, batch=_BATCH)
-            return gone + self._db.run("vms_compact", before=before, batch=_BATCH)
+            gone += self._db.run("vms_compact", before=before, batch=_BATCH)
+            return gone, self._db.run("history_compact", before=before, batch=_BATCH)
 
         # One transaction a batch: jobs that write meanwhile wait for one at most.
-        while batch := await self._db.do(work):
-            removed += batch
+        while any(batch := await self._db.do(work)):
+            removed += batch[0]
         return removed
 
     # Outbox
@@ -263,7 +267,7 @@ class SqliteStore:
 
     async def put_instance(self, record: InstanceRecord) -> None:
         """See the port."""
-        await self._db.do(lambda: self._db.run("instance_put", **instance_row(record)))
+        await self._db.do(lambda: self._put_instance(record))
 
     async def switch_instances(self, new: InstanceRecord, old: InstanceRecord | None) -> None:
         """See the port."""
@@ -271,17 +275,35 @@ class SqliteStore:
         def work() -> None:
             for record in (new, old):
                 if record is not None:
-                    self._db.run("instance_put", **instance_row(record))
+                    self._put_instance(record)
 
         await self._db.do(work)
+
+    def _put_instance(self, record: InstanceRecord) -> None:
+        row, before = instance_row(record), self._db.one("instance_one", key=record.key)
+        self._db.run("instance_put", **row)
+        if before is None or (before["state"], before["reason"]) != (row["state"], row["reason"]):
+            self._db.run("instance_noted", key=record.key, left=None, reason=None, at=row["since"])
 
     async def instances(self) -> Sequence[InstanceRecord]:
         """See the port."""
         return [instance_of(row) for row in await self._db.read(lambda: self._db.all("instances_all"))]
 
-    async def remove_instance(self, key: str) -> None:
+    async def remove_instance(self, key: str, *, at: datetime, reason: str | None = None) -> None:
         """See the port."""
-        await self._db.do(lambda: self._db.run("instance_delete", key=key))
+
+        def work() -> None:
+            self._db.run("instance_noted", key=key, left=GONE, reason=reason, at=stamp(at))
+            self._db.run("instance_delete", key=key)
+
+        await self._db.do(work)
+
+    async def challenge_history(self, challenge_id: ChallengeId, limit: int) -> Sequence[InstanceEvent]:
+        """See the port."""
+        rows = await self._db.read(
+            lambda: self._db.all("history_newest", challenge_id=challenge_id, limit=limit)
+        )
+        return [event_of(row) for row in rows]
 
     # Values
 

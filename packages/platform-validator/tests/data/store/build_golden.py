@@ -16,7 +16,7 @@ _SIZE = '{"cpu_cores":1,"memory_mb":512,"disk_mb":1024,"gpu_count":0}'
 _AT = [f"2026-01-02T03:04:0{second}.678901Z" for second in range(10)]
 _COMMIT = "a" * 40
 
-# A column that came later stands here with the version that brought it: "kit@2".
+# A table or column that came later stands here with the version that brought it: "kit@2".
 _ROWS: dict[str, list[dict[str, object]]] = {
     "meta": [
         {"key": "state_id", "value": "0123456789"},
@@ -152,6 +152,25 @@ _ROWS: dict[str, list[dict[str, object]]] = {
             "since": _AT[2],
         },
     ],
+    "challenges_history@3": [
+        {
+            "position": 1,
+            "challenge_id": "challenge",
+            "key": "key-old",
+            "commit_id": _COMMIT,
+            "state": "Failed",
+            "reason": "no kernel",
+            "at": _AT[1],
+        },
+        {
+            "position": 2,
+            "challenge_id": "challenge",
+            "key": "key-older",
+            "commit_id": _COMMIT,
+            "state": "Gone",
+            "at": _AT[2],
+        },
+    ],
     "values_current": [
         {"challenge_id": "challenge", "key": "k\u00e9", "value": "[1]", "version": 4, "updated_at": _AT[7]},
     ],
@@ -163,8 +182,9 @@ def build(version: int) -> str:
     """The journal of that version, as SQL."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
     migrate(connection, known_migrations()[:version])
-    for table, rows in _ROWS.items():
-        for row in rows:
+    for versioned, rows in _ROWS.items():
+        table, _, since = versioned.partition("@")
+        for row in rows if int(since or 1) <= version else ():
             there = {
                 name.partition("@")[0]: value
                 for name, value in row.items()
