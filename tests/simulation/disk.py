@@ -26,6 +26,7 @@ _READS = frozenset(
         "outbox",
         "vm",
         "open_vms",
+        "drained_hosts",
         "challenge_history",
         "instances",
         "values",

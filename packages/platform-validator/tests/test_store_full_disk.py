@@ -24,7 +24,7 @@ import pytest
 from platform_protocol.ids import LeaseToken, VmId, VmName
 from platform_validator.store.opening import open_database
 from platform_validator.store.port import Store, StoreUnavailable
-from platform_validator.store.records import InstanceState, JobOutcome, Stage, VmPhase
+from platform_validator.store.records import HostName, InstanceState, JobOutcome, Stage, VmPhase
 from platform_validator.store.specimens import CHALLENGE, NOW, cvm, instance, job
 from platform_validator.store.sqlite import SqliteStore
 
@@ -41,6 +41,7 @@ READS = {
     "outbox",
     "vm",
     "open_vms",
+    "drained_hosts",
     "instances",
     "challenge_history",
     "values",
@@ -64,6 +65,8 @@ WRITES: dict[str, Callable[[Store], Awaitable[object]]] = {
     "vm_phase": lambda store: store.vm_phase(VM, VmPhase.DESTROYING, at=NOW, reason="x"),
     "vm_attested": lambda store: store.vm_attested(VM, attestation="simulated", vm_instance="aa"),
     "vm_assigned": lambda store: store.vm_assigned(VM, OPEN),
+    "drain_host": lambda store: store.drain_host(HostName("one"), at=NOW),
+    "undrain_host": lambda store: store.undrain_host(HostName("other")),
     "put_instance": lambda store: store.put_instance(instance(9)),
     "switch_instances": lambda store: store.switch_instances(
         replace(instance(2), state=InstanceState.ACTIVE), replace(instance(1), state=InstanceState.RECYCLING)
@@ -83,6 +86,7 @@ async def prepared(path: Path) -> SqliteStore:
     await store.end_job(ENDED, outcome=JobOutcome.CANCELLED, reason="x", at=NOW)
     await store.store_result(WAITING, JobOutcome.SUCCEEDED, b"waiting", at=NOW)
     await store.intend_vm(cvm(1))
+    await store.drain_host(HostName("other"), at=NOW)
     for number in (1, 2):
         await store.put_instance(instance(number))
     await store.change_value(

@@ -16,6 +16,8 @@ from platform_protocol.resources import Resources
 from platform_validator.store.migrate import Migration, known_migrations, migrate
 from platform_validator.store.opening import open_database
 from platform_validator.store.records import (
+    DEFAULT_HOST,
+    HostName,
     InstanceEvent,
     InstanceRecord,
     InstanceState,
@@ -195,8 +197,10 @@ async def test_an_older_journal_is_read_and_written_by_this_version(version: int
         vm_instance="bb",
         attestation="tdx",
         reason="its job has ended",
+        host=HostName("small") if version >= 4 else DEFAULT_HOST,
     )
     assert await store.open_vms() == [destroying]
+    assert await store.drained_hosts() == ({HostName("small"): at(3)} if version >= 4 else {})
     gone = await store.vm(VmName("pv-gone"))
     assert gone is not None
     assert (gone.phase, gone.gone_at, gone.purpose) == (VmPhase.GONE, at(3), Purpose.READY)

@@ -14,7 +14,7 @@ from platform_validator.store.sqlite import SqliteStore
 from platform_validator.store.transactions import load_queries
 
 # The recent jobs, and whichever tables hold only what is present, are read from end to end.
-SCANNED = {"jobs_recent", "jobs_newest_to_go", "outbox_all", "instances_all"}
+SCANNED = {"jobs_recent", "jobs_newest_to_go", "outbox_all", "hosts_drained", "instances_all"}
 
 
 @pytest.mark.slow(reason="writes 80 MB, and reads them from the disk")

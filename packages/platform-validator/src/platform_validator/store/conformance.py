@@ -10,7 +10,15 @@ from datetime import timedelta
 from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
 from platform_validator.store.compaction_conformance import CASES as COMPACTION
 from platform_validator.store.port import DuplicateRecord, Store, StoreError, UnknownRecord
-from platform_validator.store.records import InstanceState, JobOutcome, Stage, ValueRecord, VmPhase
+from platform_validator.store.records import (
+    DEFAULT_HOST,
+    HostName,
+    InstanceState,
+    JobOutcome,
+    Stage,
+    ValueRecord,
+    VmPhase,
+)
 from platform_validator.store.specimens import CHALLENGE, NOW, cvm, instance, job, refuses, require
 
 Check = Callable[[Store], Awaitable[None]]
@@ -174,6 +182,22 @@ async def what_became_of_instances_is_kept(store: Store) -> None:
     require(not await store.challenge_history(ChallengeId("other"), 9), "another challenge's history")
 
 
+async def a_drained_host_is_remembered(store: Store) -> None:
+    """Since the first time it was drained, until it is undrained; a CVM's host is kept with it."""
+    one, other = HostName("one"), HostName("other")
+    later = NOW + timedelta(seconds=1)
+    await store.drain_host(other, at=NOW)
+    await store.drain_host(one, at=NOW)
+    await store.drain_host(one, at=later)
+    require(await store.drained_hosts() == {one: NOW, other: NOW}, "not as they were drained")
+    await store.undrain_host(one)
+    await store.undrain_host(one)
+    require(await store.drained_hosts() == {other: NOW}, "not as they were undrained")
+    await store.intend_vm(replace(cvm(1), host=one))
+    await store.intend_vm(cvm(2))
+    require([vm.host for vm in await store.open_vms()] == [one, DEFAULT_HOST], "a CVM's host was not kept")
+
+
 async def instances_switch_together(store: Store) -> None:
     """Put, replaced, switched, removed; order is that of first sight."""
     for number in (1, 2):
@@ -313,6 +337,7 @@ CASES: tuple[Check, ...] = (
     a_cvm_goes_forward_only,
     an_instance_id_belongs_to_one_cvm,
     a_ready_cvm_is_taken_once,
+    a_drained_host_is_remembered,
     instances_switch_together,
     what_became_of_instances_is_kept,
     a_values_write_is_applied_once,

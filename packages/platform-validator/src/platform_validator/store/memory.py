@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 
 from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
 from platform_validator.store.port import DuplicateRecord, StoreUnavailable, UnknownRecord
 from platform_validator.store.records import (
+    HostName,
     InstanceEvent,
     InstanceRecord,
     InstanceState,
@@ -42,6 +43,7 @@ class MemoryStore:
         self._vms: dict[VmName, VmRecord] = {}
         self._instances: dict[str, InstanceRecord] = {}
         self._history: list[InstanceEvent] = []
+        self._drained: dict[HostName, datetime] = {}
         self._values: dict[tuple[ChallengeId, str], ValueRecord] = {}
         self._replies: dict[tuple[str, str], str] = {}
         self._closed = False
@@ -257,6 +259,23 @@ class MemoryStore:
         """See the port."""
         self._check("open_vms")
         return [vm for vm in self._vms.values() if vm.phase is not VmPhase.GONE]
+
+    # Hosts
+
+    async def drain_host(self, name: HostName, *, at: datetime) -> None:
+        """See the port."""
+        self._check("drain_host")
+        self._drained.setdefault(name, at)
+
+    async def undrain_host(self, name: HostName) -> None:
+        """See the port."""
+        self._check("undrain_host")
+        self._drained.pop(name, None)
+
+    async def drained_hosts(self) -> Mapping[HostName, datetime]:
+        """See the port."""
+        self._check("drained_hosts")
+        return dict(sorted(self._drained.items()))
 
     # Challenges
 

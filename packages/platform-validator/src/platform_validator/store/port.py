@@ -6,13 +6,14 @@ suite: `sqlite.SqliteStore` in production, `memory.MemoryStore` in tests and sim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Protocol
 
 from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
 from platform_validator.errors import ValidatorError
 from platform_validator.store.records import (
+    HostName,
     InstanceEvent,
     InstanceRecord,
     JobOutcome,
@@ -180,6 +181,17 @@ class Store(Protocol):
 
     async def open_vms(self) -> Sequence[VmRecord]:
         """Every CVM that is not gone, oldest first."""
+
+    # Hosts
+
+    async def drain_host(self, name: HostName, *, at: datetime) -> None:
+        """The operator wants no more CVMs there; the first time stands."""
+
+    async def undrain_host(self, name: HostName) -> None:
+        """It may have CVMs again. Unknown names are no error."""
+
+    async def drained_hosts(self) -> Mapping[HostName, datetime]:
+        """Hosts that are drained, and since when."""
 
     # Challenges
 

@@ -80,9 +80,9 @@ DELETE FROM jobs_outbox WHERE claim_id = :claim_id;
 
 -- name: vm_insert
 INSERT INTO cvms_journal (name, purpose, challenge_id, instance_key, resources, phase, sealed_secret, compose,
-    host_port, session_id, intended_at, hard_deadline, claim_id)
+    host_port, session_id, intended_at, hard_deadline, claim_id, host)
 VALUES (:name, :purpose, :challenge_id, :instance_key, :resources, :phase, :sealed_secret, :compose,
-    :host_port, :session_id, :intended_at, :hard_deadline, :claim_id);
+    :host_port, :session_id, :intended_at, :hard_deadline, :claim_id, :host);
 
 -- name: vm_created
 UPDATE cvms_journal SET vm_id = :vm_id, phase = CASE phase WHEN 'intended' THEN 'created' ELSE phase END
@@ -104,6 +104,15 @@ SELECT * FROM cvms_journal WHERE name = :name;
 
 -- name: vms_open
 SELECT * FROM cvms_journal WHERE phase <> 'gone' ORDER BY position;
+
+-- name: host_drain
+INSERT INTO cvms_hosts_drained (name, drained_at) VALUES (:host, :at) ON CONFLICT (name) DO NOTHING;
+
+-- name: host_undrain
+DELETE FROM cvms_hosts_drained WHERE name = :host;
+
+-- name: hosts_drained
+SELECT * FROM cvms_hosts_drained ORDER BY name;
 
 -- name: instance_put
 INSERT INTO challenges_instances (key, challenge_id, name, repository, commit_id, spec_digest, state, since, reason,

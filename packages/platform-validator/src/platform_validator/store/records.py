@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from typing import NewType
 
 from platform_protocol.ids import ChallengeId, ClaimId, JobId, LeaseToken, VmId, VmName
 from platform_protocol.resources import Resources
+
+HostName = NewType("HostName", str)
+"""What the configuration calls a VMM host."""
+
+DEFAULT_HOST = HostName("default")
+"""The only host of a configuration that lists none."""
 
 
 class Stage(StrEnum):
@@ -139,6 +146,7 @@ class VmRecord:
     attestation: str | None = None
     reason: str | None = None
     gone_at: datetime | None = None
+    host: HostName = DEFAULT_HOST
 
 
 @dataclass(frozen=True, slots=True)

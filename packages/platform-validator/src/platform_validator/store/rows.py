@@ -9,6 +9,8 @@ from typing import Any
 from platform_protocol.ids import ChallengeId, ClaimId, JobId, LeaseToken, VmId, VmName
 from platform_protocol.resources import Resources
 from platform_validator.store.records import (
+    DEFAULT_HOST,
+    HostName,
     InstanceEvent,
     InstanceRecord,
     InstanceState,
@@ -95,6 +97,7 @@ def vm_of(row: sqlite3.Row) -> VmRecord:
         attestation=row["attestation"],
         reason=row["reason"],
         gone_at=_optional(row["gone_at"]),
+        host=DEFAULT_HOST if row["host"] is None else HostName(row["host"]),
     )
 
 
@@ -114,6 +117,7 @@ def vm_row(record: VmRecord) -> dict[str, Any]:
         "intended_at": stamp(record.intended_at),
         "hard_deadline": stamp(record.hard_deadline),
         "claim_id": record.claim_id,
+        "host": record.host,
     }
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
 from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
 from platform_validator.store.port import DuplicateRecord, StoreCorrupt, UnknownRecord
 from platform_validator.store.records import (
+    HostName,
     InstanceEvent,
     InstanceRecord,
     JobOutcome,
@@ -29,6 +30,7 @@ from platform_validator.store.rows import (
     instance_of,
     instance_row,
     job_of,
+    moment,
     outbox_of,
     stamp,
     value_of,
@@ -262,6 +264,21 @@ class SqliteStore:
     async def open_vms(self) -> Sequence[VmRecord]:
         """See the port."""
         return [vm_of(row) for row in await self._db.read(lambda: self._db.all("vms_open"))]
+
+    # Hosts
+
+    async def drain_host(self, name: HostName, *, at: datetime) -> None:
+        """See the port."""
+        await self._db.do(lambda: self._db.run("host_drain", host=name, at=stamp(at)))
+
+    async def undrain_host(self, name: HostName) -> None:
+        """See the port."""
+        await self._db.do(lambda: self._db.run("host_undrain", host=name))
+
+    async def drained_hosts(self) -> Mapping[HostName, datetime]:
+        """See the port."""
+        rows = await self._db.read(lambda: self._db.all("hosts_drained"))
+        return {HostName(row["name"]): moment(row["drained_at"]) for row in rows}
 
     # Challenges
 

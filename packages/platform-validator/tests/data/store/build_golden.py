@@ -121,8 +121,10 @@ _ROWS: dict[str, list[dict[str, object]]] = {
             "vm_instance": "bb",
             "attestation": "tdx",
             "reason": "its job has ended",
+            "host@4": "small",
         },
     ],
+    "cvms_hosts_drained@4": [{"name": "small", "drained_at": _AT[3]}],
     "challenges_instances": [
         {
             "position": 1,
