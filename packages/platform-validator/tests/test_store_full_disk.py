@@ -24,8 +24,8 @@ import pytest
 from platform_protocol.ids import LeaseToken, VmId, VmName
 from platform_validator.store.opening import open_database
 from platform_validator.store.port import Store, StoreUnavailable
-from platform_validator.store.records import HostName, InstanceState, JobOutcome, Stage, VmPhase
-from platform_validator.store.specimens import CHALLENGE, NOW, cvm, instance, job
+from platform_validator.store.records import HostName, InstanceState, JobOutcome, SealedText, Stage, VmPhase
+from platform_validator.store.specimens import CHALLENGE, NOW, cvm, instance, job, writes
 from platform_validator.store.sqlite import SqliteStore
 
 OPEN, ENDED, WAITING = (job(number).claim_id for number in (1, 2, 3))
@@ -46,6 +46,7 @@ READS = {
     "challenge_history",
     "values",
     "value",
+    "values_used",
 }
 WRITES: dict[str, Callable[[Store], Awaitable[object]]] = {
     "identity": lambda store: store.identity(),
@@ -72,8 +73,14 @@ WRITES: dict[str, Callable[[Store], Awaitable[object]]] = {
         replace(instance(2), state=InstanceState.ACTIVE), replace(instance(1), state=InstanceState.RECYCLING)
     ),
     "remove_instance": lambda store: store.remove_instance("key-1", at=NOW),
+    "reseal_values": lambda store: store.reseal_values(
+        "new", limit=9, skip=0, reseal=lambda record: SealedText(record.value, "new")
+    ),
+    "reseal_replies": lambda store: store.reseal_replies(
+        "new", limit=9, skip=0, reseal=lambda reply: SealedText(reply.reply, "new")
+    ),
     "change_value": lambda store: store.change_value(
-        CHALLENGE, "k", change=lambda _: ("2", "ok"), session_id="s", request_id="r", at=NOW
+        CHALLENGE, "k", change=writes("2"), request=("s", "r"), at=NOW
     ),
 }
 
@@ -90,7 +97,7 @@ async def prepared(path: Path) -> SqliteStore:
     for number in (1, 2):
         await store.put_instance(instance(number))
     await store.change_value(
-        CHALLENGE, "k", change=lambda _: ("1", "ok"), session_id="s", request_id="before", at=NOW
+        CHALLENGE, "k", change=writes("1"), request=("s", "before"), at=NOW
     )
     return store
 

@@ -13,7 +13,7 @@ import pytest
 
 from platform_protocol.ids import LeaseToken
 from platform_validator.store.records import JobOutcome, Stage, VmPhase
-from platform_validator.store.specimens import CHALLENGE, NOW, cvm, job
+from platform_validator.store.specimens import CHALLENGE, NOW, cvm, job, writes
 from platform_validator.store.sqlite import SqliteStore
 
 BLOCKS_GROW = 2000
@@ -29,7 +29,7 @@ async def _live(store: SqliteStore, number: int) -> None:
     await store.vm_assigned(vm, claim)
     await store.advance(claim, Stage.RUNNING, at=NOW, vm=vm, kit=b"k" * 1000)
     await store.change_value(
-        CHALLENGE, "k", change=lambda _: ("1", "ok"), session_id=f"session-{number}", request_id="r", at=NOW
+        CHALLENGE, "k", change=writes("1"), request=(f"session-{number}", "r"), at=NOW
     )
     await store.store_result(claim, JobOutcome.SUCCEEDED, b"x" * 5000, at=NOW)
     [entry] = await store.outbox()

@@ -28,9 +28,11 @@ from platform_validator.store.records import (
     Stage,
     StateIdentity,
     ValueRecord,
+    ValueUsage,
     VmPhase,
     VmRecord,
 )
+from platform_validator.store.specimens import writes
 from platform_validator.store.sqlite import SqliteStore
 
 GOLDEN = Path(__file__).parent / "data" / "store"
@@ -224,16 +226,18 @@ async def test_an_older_journal_is_read_and_written_by_this_version(version: int
     older = InstanceEvent(CHALLENGE, "key-older", "a" * 40, None, None, at(2))
     failed = InstanceEvent(CHALLENGE, "key-old", "a" * 40, InstanceState.FAILED, "no kernel", at(1))
     assert history == ([older, failed] if version >= 3 else [])
-    assert await store.values(CHALLENGE) == [ValueRecord(CHALLENGE, "ké", "[1]", 4, at(7))]
+    assert await store.values(CHALLENGE) == [
+        ValueRecord(CHALLENGE, "ké", "[1]", 4, at(7), key_id=None, size=6)
+    ]
+    assert await store.values_used() == [ValueUsage(CHALLENGE, 1, 6)]
     repeated = await store.change_value(
         CHALLENGE,
         "ké",
-        change=lambda _: ("2", "again"),
-        session_id="session-destroying",
-        request_id="r",
+        change=writes("2", "again"),
+        request=("session-destroying", "r"),
         at=at(8),
     )
-    assert repeated.reply == "ok"
+    assert repeated.text == "ok"
     await store.advance(pending.claim_id, Stage.RUNNING, at=at(8), kit=b"new")
     await store.outbox_delivered(submitting.claim_id, at=at(8))
     assert await store.compact(ended_before=at(60), keep=0) == 3

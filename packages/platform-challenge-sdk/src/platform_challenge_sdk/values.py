@@ -8,7 +8,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from platform_challenge_sdk.errors import SdkError, ValueRefused
-from platform_protocol.canonical import NotCanonical, canonical_json
 from platform_protocol.session.messages import (
     GuestMessage,
     ValuesCas,
@@ -20,9 +19,8 @@ from platform_protocol.session.messages import (
     ValuesResult,
     ValuesSet,
 )
+from platform_protocol.values import ValueInvalid, checked_key, checked_prefix, value_text
 
-MAX_VALUE = 1024 * 1024
-MAX_KEY = 1024
 _TIMEOUT = 15 * 60.0
 T = TypeVar("T")
 
@@ -30,9 +28,9 @@ T = TypeVar("T")
 class Values:
     """JSON values under string keys, scoped to this challenge. All methods are async; `sync` has twins.
 
-    Each raises ValueRefused when the validator refuses, or when a key (1 KiB) or value (I-JSON, 1 MiB) is
-    none; and TimeoutError after 15 min without an answer (a write may then have happened). A call waits
-    through broken connections: it is asked again, and applied once.
+    Each raises ValueRefused when the validator refuses, or when a key (512 bytes, printable) or value
+    (I-JSON, 1 MiB) is none; and TimeoutError after 15 min without an answer (a write may then have
+    happened). A call waits through broken connections: it is asked again, and applied once.
     """
 
     def __init__(self, send: Callable[[GuestMessage], None]) -> None:
@@ -66,7 +64,7 @@ class Values:
 
     async def list(self, prefix: str = "", limit: int = 1000) -> list[str]:
         """Keys that begin with `prefix`, in order."""
-        order = ValuesList(request_id=_fresh(), prefix=_key(prefix), limit=limit)
+        order = ValuesList(request_id=_fresh(), prefix=_prefix(prefix), limit=limit)
         return (await self._ask(order)).keys or []
 
     async def increment(self, key: str, by: float = 1) -> Any:
@@ -155,20 +153,21 @@ def _fresh() -> str:
 
 
 def _key(key: str) -> str:
-    if len(_canonical(key)) > MAX_KEY:
-        raise ValueRefused(f"expected a key of at most {MAX_KEY} bytes", "key_too_long")
-    return key
+    return _kept(checked_key, key)
+
+
+def _prefix(prefix: str) -> str:
+    return _kept(checked_prefix, prefix)
 
 
 def _json(value: Any) -> Any:
-    size = len(_canonical(value))
-    if size > MAX_VALUE:
-        raise ValueRefused(f"expected a value of at most {MAX_VALUE} bytes, got {size}", "value_too_large")
+    _kept(value_text, value)
     return value
 
 
-def _canonical(value: Any) -> bytes:
+def _kept(check: Callable[[Any], T], what: Any) -> T:
+    """What cannot be kept is refused here: sent, it might break the session."""
     try:
-        return canonical_json(value)
-    except NotCanonical as error:  # sent, it would break the session
-        raise ValueRefused(f"not JSON: {error}", "value_invalid") from error
+        return check(what)
+    except ValueInvalid as error:
+        raise ValueRefused(str(error), error.code) from error

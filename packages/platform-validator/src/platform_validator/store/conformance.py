@@ -7,19 +7,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import timedelta
 
-from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
+from platform_protocol.ids import ClaimId, LeaseToken, VmId, VmName
 from platform_validator.store.compaction_conformance import CASES as COMPACTION
-from platform_validator.store.port import DuplicateRecord, Store, StoreError, UnknownRecord
-from platform_validator.store.records import (
-    DEFAULT_HOST,
-    HostName,
-    InstanceState,
-    JobOutcome,
-    Stage,
-    ValueRecord,
-    VmPhase,
-)
+from platform_validator.store.port import DuplicateRecord, Store, UnknownRecord
+from platform_validator.store.records import DEFAULT_HOST, HostName, InstanceState, JobOutcome, Stage, VmPhase
 from platform_validator.store.specimens import CHALLENGE, NOW, cvm, instance, job, refuses, require
+from platform_validator.store.value_conformance import CASES as VALUES
 
 Check = Callable[[Store], Awaitable[None]]
 
@@ -211,42 +204,6 @@ async def instances_switch_together(store: Store) -> None:
     require(list(await store.instances()) == [new], "the instance is still there")
 
 
-async def a_values_write_is_applied_once(store: Store) -> None:
-    """The same (session, request) gets its first reply and changes nothing; versions count from 1."""
-    replies = []
-    for request in ("r1", "r1", "r2"):
-        reply = await store.change_value(
-            CHALLENGE,
-            "k",
-            change=lambda present: (
-                str(int(present.value) + 1 if present else 1),
-                f"v{(present.version if present else 0) + 1}",
-            ),
-            session_id="s",
-            request_id=request,
-            at=NOW,
-        )
-        replies.append(reply.reply)
-    record = await store.value(CHALLENGE, "k")
-    require(replies == ["v1", "v1", "v2"], f"unexpected {replies}")
-    require(record is not None and (record.value, record.version) == ("2", 2), f"unexpected {record}")
-
-
-async def values_belong_to_one_challenge(store: Store) -> None:
-    """Listed by prefix and key order; another challenge sees nothing; a marked reply deletes."""
-    for key in ("b", "a%", "a_", "ab"):
-        await store.change_value(
-            CHALLENGE, key, change=lambda _: ("1", "ok"), session_id="s", request_id=key, at=NOW
-        )
-    require([v.key for v in await store.values(CHALLENGE, "a")] == ["a%", "a_", "ab"], "prefix")
-    require(not await store.values(ChallengeId("other")), "another challenge's values are seen")
-    reply = await store.change_value(
-        CHALLENGE, "b", change=lambda _: (None, "!deletegone"), session_id="s", request_id="d", at=NOW
-    )
-    require(reply.reply == "gone", "the mark is in the reply")
-    require(await store.value(CHALLENGE, "b") is None, "the value is still there")
-
-
 async def a_stage_never_goes_back(store: Store) -> None:
     """A late advance changes nothing, and nothing opens a job that has ended."""
     claim = ClaimId("claim-1")
@@ -296,35 +253,6 @@ async def a_cvm_is_not_given_to_an_unknown_claim(store: Store) -> None:
     require(await store.vm(VmName("pv-1")) == cvm(), "it was taken all the same")
 
 
-async def a_change_that_raises_leaves_nothing(store: Store) -> None:
-    """Neither a value nor a reply: the request may be made again."""
-
-    def refuse(_: ValueRecord | None) -> tuple[str | None, str]:
-        raise StoreError("no")
-
-    refused = store.change_value(CHALLENGE, "k", change=refuse, session_id="s", request_id="r", at=NOW)
-    await refuses(StoreError, refused)
-    reply = await store.change_value(
-        CHALLENGE, "k", change=lambda _: (None, "read"), session_id="s", request_id="r", at=NOW
-    )
-    require(reply.reply == "read", "the refusal was remembered")
-    require(await store.value(CHALLENGE, "k") is None, "a value out of a refusal")
-
-
-async def a_prefix_may_hold_any_character(store: Store) -> None:
-    """No wildcards; NUL and what is not ASCII count as themselves; at most the limit."""
-    keys = ["a", "a%", "a_", "ab", "a\0b", "b", "é", "😀", "A"]
-    for key in keys:
-        await store.change_value(
-            CHALLENGE, key, change=lambda _: ("1", "ok"), session_id="s", request_id=key, at=NOW
-        )
-    for prefix in ("", "a", "a%", "a_", "a\0", "é", "😀", "zz"):
-        found = [record.key for record in await store.values(CHALLENGE, prefix)]
-        require(found == sorted(key for key in keys if key.startswith(prefix)), f"{prefix!r}: {found}")
-    limited = [record.key for record in await store.values(CHALLENGE, "a", 2)]
-    require(limited == ["a", "a\0b"], f"limited: {limited}")
-
-
 CASES: tuple[Check, ...] = (
     identity_never_changes,
     a_claim_is_written_before_it_is_sent,
@@ -340,13 +268,10 @@ CASES: tuple[Check, ...] = (
     a_drained_host_is_remembered,
     instances_switch_together,
     what_became_of_instances_is_kept,
-    a_values_write_is_applied_once,
-    values_belong_to_one_challenge,
     a_stage_never_goes_back,
     an_ended_job_stays_ended_when_its_result_is_delivered,
     a_cancelled_write_happens_wholly_or_not_at_all,
     a_cvm_is_not_given_to_an_unknown_claim,
-    a_change_that_raises_leaves_nothing,
-    a_prefix_may_hold_any_character,
     *COMPACTION,
+    *VALUES,
 )

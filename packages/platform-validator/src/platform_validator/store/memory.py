@@ -18,16 +18,21 @@ from platform_validator.store.records import (
     JobOutcome,
     JobRecord,
     OutboxRecord,
+    Resealed,
+    SealedText,
     Stage,
     StateIdentity,
+    ValueChange,
     ValueRecord,
     ValueReply,
+    ValueSlot,
+    ValueUsage,
     VmPhase,
     VmRecord,
 )
+from platform_validator.store.value_memory import ValueMemory
 
 _STAGES, _PHASES = list(Stage), list(VmPhase)
-_DELETE = "!delete"
 
 
 class MemoryStore:
@@ -44,8 +49,7 @@ class MemoryStore:
         self._instances: dict[str, InstanceRecord] = {}
         self._history: list[InstanceEvent] = []
         self._drained: dict[HostName, datetime] = {}
-        self._values: dict[tuple[ChallengeId, str], ValueRecord] = {}
-        self._replies: dict[tuple[str, str], str] = {}
+        self._values = ValueMemory()
         self._closed = False
 
     async def identity(self) -> StateIdentity:
@@ -168,7 +172,7 @@ class MemoryStore:
         for vm in vms:
             del self._vms[vm.name]
         self._history = [event for event in self._history if event.at >= ended_before]
-        self._replies = {key: reply for key, reply in self._replies.items() if key[0] not in sessions}
+        self._values.forget(sessions=sessions, deleted_before=ended_before)
         return len(jobs) + len(vms)
 
     # Outbox
@@ -327,43 +331,44 @@ class MemoryStore:
     ) -> Sequence[ValueRecord]:
         """See the port."""
         self._check("values")
-        found = [
-            record
-            for (owner, key), record in self._values.items()
-            if owner == challenge_id and key.startswith(prefix)
-        ]
-        return sorted(found, key=lambda record: record.key.encode())[:limit]
+        return self._values.prefixed(challenge_id, prefix, limit)
 
     async def value(self, challenge_id: ChallengeId, key: str) -> ValueRecord | None:
         """See the port."""
         self._check("value")
-        return self._values.get((challenge_id, key))
+        return self._values.one(challenge_id, key)
 
     async def change_value(
         self,
         challenge_id: ChallengeId,
         key: str,
         *,
-        change: Callable[[ValueRecord | None], tuple[str | None, str]],
-        session_id: str,
-        request_id: str,
+        change: Callable[[ValueSlot], ValueChange],
+        request: tuple[str, str] | None,
         at: datetime,
-    ) -> ValueReply:
+    ) -> SealedText:
         """See the port."""
         self._check("change_value")
-        earlier = self._replies.get((session_id, request_id))
-        if earlier is not None:
-            return ValueReply(session_id, request_id, earlier)
-        present = self._values.get((challenge_id, key))
-        value, reply = change(present)
-        if reply.startswith(_DELETE):
-            reply = reply.removeprefix(_DELETE)
-            self._values.pop((challenge_id, key), None)
-        elif value is not None:
-            version = 1 if present is None else present.version + 1
-            self._values[challenge_id, key] = ValueRecord(challenge_id, key, value, version, at)
-        self._replies[session_id, request_id] = reply
-        return ValueReply(session_id, request_id, reply)
+        return self._values.change(challenge_id, key, change, request, at)
+
+    async def reseal_values(
+        self, key_id: str, *, limit: int, skip: int, reseal: Callable[[ValueRecord], SealedText | None]
+    ) -> Resealed:
+        """See the port."""
+        self._check("reseal_values")
+        return self._values.reseal_values(key_id, limit, skip, reseal)
+
+    async def reseal_replies(
+        self, key_id: str, *, limit: int, skip: int, reseal: Callable[[ValueReply], SealedText | None]
+    ) -> Resealed:
+        """See the port."""
+        self._check("reseal_replies")
+        return self._values.reseal_replies(key_id, limit, skip, reseal)
+
+    async def values_used(self) -> Sequence[ValueUsage]:
+        """See the port."""
+        self._check("values_used")
+        return self._values.used()
 
     def _check(self, name: str) -> None:
         if self._closed:

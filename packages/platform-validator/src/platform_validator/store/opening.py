@@ -71,7 +71,14 @@ def _connect(path: Path, *, journal: str) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_WAIT_FOR_LOCK)
     try:
         connection.row_factory = sqlite3.Row
-        for pragma in (f"journal_mode = {journal}", "synchronous = FULL", "foreign_keys = ON"):
+        # secure_delete: what was in clear in an older version is overwritten when it is sealed.
+        pragmas = (
+            f"journal_mode = {journal}",
+            "synchronous = FULL",
+            "foreign_keys = ON",
+            "secure_delete = ON",
+        )
+        for pragma in pragmas:
             connection.execute(f"PRAGMA {pragma}").fetchall()
         if connection.execute("PRAGMA synchronous").fetchone()[0] != _FULL:
             raise StoreUnavailable(f"{path}: this SQLite does not sync each commit")

@@ -19,10 +19,15 @@ from platform_validator.store.records import (
     JobOutcome,
     JobRecord,
     OutboxRecord,
+    Resealed,
+    SealedText,
     Stage,
     StateIdentity,
+    ValueChange,
     ValueRecord,
     ValueReply,
+    ValueSlot,
+    ValueUsage,
     VmPhase,
     VmRecord,
 )
@@ -225,14 +230,28 @@ class Store(Protocol):
         challenge_id: ChallengeId,
         key: str,
         *,
-        change: Callable[[ValueRecord | None], tuple[str | None, str]],
-        session_id: str,
-        request_id: str,
+        change: Callable[[ValueSlot], ValueChange],
+        request: tuple[str, str] | None,
         at: datetime,
-    ) -> ValueReply:
-        """Apply a pure change atomically, once for a (session, request).
+    ) -> SealedText:
+        """Apply a pure change atomically, once for a `request` (session id, request id; None: nobody's).
 
-        `change` gets the present record and returns (new JSON text, or None to leave or remove it, reply).
-        A reply that starts with `!delete` removes the record and is stored without that mark.
-        A request that was applied before returns its first reply and changes nothing.
+        Returns:
+            Its reply. A request that was applied before returns its first reply and changes nothing.
         """
+
+    async def reseal_values(
+        self, key_id: str, *, limit: int, skip: int, reseal: Callable[[ValueRecord], SealedText | None]
+    ) -> Resealed:
+        """Seal anew up to `limit` values that are not under `key_id`, in one order; None leaves one as it is.
+
+        `skip`: how many were left so far: those come first in that order, and are passed over.
+        """
+
+    async def reseal_replies(
+        self, key_id: str, *, limit: int, skip: int, reseal: Callable[[ValueReply], SealedText | None]
+    ) -> Resealed:
+        """The same for replies."""
+
+    async def values_used(self) -> Sequence[ValueUsage]:
+        """What each challenge that keeps values uses, by challenge id."""

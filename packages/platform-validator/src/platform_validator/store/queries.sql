@@ -150,24 +150,57 @@ DELETE FROM challenges_instances WHERE key = :key;
 -- name: values_prefixed
 -- As bytes: length() and substr() of a text end at its first NUL.
 SELECT * FROM values_current
-WHERE challenge_id = :challenge_id AND key >= :prefix
+WHERE challenge_id = :challenge_id AND key >= :prefix AND deleted_at IS NULL
     AND substr(CAST(key AS BLOB), 1, length(CAST(:prefix AS BLOB))) = CAST(:prefix AS BLOB)
 ORDER BY key LIMIT :limit;
 
 -- name: value_one
+SELECT * FROM values_current WHERE challenge_id = :challenge_id AND key = :key AND deleted_at IS NULL;
+
+-- name: value_slot
 SELECT * FROM values_current WHERE challenge_id = :challenge_id AND key = :key;
 
 -- name: value_put
-INSERT INTO values_current (challenge_id, key, value, version, updated_at)
-VALUES (:challenge_id, :key, :value, :version, :at)
-ON CONFLICT (challenge_id, key) DO UPDATE SET value = excluded.value, version = excluded.version,
-    updated_at = excluded.updated_at;
+INSERT INTO values_current (challenge_id, key, value, key_id, size, version, updated_at)
+VALUES (:challenge_id, :key, :value, :key_id, :size, :version, :at)
+ON CONFLICT (challenge_id, key) DO UPDATE SET value = excluded.value, key_id = excluded.key_id,
+    size = excluded.size, version = excluded.version, updated_at = excluded.updated_at, deleted_at = NULL;
 
 -- name: value_delete
-DELETE FROM values_current WHERE challenge_id = :challenge_id AND key = :key;
+UPDATE values_current SET value = '', key_id = NULL, size = 0, updated_at = :at, deleted_at = :at
+WHERE challenge_id = :challenge_id AND key = :key;
+
+-- name: values_compact
+DELETE FROM values_current WHERE deleted_at < :before;
+
+-- name: values_usage_one
+SELECT keys, bytes FROM values_usage WHERE challenge_id = :challenge_id;
+
+-- name: values_usage_add
+INSERT INTO values_usage (challenge_id, keys, bytes) VALUES (:challenge_id, :keys, :bytes)
+ON CONFLICT (challenge_id) DO UPDATE SET keys = keys + excluded.keys, bytes = bytes + excluded.bytes;
+
+-- name: values_scopes
+SELECT challenge_id, keys, bytes FROM values_usage WHERE keys > 0 ORDER BY challenge_id;
+
+-- name: values_under_other_keys
+SELECT * FROM values_current WHERE deleted_at IS NULL AND key_id IS NOT :key_id
+ORDER BY challenge_id, key LIMIT :limit OFFSET :skip;
+
+-- name: value_reseal
+UPDATE values_current SET value = :value, key_id = :key_id WHERE challenge_id = :challenge_id AND key = :key;
 
 -- name: reply_one
-SELECT reply FROM values_replies WHERE session_id = :session_id AND request_id = :request_id;
+SELECT * FROM values_replies WHERE session_id = :session_id AND request_id = :request_id;
 
 -- name: reply_put
-INSERT INTO values_replies (session_id, request_id, reply) VALUES (:session_id, :request_id, :reply);
+INSERT INTO values_replies (session_id, request_id, reply, key_id)
+VALUES (:session_id, :request_id, :reply, :key_id);
+
+-- name: replies_under_other_keys
+SELECT * FROM values_replies WHERE key_id IS NOT :key_id
+ORDER BY session_id, request_id LIMIT :limit OFFSET :skip;
+
+-- name: reply_reseal
+UPDATE values_replies SET reply = :reply, key_id = :key_id
+WHERE session_id = :session_id AND request_id = :request_id;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import NewType
+from typing import NamedTuple, NewType
 
 from platform_protocol.ids import ChallengeId, ClaimId, JobId, LeaseToken, VmId, VmName
 from platform_protocol.resources import Resources
@@ -168,6 +168,20 @@ class InstanceRecord:
     failures: int = 0
 
 
+class SealedText(NamedTuple):
+    """Text as it is stored: sealed under the key of that id, or in clear (None: from an older version)."""
+
+    text: str
+    key_id: str | None
+
+
+class Resealed(NamedTuple):
+    """What one batch did: how many were sealed anew, and how many were left as they are."""
+
+    done: int
+    left: int
+
+
 @dataclass(frozen=True, slots=True)
 class InstanceEvent:
     """An instance entered a state, or left for good (state None)."""
@@ -182,13 +196,43 @@ class InstanceEvent:
 
 @dataclass(frozen=True, slots=True)
 class ValueRecord:
-    """A dynamic value of one challenge. `value` is JSON text; `version` counts its writes from 1."""
+    """A dynamic value of one challenge.
+
+    `value` is JSON text, sealed under the key `key_id` (None: in clear). `version` counts the writes of its
+    key from 1, deletions between them left out. `size`: bytes of key and JSON text in clear.
+    """
 
     challenge_id: ChallengeId
     key: str
     value: str
     version: int
     updated_at: datetime
+    key_id: str | None = None
+    size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ValueSlot:
+    """What a change of a value is decided on.
+
+    `last_version` is that of the key's last write, also where it was deleted since (0: never written).
+    `keys` and `bytes` are what the challenge uses now.
+    """
+
+    present: ValueRecord | None
+    last_version: int
+    keys: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ValueChange:
+    """What a change does: `put` a new value of `size` bytes in clear, `remove` the key, or neither."""
+
+    reply: SealedText
+    put: SealedText | None = None
+    size: int = 0
+    remove: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,3 +242,13 @@ class ValueReply:
     session_id: str
     request_id: str
     reply: str
+    key_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ValueUsage:
+    """What one challenge keeps: how many keys, and bytes of keys and JSON texts in clear."""
+
+    challenge_id: ChallengeId
+    keys: int
+    bytes: int

@@ -20,6 +20,7 @@ from platform_validator.store.records import (
     Purpose,
     Stage,
     ValueRecord,
+    ValueReply,
     VmPhase,
     VmRecord,
 )
@@ -179,4 +180,11 @@ def value_of(row: sqlite3.Row) -> ValueRecord:
         value=row["value"],
         version=row["version"],
         updated_at=moment(row["updated_at"]),
+        key_id=row["key_id"],
+        size=row["size"],
     )
+
+
+def reply_of(row: sqlite3.Row) -> ValueReply:
+    """A row of values_replies."""
+    return ValueReply(row["session_id"], row["request_id"], row["reply"], row["key_id"])

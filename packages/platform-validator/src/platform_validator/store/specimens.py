@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 
 from platform_protocol.ids import ChallengeId, ClaimId, JobId, VmName
@@ -13,7 +13,10 @@ from platform_validator.store.records import (
     InstanceState,
     JobRecord,
     Purpose,
+    SealedText,
     Stage,
+    ValueChange,
+    ValueSlot,
     VmPhase,
     VmRecord,
 )
@@ -67,3 +70,14 @@ async def refuses(error: type[StoreError], act: Awaitable[object]) -> None:
     except error:
         return
     raise AssertionError(f"expected {error.__name__}")
+
+
+def writes(
+    text: str, reply: str = "ok", *, key_id: str | None = None
+) -> Callable[[ValueSlot], ValueChange]:
+    """A change that puts a value, whatever was there."""
+
+    def change(_: ValueSlot) -> ValueChange:
+        return ValueChange(SealedText(reply, key_id), put=SealedText(text, key_id), size=len(text))
+
+    return change

@@ -17,10 +17,15 @@ from platform_validator.store.records import (
     JobOutcome,
     JobRecord,
     OutboxRecord,
+    Resealed,
+    SealedText,
     Stage,
     StateIdentity,
+    ValueChange,
     ValueRecord,
     ValueReply,
+    ValueSlot,
+    ValueUsage,
     VmPhase,
     VmRecord,
 )
@@ -33,14 +38,13 @@ from platform_validator.store.rows import (
     moment,
     outbox_of,
     stamp,
-    value_of,
     vm_of,
     vm_row,
 )
 from platform_validator.store.transactions import Transactions
+from platform_validator.store.value_table import ValueTable
 
 _STAGES, _PHASES = list(Stage), list(VmPhase)
-_DELETE = "!delete"
 _BATCH = 200
 
 
@@ -49,6 +53,7 @@ class SqliteStore:
 
     def __init__(self, database: Transactions) -> None:
         self._db = database
+        self._values = ValueTable(database)
         self.trouble = database.trouble
 
     @classmethod
@@ -175,6 +180,7 @@ class SqliteStore:
         def work() -> tuple[int, int]:
             gone = self._db.run("jobs_compact", before=before, newest=newest, batch=_BATCH)
             self._db.run("replies_compact", before=before, batch=_BATCH)
+            self._db.run("values_compact", before=before)
             gone += self._db.run("vms_compact", before=before, batch=_BATCH)
             return gone, self._db.run("history_compact", before=before, batch=_BATCH)
 
@@ -328,49 +334,36 @@ class SqliteStore:
         self, challenge_id: ChallengeId, prefix: str = "", limit: int = 1000
     ) -> Sequence[ValueRecord]:
         """See the port."""
-        rows = await self._db.read(
-            lambda: self._db.all("values_prefixed", challenge_id=challenge_id, prefix=prefix, limit=limit)
-        )
-        return [value_of(row) for row in rows]
+        return await self._db.read(lambda: self._values.prefixed(challenge_id, prefix, limit))
 
     async def value(self, challenge_id: ChallengeId, key: str) -> ValueRecord | None:
         """See the port."""
-        row = await self._db.read(lambda: self._db.one("value_one", challenge_id=challenge_id, key=key))
-        return None if row is None else value_of(row)
+        return await self._db.read(lambda: self._values.one(challenge_id, key))
 
     async def change_value(
         self,
         challenge_id: ChallengeId,
         key: str,
         *,
-        change: Callable[[ValueRecord | None], tuple[str | None, str]],
-        session_id: str,
-        request_id: str,
+        change: Callable[[ValueSlot], ValueChange],
+        request: tuple[str, str] | None,
         at: datetime,
-    ) -> ValueReply:
+    ) -> SealedText:
         """See the port."""
+        return await self._db.do(lambda: self._values.change(challenge_id, key, change, request, at))
 
-        def work() -> ValueReply:
-            earlier = self._db.one("reply_one", session_id=session_id, request_id=request_id)
-            if earlier is not None:
-                return ValueReply(session_id, request_id, earlier["reply"])
-            row = self._db.one("value_one", challenge_id=challenge_id, key=key)
-            present = None if row is None else value_of(row)
-            value, reply = change(present)
-            if reply.startswith(_DELETE):
-                reply = reply.removeprefix(_DELETE)
-                self._db.run("value_delete", challenge_id=challenge_id, key=key)
-            elif value is not None:
-                version = 1 if present is None else present.version + 1
-                self._db.run(
-                    "value_put",
-                    challenge_id=challenge_id,
-                    key=key,
-                    value=value,
-                    version=version,
-                    at=stamp(at),
-                )
-            self._db.run("reply_put", session_id=session_id, request_id=request_id, reply=reply)
-            return ValueReply(session_id, request_id, reply)
+    async def reseal_values(
+        self, key_id: str, *, limit: int, skip: int, reseal: Callable[[ValueRecord], SealedText | None]
+    ) -> Resealed:
+        """See the port."""
+        return await self._db.do(lambda: self._values.reseal_values(key_id, limit, skip, reseal))
 
-        return await self._db.do(work)
+    async def reseal_replies(
+        self, key_id: str, *, limit: int, skip: int, reseal: Callable[[ValueReply], SealedText | None]
+    ) -> Resealed:
+        """See the port."""
+        return await self._db.do(lambda: self._values.reseal_replies(key_id, limit, skip, reseal))
+
+    async def values_used(self) -> Sequence[ValueUsage]:
+        """See the port."""
+        return await self._db.read(self._values.used)

@@ -1,0 +1,5 @@
+"""Dynamic values: what a challenge keeps between its jobs, sealed at rest, durable when answered."""
+
+from platform_validator.values.manager import ChallengeValues, DynamicValuesManager
+
+__all__ = ["ChallengeValues", "DynamicValuesManager"]
