@@ -34,7 +34,8 @@ from platform_validator.keyring import Keyring
 from platform_validator.store.records import JobOutcome, Stage, VmPhase
 from platform_validator.store.specimens import NOW, cvm, job
 from platform_validator.store.sqlite import SqliteStore
-from platform_validator.values import DynamicValues
+from platform_validator.values import ValueKeeper
+from platform_validator.values.keys import MemoryKeys
 
 _GRANTED, _KIT, _COMPOSE, _BODY = (b"x" * size for size in (1024, 2048, 3072, 20_000))
 _OPEN, _UNDELIVERED = 8, 20
@@ -142,7 +143,7 @@ async def restart(store: SqliteStore) -> None:
         quota=Quota(_LIMITS),
         ports=HostPorts(10_000, 30_000),
         policy=AttestationPolicy(level=level, allow_simulated=False, checker=None),
-        values=DynamicValues(store=store, clock=clock),
+        values=ValueKeeper(source=MemoryKeys(), store=store, clock=clock).manager,
         clock=clock,
         identity=await store.identity(),
         validator=Hotkey("5DD"),

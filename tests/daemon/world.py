@@ -26,13 +26,14 @@ from platform_validator.cvm.memory import MemoryVmm
 from platform_validator.cvm.session import ValuesHandler
 from platform_validator.cvm.sessions import Session
 from platform_validator.daemon.engine import Engine
-from platform_validator.daemon.parts import Outside, make_components
+from platform_validator.daemon.parts import Outside, make_components, make_values
 from platform_validator.jobs.lease import LeaseRules, TaskRenewer
 from platform_validator.keyring import Keyring
 from platform_validator.platform_client.memory import MemoryPlatform
 from platform_validator.store.memory import MemoryStore
 from platform_validator.store.records import StateIdentity
 from platform_validator.telemetry.metrics import Metrics
+from platform_validator.values.keys import MemoryKeys
 
 CHALLENGE = ChallengeId("00000000-0000-4000-8000-0000000000c1")
 TOML = (
@@ -172,6 +173,7 @@ class World:
         self.platform = MemoryPlatform(term=timedelta(hours=2), now=self.clock.now)
         self.store = MemoryStore(identity=StateIdentity("0123456789", "instance"))
         self.vmm = StuckVmm()
+        self.value_keys = MemoryKeys()
         self.settings: Settings = load_settings(
             {"VALIDATOR_HOTKEY": HOTKEY, "PLATFORM_BASE_API": "http://nowhere"},
             flags={"sandbox_config.isolation_level": "Container"},
@@ -221,6 +223,7 @@ class World:
             store=store,
             identity=StateIdentity("0123456789", "instance"),
             keyring=Keyring(b"k" * 32),
+            values=make_values(self.settings, self.value_keys, store=store, clock=self.clock),
             metrics=metrics,
             cache=self.folder,
         )

@@ -25,13 +25,14 @@ from platform_protocol.resources import Resources
 from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.config import Settings
 from platform_validator.daemon.engine import Engine
-from platform_validator.daemon.parts import Outside, make_components
+from platform_validator.daemon.parts import Outside, make_components, make_values
 from platform_validator.jobs.lease import LeaseRules, TaskRenewer
 from platform_validator.keyring import Keyring
 from platform_validator.store.memory import MemoryStore
 from platform_validator.store.port import StoreUnavailable
 from platform_validator.store.records import StateIdentity
 from platform_validator.telemetry.metrics import Metrics
+from platform_validator.values.keys import MemoryKeys
 
 
 class SimulatedClock:
@@ -102,6 +103,7 @@ class Node:
         self.host = Host(number, state_id, plan, limits, laws, dice.stream(f"host/{number}"))
         self.wall = Wall()
         self.keyring = Keyring(b"k" * 32)
+        self.value_keys = MemoryKeys(b"v" * 32)
         self.life = Life(number)
         self.engine: Engine | None = None
         self.disk: Disk | None = None
@@ -164,6 +166,7 @@ class Node:
             store=disk.port(),
             identity=self._identity,
             keyring=self.keyring,
+            values=make_values(self._settings, self.value_keys, store=disk.port(), clock=clock),
             metrics=metrics,
             cache=self._folder / str(self.number),
         )

@@ -252,7 +252,7 @@ class TestFailures:
         async def job(ctx: Context, payload: dict[str, Any]) -> None:
             await ctx.values.set("k", float("inf"))
 
-        assert (await error_of(serve, challenge))[0] == "value_invalid"
+        assert (await error_of(serve, challenge))[0] == "not_json"
 
     async def test_another_submission_than_the_announced_one_is_unreadable(
         self, serve: Serve, challenge: Challenge

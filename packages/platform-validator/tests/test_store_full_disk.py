@@ -96,9 +96,7 @@ async def prepared(path: Path) -> SqliteStore:
     await store.drain_host(HostName("other"), at=NOW)
     for number in (1, 2):
         await store.put_instance(instance(number))
-    await store.change_value(
-        CHALLENGE, "k", change=writes("1"), request=("s", "before"), at=NOW
-    )
+    await store.change_value(CHALLENGE, "k", change=writes("1"), request=("s", "before"), at=NOW)
     return store
 
 

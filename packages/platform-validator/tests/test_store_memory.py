@@ -28,9 +28,7 @@ async def _live(store: SqliteStore, number: int) -> None:
     await store.intend_vm(cvm(number))
     await store.vm_assigned(vm, claim)
     await store.advance(claim, Stage.RUNNING, at=NOW, vm=vm, kit=b"k" * 1000)
-    await store.change_value(
-        CHALLENGE, "k", change=writes("1"), request=(f"session-{number}", "r"), at=NOW
-    )
+    await store.change_value(CHALLENGE, "k", change=writes("1"), request=(f"session-{number}", "r"), at=NOW)
     await store.store_result(claim, JobOutcome.SUCCEEDED, b"x" * 5000, at=NOW)
     [entry] = await store.outbox()
     await store.outbox_delivered(entry.claim_id, at=NOW)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,14 @@ from platform_validator.config import parse
 from platform_validator.config.parse import Parser
 
 REQUIRED = object()
+
+
+class ValueKeyOrigin(StrEnum):
+    """Where the key of dynamic values comes from."""
+
+    KEYRING = "keyring"
+    CREDENTIAL = "credential"
+    DSTACK = "dstack"
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +230,20 @@ OPTIONS: tuple[Option, ...] = (
         "the collateral service",
         "PCCS_URL",
     ),
+    _o(
+        "values.key_source",
+        parse.choice(ValueKeyOrigin),
+        ValueKeyOrigin.KEYRING,
+        "where the key of dynamic values comes from: keyring, credential or dstack",
+    ),
+    _o(
+        "values.agent_socket",
+        parse.text,
+        "/var/run/dstack.sock",
+        "the guest agent, where the validator itself runs in a CVM (values.key_source dstack)",
+    ),
+    _o("values.max_keys", _POSITIVE, 10_000, "dynamic values of one challenge"),
+    _o("values.max_bytes", parse.size, "64MiB", "keys and values of one challenge together, bytes"),
     _o(
         "keys.hotkey_file",
         parse.text,

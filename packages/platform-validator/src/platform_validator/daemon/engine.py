@@ -25,6 +25,7 @@ from platform_validator.platform_client.notifications import NotificationLoop
 from platform_validator.platform_client.port import PlatformClient
 from platform_validator.store.port import Store, StoreUnavailable
 from platform_validator.telemetry.metrics import Metrics
+from platform_validator.values.errors import ValueKeysUnusable
 
 _RESTART = 1.0
 _LOOK = 0.1
@@ -129,6 +130,7 @@ class Engine:
         while True:
             try:
                 await parts.fleet.restore()
+                await self._settle_values()
                 found = await recover(store=self._store, fleet=parts.fleet, clock=self._clock)
             except StoreUnavailable as error:
                 self._metrics.store_failed()
@@ -142,6 +144,13 @@ class Engine:
                 self._inherit(found)
                 await parts.jobs.forget_submissions()
                 return True
+
+    async def _settle_values(self) -> None:
+        """Before a session reads one. What cannot be remembered of the keys is tried at the next start."""
+        try:
+            await self.parts.values.settle()
+        except ValueKeysUnusable as error:
+            _log.error("values_not_settled", error=str(error))
 
     def _inherit(self, found: Inheritance) -> None:
         for fate, count in found.fates.items():

@@ -21,7 +21,7 @@ from platform_validator.challenges.manager import ChallengeManager
 from platform_validator.challenges.resolve import HostRules
 from platform_validator.challenges.source import GitSource, Source
 from platform_validator.clock import Clock, SystemClock
-from platform_validator.config import Settings
+from platform_validator.config import Settings, ValueKeyOrigin
 from platform_validator.cvm.collateral import from_vmm
 from platform_validator.cvm.dstack import DstackVmm
 from platform_validator.cvm.fleet import Fleet, FleetRules
@@ -50,7 +50,9 @@ from platform_validator.state import StateUnusable
 from platform_validator.store.port import Store
 from platform_validator.store.records import StateIdentity
 from platform_validator.telemetry.metrics import Metrics
-from platform_validator.values import DynamicValues
+from platform_validator.values import ValueKeeper
+from platform_validator.values.changes import ValueLimits
+from platform_validator.values.keys import AgentKeys, CredentialKeys, KeyringFiles, ValueKeySource
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ class Components:
     challenges: ChallengeManager
     outbox: Outbox
     jobs: JobManager
+    values: ValueKeeper
 
 
 def make_vmm(settings: Settings) -> DstackVmm:
@@ -133,6 +136,28 @@ def make_policy(settings: Settings, connections: Connections) -> AttestationPoli
         fetch = from_pccs(settings["attestation.pccs_url"])
         checker = QuoteChecker(fetch=fetch, clock=connections.clock, root=None)
     return AttestationPolicy(level=settings.level, allow_simulated=simulated, checker=checker)
+
+
+def value_key_source(settings: Settings, *, keyring: Path, credentials: Path | None) -> ValueKeySource:
+    """Where the keys of dynamic values come from. `credentials`: the service's CREDENTIALS_DIRECTORY."""
+    folder = keyring / "values"
+    match settings["values.key_source"]:
+        case ValueKeyOrigin.CREDENTIAL:
+            return CredentialKeys(credentials, folder)
+        case ValueKeyOrigin.DSTACK:
+            return AgentKeys(Path(settings["values.agent_socket"]), folder)
+        case _:
+            return KeyringFiles(folder)
+
+
+def make_values(settings: Settings, source: ValueKeySource, *, store: Store, clock: Clock) -> ValueKeeper:
+    """Dynamic values with their keys. Blocks while the keys are had.
+
+    Raises:
+        ValueKeyOriginUnusable: They cannot be had.
+    """
+    limits = ValueLimits(keys=settings["values.max_keys"], bytes=settings["values.max_bytes"])
+    return ValueKeeper(source=source, store=store, clock=clock, limits=limits)
 
 
 def _allow_session_v1(settings: Settings) -> bool:
@@ -177,6 +202,7 @@ def make_components(
     store: Store,
     identity: StateIdentity,
     keyring: Keyring,
+    values: ValueKeeper,
     metrics: Metrics,
     cache: Path,
 ) -> Components:
@@ -191,7 +217,7 @@ def make_components(
         quota=quota,
         ports=HostPorts(*settings["dstack.port_range"]),
         policy=outside.policy,
-        values=DynamicValues(store=store, clock=clock),
+        values=values.manager,
         clock=clock,
         identity=identity,
         validator=validator,
@@ -253,4 +279,4 @@ def make_components(
         metrics=metrics,
     )
     challenges.on_active = lambda: jobs.wake("local")
-    return Components(quota, fleet, challenges, outbox, jobs)
+    return Components(quota, fleet, challenges, outbox, jobs, values)

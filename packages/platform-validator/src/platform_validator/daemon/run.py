@@ -17,6 +17,7 @@ import structlog
 
 from platform_protocol.ids import Hotkey
 from platform_protocol.signing import Keypair
+from platform_validator.clock import Clock
 from platform_validator.config import Settings
 from platform_validator.crashpoint import BadCrashpoint, arm_from_environment
 from platform_validator.cvm.vmm import VmmError
@@ -24,7 +25,14 @@ from platform_validator.daemon.board import Board
 from platform_validator.daemon.control import ENDS_WITHIN, DaemonControl, Started
 from platform_validator.daemon.engine import Engine
 from platform_validator.daemon.lag import LoopLag
-from platform_validator.daemon.parts import Connections, make_components, make_connections, make_outside
+from platform_validator.daemon.parts import (
+    Connections,
+    make_components,
+    make_connections,
+    make_outside,
+    make_values,
+    value_key_source,
+)
 from platform_validator.daemon.systemd import Systemd
 from platform_validator.daemon.watchdog import Watchdog
 from platform_validator.keyring import Keyring, KeyringBroken
@@ -32,6 +40,8 @@ from platform_validator.state import StateDirectory, StateLocked, StateUnusable
 from platform_validator.store.port import StoreCorrupt, StoreUnavailable
 from platform_validator.store.sqlite import SqliteStore
 from platform_validator.telemetry.metrics import Metrics
+from platform_validator.values import ValueKeeper
+from platform_validator.values.errors import ValueKeysUnusable
 from platform_validator.web.guests import guests_app
 from platform_validator.web.operators import TokenGuard, operators_app
 from platform_validator.web.server import AddressInUse, WebServer
@@ -59,6 +69,7 @@ _CODES: tuple[tuple[type[Exception], Exit], ...] = (
     (StoreCorrupt, Exit.STATE_UNUSABLE),
     (StoreUnavailable, Exit.STATE_UNUSABLE),
     (KeyringBroken, Exit.STATE_UNUSABLE),
+    (ValueKeysUnusable, Exit.STATE_UNUSABLE),
     (AddressInUse, Exit.CONFIGURATION),
     (BadCrashpoint, Exit.CONFIGURATION),
 )
@@ -145,6 +156,7 @@ class Daemon:
         _log.info("step_2_platform_client", platform_api=settings["platform.base_api"])
         try:
             outside, source = make_outside(settings, connections, cache=cache)
+            values = await asyncio.to_thread(self._values, store, connections.clock)
             self._board.source = source
             parts = make_components(
                 settings,
@@ -153,6 +165,7 @@ class Daemon:
                 store=store,
                 identity=identity,
                 keyring=Keyring.open_or_create(self._state.folder / "keyring"),
+                values=values,
                 metrics=self._metrics,
                 cache=cache,
             )
@@ -184,6 +197,15 @@ class Daemon:
         finally:
             await connections.client.close()
             await connections.vmm.close()
+
+    def _values(self, store: SqliteStore, clock: Clock) -> ValueKeeper:
+        credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+        source = value_key_source(
+            self._settings,
+            keyring=self._state.folder / "keyring",
+            credentials=Path(credentials) if credentials else None,
+        )
+        return make_values(self._settings, source, store=store, clock=clock)
 
     def _entered(self, phase: str) -> None:
         self._board.phase = phase

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import timedelta
 
-from platform_protocol.ids import ClaimId, LeaseToken, VmId, VmName
+from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
 from platform_validator.store.compaction_conformance import CASES as COMPACTION
 from platform_validator.store.port import DuplicateRecord, Store, UnknownRecord
 from platform_validator.store.records import DEFAULT_HOST, HostName, InstanceState, JobOutcome, Stage, VmPhase

@@ -72,9 +72,7 @@ async def refuses(error: type[StoreError], act: Awaitable[object]) -> None:
     raise AssertionError(f"expected {error.__name__}")
 
 
-def writes(
-    text: str, reply: str = "ok", *, key_id: str | None = None
-) -> Callable[[ValueSlot], ValueChange]:
+def writes(text: str, reply: str = "ok", *, key_id: str | None = None) -> Callable[[ValueSlot], ValueChange]:
     """A change that puts a value, whatever was there."""
 
     def change(_: ValueSlot) -> ValueChange:

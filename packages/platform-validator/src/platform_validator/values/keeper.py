@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from pathlib import Path
 
 import structlog
 
@@ -12,37 +10,32 @@ from platform_validator.clock import Clock
 from platform_validator.store.port import Store
 from platform_validator.store.records import Resealed
 from platform_validator.values.changes import ValueLimits
-from platform_validator.values.errors import ValueKeysUnusable
-from platform_validator.values.keys import ValueKeySource
+from platform_validator.values.keys import ValueKeys, ValueKeySource
 from platform_validator.values.manager import DynamicValuesManager
-from platform_validator.values.sealing import ValueKey, ValuesSeal
+from platform_validator.values.sealing import ValuesSeal
 
 _log = structlog.get_logger(__name__)
 
 
 class ValueKeeper:
-    """The manager with its keys.
+    """The manager with its keys, which are read here: make it in a thread where they come from afar.
 
     Args:
         source: Has the keys.
-        folder: Of the keyring; a mark in it says that nothing in clear is left.
         store: Keeps the values.
         clock: Time.
         limits: Of each challenge.
+
+    Raises:
+        ValueKeysUnusable: No keys can be had.
     """
 
     def __init__(
-        self,
-        *,
-        source: ValueKeySource,
-        folder: Path,
-        store: Store,
-        clock: Clock,
-        limits: ValueLimits | None = None,
+        self, *, source: ValueKeySource, store: Store, clock: Clock, limits: ValueLimits | None = None
     ) -> None:
         self._source = source
-        self._mark = folder / "sealed"
-        self._seal = ValuesSeal(*source.load())
+        self._keys = source.load()
+        self._seal = ValuesSeal(*self._keys.keys)
         self._rekeying = asyncio.Lock()  # of two rekeyings the second begins after the first
         self.manager = DynamicValuesManager(store=store, clock=clock, seal=self._seal, limits=limits)
 
@@ -51,9 +44,11 @@ class ValueKeeper:
 
         Raises:
             StoreUnavailable: Do it again.
-            ValueKeysUnusable: A key file, or the mark, cannot be written.
+            ValueKeysUnusable: What is to be remembered of the keys cannot be.
         """
         async with self._rekeying:
+            if len(self._keys.keys) == 1 and not self._keys.clear:
+                return Resealed(0, 0)
             return await self._settle()
 
     async def rekey(self) -> Resealed:
@@ -66,12 +61,13 @@ class ValueKeeper:
             StoreUnavailable: Both keys stay; the next start, or another call, goes on.
         """
         async with self._rekeying:
-            self._seal.use(*await asyncio.to_thread(self._source.advance))
+            self._keys = await asyncio.to_thread(self._source.advance)
+            self._seal.use(*self._keys.keys)
             _log.info("values_rekeying", key=self._seal.active)
             return await self._settle()
 
     async def _settle(self) -> Resealed:
-        self._seal.accepts_clear = not self._mark.exists()
+        self._seal.accepts_clear = self._keys.clear
         try:
             found = await self.manager.reseal()
         finally:
@@ -79,14 +75,10 @@ class ValueKeeper:
         if any(found):
             _log.info("values_resealed", count=found.done, unreadable=found.left, key=self._seal.active)
         if not found.left:
-            self._seal.use(*await asyncio.to_thread(self._finish))
+            self._keys = await asyncio.to_thread(self._settled)
+            self._seal.use(*self._keys.keys)
         return found
 
-    def _finish(self) -> tuple[ValueKey, ...]:
-        if not self._mark.exists():
-            try:
-                os.close(os.open(self._mark, os.O_WRONLY | os.O_CREAT, 0o600))
-            except OSError as error:
-                raise ValueKeysUnusable(f"{self._mark} cannot be made: {error.strerror or error}") from error
-        self._source.forget_older()
+    def _settled(self) -> ValueKeys:
+        self._source.settled()
         return self._source.load()

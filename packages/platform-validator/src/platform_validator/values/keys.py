@@ -3,7 +3,7 @@
 | source | the key | a new one |
 |---|---|---|
 | keyring | the highest `keyring/values/NNNN.key` (32 bytes, 0600) | the next number |
-| credential | the service's credential `values.key` (32 bytes, or 64 hex digits) | is given, with `values.key.old` |
+| credential | the service's `values.key` (32 bytes or 64 hex digits) | is given, with `values.key.old` |
 | dstack | the guest agent's GetKey for a path with a generation (inside a TEE) | the next generation |
 """
 
@@ -16,7 +16,7 @@ import re
 import secrets
 import socket
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from platform_validator.values.errors import ValueKeysUnusable
 from platform_validator.values.sealing import KEY_BYTES, ValueKey
@@ -26,23 +26,55 @@ _AGENT_PATH = "platform-validator/values"
 _TIMEOUT = 10.0
 _OK = 200
 _MAX = 1024 * 1024
+_MARK = "sealed"
+
+
+class ValueKeys(NamedTuple):
+    """Every key that may be needed, oldest first; the last is the active one.
+
+    `clear`: an older version may have left values in clear, which were never sealed yet.
+    """
+
+    keys: tuple[ValueKey, ...]
+    clear: bool
 
 
 class ValueKeySource(Protocol):
     """Blocking: called at the start, and from a thread while values are rekeyed."""
 
-    def load(self) -> tuple[ValueKey, ...]:
-        """Every key that may be needed, oldest first; the last is the active one. Made where there is none.
+    def load(self) -> ValueKeys:
+        """The keys; one is made where there is none.
 
         Raises:
             ValueKeysUnusable: They cannot be had.
         """
 
-    def advance(self) -> tuple[ValueKey, ...]:
+    def advance(self) -> ValueKeys:
         """The same with a new active key, durable when this returns. Raises ValueKeysUnusable."""
 
-    def forget_older(self) -> None:
-        """Nothing is sealed under the older ones any more. Raises ValueKeysUnusable."""
+    def settled(self) -> None:
+        """Everything is sealed under the active key: older ones are forgotten. Raises ValueKeysUnusable."""
+
+
+class MemoryKeys:
+    """Keys that are gone with the process: for tests and simulations."""
+
+    def __init__(self, secret: bytes | None = None, *, clear: bool = False) -> None:
+        self._keys = [ValueKey(secret or secrets.token_bytes(KEY_BYTES))]
+        self._clear = clear
+
+    def load(self) -> ValueKeys:
+        """See the port."""
+        return ValueKeys(tuple(self._keys), self._clear)
+
+    def advance(self) -> ValueKeys:
+        """See the port."""
+        self._keys.append(ValueKey(secrets.token_bytes(KEY_BYTES)))
+        return self.load()
+
+    def settled(self) -> None:
+        """See the port."""
+        self._keys, self._clear = self._keys[-1:], False
 
 
 class KeyringFiles:
@@ -51,32 +83,32 @@ class KeyringFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def load(self) -> tuple[ValueKey, ...]:
+    def load(self) -> ValueKeys:
         """See the port."""
         try:
             self._folder.mkdir(mode=0o700, exist_ok=True)
             numbers = self._numbers()
-            return tuple(self._read(number) for number in numbers) if numbers else (self._make(1),)
+            keys = tuple(self._read(number) for number in numbers) if numbers else (self._make(1),)
+            return ValueKeys(keys, not _is_marked(self._folder))
         except OSError as error:
             raise ValueKeysUnusable(f"{self._folder} cannot be used: {error.strerror or error}") from error
 
-    def advance(self) -> tuple[ValueKey, ...]:
+    def advance(self) -> ValueKeys:
         """See the port."""
         present = self.load()
         try:
-            return (*present, self._make(self._numbers()[-1] + 1))
+            return ValueKeys((*present.keys, self._make(self._numbers()[-1] + 1)), present.clear)
         except OSError as error:
             raise ValueKeysUnusable(f"no new key in {self._folder}: {error.strerror or error}") from error
 
-    def forget_older(self) -> None:
+    def settled(self) -> None:
         """See the port."""
         try:
             for number in self._numbers()[:-1]:
                 self._path(number).unlink()
+            _mark(self._folder)
         except OSError as error:
-            raise ValueKeysUnusable(
-                f"an old key in {self._folder} stays: {error.strerror or error}"
-            ) from error
+            raise ValueKeysUnusable(f"{self._folder} cannot be changed: {error.strerror or error}") from error
 
     def _numbers(self) -> list[int]:
         found = (_FILE.fullmatch(entry.name) for entry in self._folder.iterdir())
@@ -104,37 +136,49 @@ class KeyringFiles:
 
 
 class CredentialKeys:
-    """Files that the service manager gives (systemd: LoadCredential=values.key:…)."""
+    """Files that the service manager gives (systemd: LoadCredential=values.key:…).
 
-    def __init__(self, folder: Path | None, name: str = "values.key") -> None:
+    Args:
+        credentials: The service's CREDENTIALS_DIRECTORY.
+        folder: Of the keyring, for a mark.
+        name: Of the credential.
+    """
+
+    def __init__(self, credentials: Path | None, folder: Path, name: str = "values.key") -> None:
+        self._credentials = credentials
         self._folder = folder
         self._name = name
 
-    def load(self) -> tuple[ValueKey, ...]:
+    def load(self) -> ValueKeys:
         """See the port."""
-        if self._folder is None:
+        if self._credentials is None:
             raise ValueKeysUnusable(
                 f"values.key_source is credential, and the service has none: LoadCredential={self._name}:…"
             )
-        old = self._folder / f"{self._name}.old"
-        paths = [*([old] if old.exists() else []), self._folder / self._name]
+        old = self._credentials / f"{self._name}.old"
+        paths = [*([old] if old.exists() else []), self._credentials / self._name]
         try:
-            return tuple(ValueKey(_checked(path, path.read_bytes())) for path in paths)
+            keys = tuple(ValueKey(_checked(path, path.read_bytes())) for path in paths)
         except OSError as error:
             raise ValueKeysUnusable(f"{paths[-1]} cannot be read: {error.strerror or error}") from error
+        return ValueKeys(keys, not _is_marked(self._folder))
 
-    def advance(self) -> tuple[ValueKey, ...]:
+    def advance(self) -> ValueKeys:
         """See the port."""
         keys = self.load()
-        if len(keys) == 1:
+        if len(keys.keys) == 1:
             raise ValueKeysUnusable(
                 f"give the new key as the credential {self._name} and the present one as {self._name}.old,"
                 " restart, and rekey again"
             )
         return keys
 
-    def forget_older(self) -> None:
-        """The operator removes `values.key.old`."""
+    def settled(self) -> None:
+        """See the port. The operator removes `values.key.old`."""
+        try:
+            _mark(self._folder)
+        except OSError as error:
+            raise ValueKeysUnusable(f"{self._folder} cannot be changed: {error.strerror or error}") from error
 
 
 class AgentKeys:
@@ -147,21 +191,27 @@ class AgentKeys:
         self._socket = socket_path
         self._folder = folder
 
-    def load(self) -> tuple[ValueKey, ...]:
+    def load(self) -> ValueKeys:
         """See the port."""
         oldest, newest = self._generations()
-        return tuple(self._ask(number) for number in range(oldest, newest + 1))
+        keys = tuple(self._ask(number) for number in range(oldest, newest + 1))
+        return ValueKeys(keys, not _is_marked(self._folder))
 
-    def advance(self) -> tuple[ValueKey, ...]:
+    def advance(self) -> ValueKeys:
         """See the port."""
         oldest, newest = self._generations()
         self._write(oldest, newest + 1)
         return self.load()
 
-    def forget_older(self) -> None:
+    def settled(self) -> None:
         """See the port."""
-        _, newest = self._generations()
-        self._write(newest, newest)
+        oldest, newest = self._generations()
+        if oldest != newest:
+            self._write(newest, newest)
+        try:
+            _mark(self._folder)
+        except OSError as error:
+            raise ValueKeysUnusable(f"{self._folder} cannot be changed: {error.strerror or error}") from error
 
     def _generations(self) -> tuple[int, int]:
         path = self._folder / "generations"
@@ -230,3 +280,13 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _mark(folder: Path) -> None:
+    """Nothing in clear is left: what is in clear later was put there by somebody else."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    os.close(os.open(folder / _MARK, os.O_WRONLY | os.O_CREAT, 0o600))
+
+
+def _is_marked(folder: Path) -> bool:
+    return (folder / _MARK).exists()

@@ -174,7 +174,14 @@ _ROWS: dict[str, list[dict[str, object]]] = {
         },
     ],
     "values_current": [
-        {"challenge_id": "challenge", "key": "k\u00e9", "value": "[1]", "version": 4, "updated_at": _AT[7], "size@5": 6},
+        {
+            "challenge_id": "challenge",
+            "key": "k\u00e9",
+            "value": "[1]",
+            "version": 4,
+            "updated_at": _AT[7],
+            "size@5": 6,
+        },
     ],
     "values_replies": [{"session_id": "session-destroying", "request_id": "r", "reply": "ok"}],
     "values_usage@5": [{"challenge_id": "challenge", "keys": 1, "bytes": 6}],

@@ -98,7 +98,7 @@ INSERT INTO "migrations" VALUES(1,'0001_initial.sql','38bf3d7406fee6f78c070225a1
 INSERT INTO "migrations" VALUES(2,'0002_kit_and_compaction.sql','5b1750f23b62fac69186abd1e7e8c8275da72d6cef9102903b0384ab001e44c0');
 INSERT INTO "migrations" VALUES(3,'0003_challenge_history.sql','8a2643b2c35e2df41d807da347123c0cdf8adf30678cdb56531af43295201acf');
 INSERT INTO "migrations" VALUES(4,'0004_hosts.sql','13c311f2ddaab3c298eaedb9c84de65885eee1e58742d0c2f1b1f9bf9972a0f5');
-INSERT INTO "migrations" VALUES(5,'0005_values_sealed.sql','e97441dac2fb3264e30f0bca3613dce25f9632b3896ba397321dc9b4f8f2981f');
+INSERT INTO "migrations" VALUES(5,'0005_values_sealed.sql','ff9dce42a94298ac71eaba89c44da86dedf2d30c4f41c3d116fdb837bd480e2f');
 CREATE TABLE values_current (
     challenge_id TEXT NOT NULL,
     key TEXT NOT NULL,
@@ -127,4 +127,5 @@ CREATE INDEX jobs_journal_ended ON jobs_journal (ended_at) WHERE stage = 'done';
 CREATE INDEX cvms_journal_gone ON cvms_journal (gone_at) WHERE phase = 'gone';
 CREATE INDEX challenges_history_of ON challenges_history (challenge_id, position);
 CREATE INDEX challenges_history_at ON challenges_history (at);
+CREATE INDEX values_deleted ON values_current (deleted_at) WHERE deleted_at IS NOT NULL;
 COMMIT;

@@ -4,6 +4,7 @@
 ALTER TABLE values_current ADD COLUMN key_id TEXT;
 ALTER TABLE values_current ADD COLUMN size INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE values_current ADD COLUMN deleted_at TEXT;
+CREATE INDEX values_deleted ON values_current (deleted_at) WHERE deleted_at IS NOT NULL;
 UPDATE values_current SET size = length(CAST(key AS BLOB)) + length(CAST(value AS BLOB));
 
 ALTER TABLE values_replies ADD COLUMN key_id TEXT;
