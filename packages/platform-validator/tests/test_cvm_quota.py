@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from platform_protocol.resources import Resources
-from platform_validator.cvm.quota import Limits, Quota, Refusal, Reservation, ReservationSpent, decide
+from platform_validator.cvm.quota import (
+    Limits,
+    Quota,
+    Refusal,
+    Reservation,
+    ReservationSpent,
+    Use,
+    add,
+    decide,
+)
 
 LIMITS = Limits(Resources(cpu_cores=4, memory_mb=2048, disk_mb=10240, gpu_count=1), max_cvms=3)
 KINDS = ("cpu_cores", "memory_mb", "disk_mb", "gpu_count")
@@ -95,6 +104,36 @@ def test_refusals_are_counted_by_reason() -> None:
     assert quota.view().refused == {"cpu": 2}
 
 
+def test_refusals_are_shown_in_the_guide_s_order() -> None:
+    """Whatever was refused first."""
+    quota = Quota(LIMITS)
+    for wanted in (ONE.model_copy(update={"memory_mb": 9999}), ONE.model_copy(update={"cpu_cores": 5})):
+        quota.reserve(wanted, "big")
+    assert list(quota.view().refused) == ["cpu", "memory"]
+
+
+def test_each_use_is_an_account_of_its_own_within_the_one() -> None:
+    """Challenge, job and ready CVMs; a share moves with what its CVM is for, and goes with it."""
+    quota = Quota(LIMITS)
+    proving = quota.reserve(ONE, "challenge", use=Use.CHALLENGE)
+    job = quota.reserve(ONE, "job")
+    assert isinstance(proving, Reservation)
+    assert isinstance(job, Reservation)
+    assert counts(quota) == {"challenge": 1, "job": 1, "ready": 0}
+    quota.reassign(proving, Use.READY)
+    assert counts(quota) == {"challenge": 0, "job": 1, "ready": 1}
+    assert quota.view().by_use[Use.READY].used == ONE
+    quota.reassign(proving, Use.JOB)
+    quota.release(job)
+    quota.reassign(job, Use.READY)
+    assert counts(quota) == {"challenge": 0, "job": 1, "ready": 0}
+
+
+def counts(quota: Quota) -> dict[str, int]:
+    """CVMs by use."""
+    return {use.value: part.cvms for use, part in quota.view().by_use.items()}
+
+
 class QuotaMachine(RuleBasedStateMachine):
     """Reserve, release and crash in any order."""
 
@@ -127,6 +166,11 @@ class QuotaMachine(RuleBasedStateMachine):
             with pytest.raises(ReservationSpent):
                 self.quota.release(share)
 
+    @rule(share=shares, use=st.sampled_from(Use))
+    def reassign(self, share: Reservation, use: Use) -> None:
+        """Its CVM is for something else now; a spent share is passed over."""
+        self.quota.reassign(share, use)
+
     @rule()
     def crash(self) -> None:
         """A new process rebuilds the account from what runs."""
@@ -142,6 +186,8 @@ class QuotaMachine(RuleBasedStateMachine):
             used = sum(getattr(share.resources, kind) for share in self.model)
             assert getattr(view.used, kind) == used <= getattr(LIMITS.resources, kind)
             assert getattr(view.free, kind) == getattr(LIMITS.resources, kind) - used
+        assert add(part.used for part in view.by_use.values()) == view.used
+        assert sum(part.cvms for part in view.by_use.values()) == view.cvms
 
 
 QuotaMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)

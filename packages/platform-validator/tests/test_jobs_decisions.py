@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from platform_protocol.ids import ChallengeId, JobId
 from platform_protocol.resources import Resources
+from platform_validator.cvm.quota import Refusal
 from platform_validator.jobs.capacity import (
     Capacity,
     CapacityFacts,
@@ -22,23 +23,21 @@ from platform_validator.jobs.capacity import (
 )
 from platform_validator.jobs.gate import ClaimGate
 from platform_validator.jobs.lease import LeaseRules, LeaseState, Renew, Stop, Wait, decide
+from platform_validator.jobs.waiting import Tally, Waiting
 from platform_validator.store.records import Stage
 
 C, J = ChallengeId("challenge"), JobId("job")
 SIZE = Resources(cpu_cores=2, memory_mb=512, disk_mb=1024, gpu_count=1)
-ROOM = Resources(cpu_cores=4, memory_mb=2048, disk_mb=10240, gpu_count=1)
 FREE = CapacityFacts(
     claiming=True,
     held=frozenset(),
     active=frozenset({C}),
     can_attest=True,
     gate_open=True,
-    free=ROOM,
+    room=None,
     ready=None,
     active_jobs=0,
     max_jobs=4,
-    cvms=0,
-    max_cvms=16,
 )
 NEED = Need(J, C, SIZE)
 
@@ -52,19 +51,25 @@ NEED = Need(J, C, SIZE)
         ({"active": frozenset()}, NoCapacity.NOT_ACTIVE),
         ({"can_attest": False}, NoCapacity.NO_ATTESTATION),
         ({"gate_open": False}, NoCapacity.GATE),
-        ({"free": ROOM.model_copy(update={"cpu_cores": 1})}, NoCapacity.CPU),
-        ({"free": ROOM.model_copy(update={"memory_mb": 511})}, NoCapacity.MEMORY),
-        ({"free": ROOM.model_copy(update={"disk_mb": 0})}, NoCapacity.DISK),
-        ({"free": ROOM.model_copy(update={"gpu_count": 0})}, NoCapacity.GPU),
+        ({"room": Refusal("host", 1, 0)}, NoCapacity.HOST),
+        ({"room": Refusal("image", 1, 0)}, NoCapacity.IMAGE),
+        ({"room": Refusal("cpu", 2, 1)}, NoCapacity.CPU),
+        ({"room": Refusal("memory", 512, 511)}, NoCapacity.MEMORY),
+        ({"room": Refusal("disk", 1024, 0)}, NoCapacity.DISK),
+        ({"room": Refusal("gpu", 1, 0)}, NoCapacity.GPU),
         ({"active_jobs": 4}, NoCapacity.JOBS),
-        ({"cvms": 16}, NoCapacity.CVMS),
+        ({"room": Refusal("cvms", 1, 0)}, NoCapacity.CVMS),
         # The guide's order: resources before the job limit before the CVM quota.
-        ({"free": ROOM.model_copy(update={"cpu_cores": 0}), "active_jobs": 9, "cvms": 99}, NoCapacity.CPU),
-        ({"active_jobs": 9, "cvms": 99}, NoCapacity.JOBS),
+        ({"room": Refusal("cpu", 2, 0), "active_jobs": 9}, NoCapacity.CPU),
+        ({"active_jobs": 9, "room": Refusal("cvms", 1, 0)}, NoCapacity.JOBS),
         # A ready CVM has its share already.
-        ({"free": Resources(cpu_cores=0, memory_mb=0, disk_mb=0), "cvms": 16, "ready": SIZE}, None),
+        ({"room": Refusal("cpu", 2, 0), "ready": SIZE}, None),
+        ({"room": Refusal("cvms", 1, 0), "ready": SIZE}, None),
         ({"ready": SIZE, "active_jobs": 4}, NoCapacity.JOBS),
-        ({"ready": SIZE.model_copy(update={"memory_mb": 1}), "cvms": 16}, NoCapacity.CVMS),
+        (
+            {"ready": SIZE.model_copy(update={"memory_mb": 1}), "room": Refusal("cvms", 1, 0)},
+            NoCapacity.CVMS,
+        ),
     ],
 )
 def test_the_first_failing_check_gives_the_reason(
@@ -99,11 +104,25 @@ def test_largest_covers_both(first: Resources, second: Resources) -> None:
     assert covers(both, second)
 
 
-@given(sizes, sizes)
-def test_no_job_is_let_in_beyond_what_is_free(need: Resources, free: Resources) -> None:
-    """No job is let in beyond what is free."""
-    if has_capacity(Need(J, C, need), replace(FREE, free=free)):
-        assert covers(free, need)
+def test_a_refusal_brings_its_figures() -> None:
+    """For whoever reads the status: what is wanted, what is free, how many run."""
+    full = has_capacity(NEED, replace(FREE, room=Refusal("memory", 512, 100)))
+    assert full.detail == "512 wanted, 100 free"
+    assert has_capacity(NEED, replace(FREE, active_jobs=4)).detail == "4 of 4 run"
+
+
+def test_a_tally_has_a_row_for_each_reason_in_the_guide_s_order() -> None:
+    """With the figures of the first job; jobs that were claimed are not in it."""
+    tally = Tally()
+    for answer in (
+        Capacity(NoCapacity.CVMS, detail="cvms: 1 wanted, 0 free"),
+        Capacity(NoCapacity.CPU, detail="first"),
+        Capacity(NoCapacity.CPU, detail="second"),
+        Capacity(None),
+    ):
+        tally.add(answer)
+    cvms = Waiting(NoCapacity.CVMS, 1, "cvms: 1 wanted, 0 free")
+    assert tally.rows() == (Waiting(NoCapacity.CPU, 2, "first"), cvms)
 
 
 def test_the_gate_closes_after_three_errors_in_a_row_at_one_stage() -> None:

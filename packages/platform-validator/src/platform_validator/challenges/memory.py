@@ -14,7 +14,7 @@ from platform_protocol.platform_messages import AttestationKind, IsolationLevel
 from platform_validator.clock import Clock
 from platform_validator.cvm.errors import CvmError, SessionLost
 from platform_validator.cvm.plan import CvmPlan
-from platform_validator.cvm.quota import Quota, Reservation
+from platform_validator.cvm.quota import Quota, Reservation, Use
 from platform_validator.cvm.session import GuestResult, JobOrder
 from platform_validator.store.port import Store, StoreUnavailable
 from platform_validator.store.records import Purpose, VmPhase, VmRecord
@@ -144,6 +144,10 @@ class MemoryFleet:
         if cvm is None:
             raise SessionLost(f"{name} is gone")
         return cvm
+
+    def assigned(self, name: VmName) -> None:
+        """Account for it."""
+        self.quota.reassign(self._held[name], Use.JOB)
 
     def destroy(self, name: VmName) -> None:
         """Hand it to `run`; more calls change nothing."""

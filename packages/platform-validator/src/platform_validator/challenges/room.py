@@ -85,5 +85,8 @@ class CvmFleet(Protocol):
     async def adopt(self, name: VmName, plan: CvmPlan) -> Guest:
         """Take over one that an earlier process left running. Raises what `cvm.errors` names."""
 
+    def assigned(self, name: VmName) -> None:
+        """A ready one is a job's now, as the journal says already."""
+
     def destroy(self, name: VmName) -> None:
         """Have it destroyed; never waits."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import aiohttp
-import psutil
 
 from platform_protocol.platform_messages import IsolationLevel
 from platform_protocol.signing import Keypair
@@ -20,6 +18,7 @@ from platform_validator.cvm.vmm import VmmClient, VmmError, VmmFacts
 from platform_validator.daemon.parts import make_connections
 from platform_validator.errors import ValidatorError
 from platform_validator.keys import find_hotkey
+from platform_validator.machine import beyond, is_here, machine_resources
 from platform_validator.platform_client.port import NotAuthorized, PlatformClient, PlatformError
 
 _GUEST_HOST = "10.0.2.2"
@@ -148,17 +147,7 @@ def check_base_url(settings: Settings) -> Check:
 
 
 def _limits(settings: Settings) -> list[Check]:
-    found = []
-    cores, memory = os.cpu_count() or 1, psutil.virtual_memory().total // 1024**2
-    limits = settings.limits
-    if limits.cpu_cores > cores:
-        detail = (
-            f"cpu_cores = {limits.cpu_cores}, this machine has {cores}: right only if the VMM is elsewhere"
-        )
-        found.append(Check("limits", "warn", detail))
-    if limits.memory_mb > memory:
-        detail = (
-            f"memory_mb = {limits.memory_mb}, this machine has {memory}: right only if the VMM is elsewhere"
-        )
-        found.append(Check("limits", "warn", detail))
-    return found
+    if not is_here(settings["dstack.vmm_url"]):
+        return []
+    has = machine_resources(settings.db_path.parent)
+    return [Check("limits", "warn", line) for line in beyond(settings.limits, has)]

@@ -51,12 +51,18 @@ def status(found: dict[str, Any], console: Console) -> None:
     if slots:
         console.print(f"  {'job slots':<16} {slots['used']} of {slots['total']}")
     for kind, share in (quota or {}).items():
-        console.print(f"  {kind:<16} {share['used']} of {share['limit']}")
-    refused = {reason: count for reason, count in found.get("refused", {}).items() if count}
+        uses = {use: counts[kind] for use, counts in found.get("quota_by_use", {}).items() if counts[kind]}
+        parts = ", ".join(f"{use} {count}" for use, count in uses.items())
+        console.print(f"  {kind:<16} {share['used']} of {share['limit']}" + (f"  ({parts})" if parts else ""))
+    for row in found.get("waiting", ()):
+        jobs = "jobs" if row["jobs"] is None else f"{row['jobs']} pending"
+        detail = f": {row['detail']}" if row["detail"] else ""
+        console.print(f"  {'not claimed':<16} {jobs}, {escape(row['reason'] + detail)}", soft_wrap=True)
+    refused = ", ".join(f"{name} {count}x" for name, count in found.get("refused", {}).items())
     if refused:
-        console.print(
-            f"  {'refused':<16} " + ", ".join(f"{name} {count}x" for name, count in refused.items())
-        )
+        console.print(f"  {'no room so far':<16} {refused}")
+    for warning in found.get("warnings", ()):
+        console.print(f"  [yellow]warning[/]          {escape(warning)}", soft_wrap=True)
 
 
 def drain(found: dict[str, Any], console: Console) -> None:

@@ -22,7 +22,7 @@ from platform_validator.cvm.host_ports import HostPorts, NoHostPort
 from platform_validator.cvm.members import Cvm, CvmView, Member
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.probe import Probe
-from platform_validator.cvm.quota import Quota, Refusal, Reservation
+from platform_validator.cvm.quota import Quota, Refusal, Reservation, Use
 from platform_validator.cvm.reclaim import plan_reclaim
 from platform_validator.cvm.session import CvmSession, ValuesHandler
 from platform_validator.cvm.sessions import SessionMaker
@@ -126,7 +126,9 @@ class Fleet:
         for record in await self._store.open_vms():
             if record.name in self._restored:
                 continue
-            [self._reservations[record.name]] = self._quota.rebuild([(record.name, record.resources)])
+            [self._reservations[record.name]] = self._quota.rebuild(
+                [(record.name, record.resources)], host=record.host, use=_use_of(record)
+            )
             self._ports.hold(record.host_port)
             self._restored[record.name] = Member(record, stage="restored")
 
@@ -173,7 +175,7 @@ class Fleet:
             member, secret = await self._intend(plan, purpose, reservation, claim_id)
             name = member.record.name
             try:
-                return await self._booter.boot(member, plan, secret, tasks=tasks, on_stage=on_stage)
+                cvm = await self._booter.boot(member, plan, secret, tasks=tasks, on_stage=on_stage)
             except (CreateFailed, BootFailed) as error:
                 self.destroy(name, reason=str(error))
                 if not _is_port_conflict(error):
@@ -182,9 +184,13 @@ class Fleet:
             except BaseException as error:
                 self.destroy(name, reason=str(error) or type(error).__name__)
                 raise
+            else:
+                if purpose is Purpose.READY:
+                    self._quota.reassign(reservation, Use.READY)
+                return cvm
             # The one being destroyed keeps its share until it is gone; the next try takes that or another.
             await self._until_gone(name)
-            again = self._quota.reserve(plan.resources, owner=name)
+            again = self._quota.reserve(plan.resources, owner=name, image=plan.image)
             if isinstance(again, Refusal):
                 raise NoCapacity(f"a host port was in use, and for another try there is no room: {again}")
             reservation = again
@@ -243,6 +249,12 @@ class Fleet:
             _log.warning("stray_reclaimed", vm=name)
             self.destroyer.give(name, "reclaimed by the operator", journaled=False)
         return wanted
+
+    def assigned(self, name: VmName) -> None:
+        """A ready CVM is a job's now, as the journal says already."""
+        reservation = self._reservations.get(name)
+        if reservation is not None:
+            self._quota.reassign(reservation, Use.JOB)
 
     def views(self) -> list[CvmView]:
         """Every CVM that is not gone."""
@@ -330,6 +342,7 @@ class Fleet:
             self._quota.release(reservation)
             raise
         crashpoint("intent_written")
+        self._quota.reassign(reservation, _use_of(record))
         self._members[name] = member = Member(record, plan, secret)
         self._reservations[name] = reservation
         return member, secret
@@ -341,6 +354,14 @@ class Fleet:
         member = self._members.pop(name, None) or self._restored.pop(name, None)
         if member is not None:
             self._ports.give_back(member.record.host_port)
+
+
+def _use_of(record: VmRecord) -> Use:
+    """A job's; or ready, waiting for one; else its challenge's: being proved, or shared."""
+    if record.purpose is Purpose.JOB or record.claim_id is not None:
+        return Use.JOB
+    waits = record.purpose is Purpose.READY and record.phase is VmPhase.READY
+    return Use.READY if waits else Use.CHALLENGE
 
 
 def _is_port_conflict(error: Exception) -> bool:

@@ -2,50 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from platform_protocol.resources import Resources
+from platform_validator.cvm.placement import (
+    REASONS,
+    HostState,
+    Limits,
+    Refusal,
+    Share,
+    Wish,
+    add,
+    decide,
+    keeper,
+    placement,
+    subtract,
+)
 from platform_validator.errors import ValidatorError
+from platform_validator.store.records import DEFAULT_HOST, HostName
 
-_KINDS = (("cpu", "cpu_cores"), ("memory", "memory_mb"), ("disk", "disk_mb"), ("gpu", "gpu_count"))
+__all__ = [
+    "HostView",
+    "Limits",
+    "Quota",
+    "QuotaView",
+    "Refusal",
+    "Reservation",
+    "ReservationSpent",
+    "Use",
+    "UseView",
+    "add",
+    "decide",
+    "subtract",
+]
 
 
 class ReservationSpent(ValidatorError):
     """A reservation was released twice: a fault of the caller."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Totals for all CVMs of this validator."""
+class Use(StrEnum):
+    """What a CVM is for now: a version of a challenge that is being proved or shared, a job, or the pool."""
 
-    resources: Resources
-    max_cvms: int
+    CHALLENGE = "challenge"
+    JOB = "job"
+    READY = "ready"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reservation:
-    """A share of the limits. Compared by identity."""
+    """A share of the limits on one host. Compared by identity. `use` is what it was taken for."""
 
     owner: str
     resources: Resources
+    host: HostName = DEFAULT_HOST
+    use: Use = Use.JOB
+    probe: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why there is no room: `reason` is cpu, memory, disk, gpu or cvms."""
+class UseView:
+    """What CVMs of one use hold."""
 
-    reason: str
-    wanted: int
-    free: int
+    used: Resources
+    cvms: int
 
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.wanted} wanted, {self.free} free"
+
+@dataclass(frozen=True, slots=True)
+class HostView:
+    """What is held on one host. `limits` None: the totals alone bound it."""
+
+    used: Resources
+    cvms: int
+    limits: Limits | None
 
 
 @dataclass(frozen=True, slots=True)
 class QuotaView:
-    """The quota now."""
+    """The quota now; `by_use` and `by_host` are parts of the same account."""
 
     limits: Limits
     used: Resources
@@ -53,51 +89,24 @@ class QuotaView:
     cvms: int
     max_cvms: int
     refused: dict[str, int]
-
-
-def decide(limits: Limits, held: Iterable[Resources], request: Resources) -> Refusal | None:
-    """None when one more CVM of this size fits, else the first reason in the guide's order."""
-    shares = list(held)
-    free = subtract(limits.resources, shares)
-    for reason, name in _KINDS:
-        wanted, left = getattr(request, name), getattr(free, name)
-        if wanted > left:
-            return Refusal(reason, wanted, left)
-    if len(shares) >= limits.max_cvms:
-        return Refusal("cvms", 1, 0)
-    return None
-
-
-def subtract(total: Resources, shares: Iterable[Resources]) -> Resources:
-    """What is left of a total; never below zero (a lowered limit leaves nothing, not less)."""
-    cores, memory, disk, gpus = total.cpu_cores, total.memory_mb, total.disk_mb, total.gpu_count
-    for share in shares:
-        cores -= share.cpu_cores
-        memory -= share.memory_mb
-        disk -= share.disk_mb
-        gpus -= share.gpu_count
-    return Resources(
-        cpu_cores=max(0, cores), memory_mb=max(0, memory), disk_mb=max(0, disk), gpu_count=max(0, gpus)
-    )
-
-
-def add(shares: Iterable[Resources]) -> Resources:
-    """All of them together."""
-    cores = memory = disk = gpus = 0
-    for share in shares:
-        cores += share.cpu_cores
-        memory += share.memory_mb
-        disk += share.disk_mb
-        gpus += share.gpu_count
-    return Resources(cpu_cores=cores, memory_mb=memory, disk_mb=disk, gpu_count=gpus)
+    by_use: dict[Use, UseView]
+    by_host: dict[HostName, HostView]
 
 
 class Quota:
-    """The account. Not thread-safe: it lives on the event loop."""
+    """The account. Not thread-safe: it lives on the event loop.
 
-    def __init__(self, limits: Limits) -> None:
+    Args:
+        limits: The totals for all CVMs.
+        hosts: Says which hosts there are, as they are now; the first in the order of the configuration.
+    """
+
+    def __init__(
+        self, limits: Limits, hosts: Callable[[], Sequence[HostState]] = lambda: (HostState(),)
+    ) -> None:
         self._limits = limits
-        self._held: dict[int, Reservation] = {}
+        self._hosts = hosts
+        self._held: dict[int, tuple[Reservation, Use]] = {}
         self._refused: dict[str, int] = {}
         self._seen: QuotaView | None = None
 
@@ -106,14 +115,32 @@ class Quota:
         self._limits = limits
         self._seen = None
 
-    def reserve(self, request: Resources, owner: str) -> Reservation | Refusal:
-        """Take a share, or the reason why not."""
-        refusal = decide(self._limits, (share.resources for share in self._held.values()), request)
-        if refusal is not None:
-            self._refused[refusal.reason] = self._refused.get(refusal.reason, 0) + 1
+    def would(self, wish: Wish, *, kept: Share | None = None) -> Refusal | None:
+        """Why there is no room for a CVM now, or None. `kept` is room that is left to another."""
+        answer = placement(self._limits, self._hosts(), self._all(kept), wish)
+        return answer if isinstance(answer, Refusal) else None
+
+    def keep(self, wish: Wish) -> Share | None:
+        """The room that is left to a CVM which fits nowhere now; None: it is too large for every host."""
+        host = keeper(self._limits, self._hosts(), self._all(None), wish)
+        return None if host is None else Share(host, wish.resources)
+
+    def reserve(
+        self,
+        request: Resources,
+        owner: str,
+        *,
+        image: str | None = None,
+        use: Use = Use.JOB,
+        kept: Share | None = None,
+    ) -> Reservation | Refusal:
+        """Take a share, or the reason why not. `kept` is room that is left to another."""
+        answer = placement(self._limits, self._hosts(), self._all(kept), Wish(request, image))
+        if isinstance(answer, Refusal):
+            self._refused[answer.reason] = self._refused.get(answer.reason, 0) + 1
             self._seen = None
-            return refusal
-        return self._hold(request, owner)
+            return answer
+        return self._hold(Reservation(owner, request, answer.host, use, answer.probe))
 
     def release(self, reservation: Reservation) -> None:
         """Give a share back.
@@ -125,9 +152,17 @@ class Quota:
             raise ReservationSpent(f"the reservation of {reservation.owner} was released twice")
         self._seen = None
 
-    def rebuild(self, running: Iterable[tuple[str, Resources]]) -> list[Reservation]:
+    def reassign(self, reservation: Reservation, use: Use) -> None:
+        """A share is for something else now: a ready CVM was given a job. Spent ones are passed over."""
+        if id(reservation) in self._held:
+            self._held[id(reservation)] = reservation, use
+            self._seen = None
+
+    def rebuild(
+        self, running: Iterable[tuple[str, Resources]], *, host: HostName = DEFAULT_HOST, use: Use = Use.JOB
+    ) -> list[Reservation]:
         """After a restart: a share for each CVM that is still there, whatever the limits say now."""
-        return [self._hold(resources, owner) for owner, resources in running]
+        return [self._hold(Reservation(owner, resources, host, use)) for owner, resources in running]
 
     def view(self) -> QuotaView:
         """What is used and free."""
@@ -136,19 +171,32 @@ class Quota:
         return self._seen
 
     def _look(self) -> QuotaView:
-        shares = [share.resources for share in self._held.values()]
-        used = add(shares)
+        held = [share for share, _ in self._held.values()]
+        used = add(share.resources for share in held)
         return QuotaView(
             limits=self._limits,
             used=used,
-            free=subtract(self._limits.resources, shares),
-            cvms=len(shares),
+            free=subtract(self._limits.resources, [used]),
+            cvms=len(held),
             max_cvms=self._limits.max_cvms,
-            refused=dict(self._refused),
+            refused={reason: self._refused[reason] for reason in REASONS if reason in self._refused},
+            by_use={use: self._of_use(use) for use in Use},
+            by_host={host.name: self._of_host(host) for host in self._hosts()},
         )
 
-    def _hold(self, resources: Resources, owner: str) -> Reservation:
-        reservation = Reservation(owner, resources)
-        self._held[id(reservation)] = reservation
+    def _of_use(self, use: Use) -> UseView:
+        shares = [share.resources for share, now in self._held.values() if now is use]
+        return UseView(add(shares), len(shares))
+
+    def _of_host(self, host: HostState) -> HostView:
+        shares = [share.resources for share, _ in self._held.values() if share.host == host.name]
+        return HostView(add(shares), len(shares), host.limits)
+
+    def _all(self, kept: Share | None) -> list[Share]:
+        shares = [Share(each.host, each.resources, each.probe) for each, _ in self._held.values()]
+        return shares if kept is None else [*shares, kept]
+
+    def _hold(self, reservation: Reservation) -> Reservation:
+        self._held[id(reservation)] = reservation, reservation.use
         self._seen = None
         return reservation

@@ -11,9 +11,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from platform_protocol.resources import Resources
 from platform_validator.challenges.source import GitSource
 from platform_validator.config import Settings
+from platform_validator.cvm.quota import QuotaView
 from platform_validator.daemon.parts import Components
+from platform_validator.machine import beyond, is_here, machine_resources
 from platform_validator.platform_client.notifications import NotificationLoop
 from platform_validator.telemetry.metrics import Metrics
 from platform_validator.web.views import Health
@@ -36,6 +39,7 @@ class Board:
         self.journal: Callable[[], str | None] = lambda: None
         self.silent: Callable[[], dict[str, float]] = dict
         self.extra: dict[str, Any] = {}
+        self._has: Resources | None = None
 
     def health(self) -> Health:
         """See the port."""
@@ -76,17 +80,13 @@ class Board:
         parts = self.components
         if parts is None:
             return shown
-        quota = parts.quota.view()
         active = parts.jobs.views()
         shown |= {
             "claiming": parts.jobs.claiming,
             "slots": {"used": len(active), "total": self.settings["jobs.max_concurrent"]},
-            "quota": {
-                kind: {"used": getattr(quota.used, kind), "limit": getattr(quota.limits.resources, kind)}
-                for kind in _KINDS
-            }
-            | {"cvms": {"used": quota.cvms, "limit": quota.max_cvms}},
-            "refused": quota.refused,
+            **shown_quota(parts.quota.view()),
+            "waiting": plain(parts.jobs.waiting),
+            "warnings": self.warnings(),
             "outbox": parts.outbox.depth,
             "active_jobs": plain(active),
             "challenges": self.challenges(),
@@ -96,6 +96,17 @@ class Board:
         if self.notifications is not None:
             shown["notifications"] = plain(self.notifications.view())
         return shown
+
+    def warnings(self) -> list[str]:
+        """Limits that this machine cannot keep, where the VMM is on it."""
+        if not is_here(self.settings["dstack.vmm_url"]):
+            return []
+        return [f"resource_limits.{line}" for line in beyond(self.settings.limits, self._machine())]
+
+    def _machine(self) -> Resources:
+        if self._has is None:
+            self._has = machine_resources(self.settings.db_path.parent)
+        return self._has
 
     def line(self) -> str:
         """One line for the service manager."""
@@ -152,9 +163,26 @@ class Board:
         for kind in _KINDS:
             self._metrics.quota(kind, getattr(quota.used, kind), getattr(quota.limits.resources, kind))
         self._metrics.quota("cvms", quota.cvms, quota.max_cvms)
+        for use, part in quota.by_use.items():
+            self._metrics.quota_use(use.value, _counts(part.used, part.cvms))
         self._metrics.cvms(dict(Counter(view.stage for view in parts.fleet.views())))
         self._metrics.strays(len(parts.fleet.strays))
         self._metrics.challenges(dict(Counter(view.state.value for view in parts.challenges.views())))
+
+
+def shown_quota(view: QuotaView) -> dict[str, Any]:
+    """The account as status shows it: in all, by what CVMs are for, and what was refused."""
+    limits = {kind: getattr(view.limits.resources, kind) for kind in _KINDS} | {"cvms": view.max_cvms}
+    used = _counts(view.used, view.cvms)
+    return {
+        "quota": {kind: {"used": used[kind], "limit": limit} for kind, limit in limits.items()},
+        "quota_by_use": {use.value: _counts(part.used, part.cvms) for use, part in view.by_use.items()},
+        "refused": view.refused,
+    }
+
+
+def _counts(used: Resources, cvms: int) -> dict[str, int]:
+    return {kind: int(getattr(used, kind)) for kind in _KINDS} | {"cvms": cvms}
 
 
 def plain(value: Any) -> Any:

@@ -132,6 +132,8 @@ class Daemon:
         self._listen_to_signals()
         # 1. Configuration, state lock (taken before), HTTP listener.
         _log.info("step_1_configuration_loaded", state=str(state.folder), level=settings.level.value)
+        for warning in self._board.warnings():
+            _log.warning("limit_above_the_machine", what=warning)
         store = await SqliteStore.open(state.database)
         try:
             servers = self._servers()

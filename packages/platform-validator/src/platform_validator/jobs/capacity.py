@@ -7,16 +7,19 @@ from enum import StrEnum
 
 from platform_protocol.ids import ChallengeId, JobId
 from platform_protocol.resources import Resources
+from platform_validator.cvm.quota import Refusal
 
 
 class NoCapacity(StrEnum):
-    """Why a job is not claimed now."""
+    """Why a job is not claimed now, in the order in which it is looked for."""
 
     STOPPED = "not_claiming"
     HELD = "job_in_journal"
     NOT_ACTIVE = "challenge_not_active"
     NO_ATTESTATION = "attestation_impossible"
     GATE = "claim_gate_closed"
+    HOST = "no_host_open"
+    IMAGE = "no_host_has_the_image"
     CPU = "cpu"
     MEMORY = "memory"
     DISK = "disk"
@@ -38,8 +41,8 @@ class Need:
 class CapacityFacts:
     """What the decision looks at.
 
-    `free` is what the limits leave after all reservations; `ready` the size of an idle CVM of this
-    challenge, whose resources are reserved already; `cvms` counts reservations against `max_cvms`.
+    `room` is why the quota has none for another CVM of this size, or None; `ready` the size of an idle CVM
+    of this challenge, whose resources are reserved already.
     """
 
     claiming: bool
@@ -47,20 +50,22 @@ class CapacityFacts:
     active: frozenset[ChallengeId]
     can_attest: bool
     gate_open: bool
-    free: Resources
+    room: Refusal | None
     ready: Resources | None
     active_jobs: int
     max_jobs: int
-    cvms: int
-    max_cvms: int
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """The answer. `refusal` is None when the job may be claimed; `uses_ready` then says from where."""
+    """The answer. `refusal` is None when the job may be claimed; `uses_ready` then says from where.
+
+    `detail` has the figures of a refusal that has any: what is wanted, what is free.
+    """
 
     refusal: NoCapacity | None
     uses_ready: bool = False
+    detail: str = ""
 
     def __bool__(self) -> bool:
         return self.refusal is None
@@ -71,6 +76,14 @@ class Capacity:
         return self.refusal in _ROOM
 
 
+_REASONS = {
+    "host": NoCapacity.HOST,
+    "image": NoCapacity.IMAGE,
+    "cpu": NoCapacity.CPU,
+    "memory": NoCapacity.MEMORY,
+    "disk": NoCapacity.DISK,
+    "gpu": NoCapacity.GPU,
+}
 _ROOM = frozenset({NoCapacity.CPU, NoCapacity.MEMORY, NoCapacity.DISK, NoCapacity.GPU, NoCapacity.CVMS})
 
 
@@ -101,16 +114,16 @@ def has_capacity(need: Need, facts: CapacityFacts) -> Capacity:
     if admission is not None:
         return Capacity(admission)
     uses_ready = facts.ready is not None and covers(facts.ready, need.resources)
-    # 1. Resource availability; a ready CVM has its share reserved already.
-    lacking = None if uses_ready else _lacking(need.resources, facts.free)
-    if lacking is not None:
-        return Capacity(lacking)
+    # 1. Resource availability, on a host that is open; a ready CVM has its share reserved already.
+    room = None if uses_ready else facts.room
+    if room is not None and room.reason != "cvms":
+        return Capacity(_REASONS[room.reason], detail=room.figures)
     # 2. Active job limit.
     if facts.active_jobs >= facts.max_jobs:
-        return Capacity(NoCapacity.JOBS)
+        return Capacity(NoCapacity.JOBS, detail=f"{facts.active_jobs} of {facts.max_jobs} run")
     # 3. CVM quota.
-    if not uses_ready and facts.cvms >= facts.max_cvms:
-        return Capacity(NoCapacity.CVMS)
+    if room is not None:
+        return Capacity(NoCapacity.CVMS, detail=room.figures)
     return Capacity(None, uses_ready)
 
 
@@ -126,13 +139,3 @@ def _admission(need: Need, facts: CapacityFacts) -> NoCapacity | None:
     if not facts.gate_open:
         return NoCapacity.GATE
     return None
-
-
-def _lacking(need: Resources, free: Resources) -> NoCapacity | None:
-    checks = (
-        (NoCapacity.CPU, need.cpu_cores, free.cpu_cores),
-        (NoCapacity.MEMORY, need.memory_mb, free.memory_mb),
-        (NoCapacity.DISK, need.disk_mb, free.disk_mb),
-        (NoCapacity.GPU, need.gpu_count, free.gpu_count),
-    )
-    return next((reason for reason, wanted, left in checks if wanted > left), None)

@@ -149,6 +149,7 @@ class JobExecutor:
         if job.cvm is not None:
             job.vm = job.cvm.name
             await self._store.vm_assigned(job.cvm.name, job.claim_id)
+            self._fleet.assigned(job.cvm.name)
             return job.cvm
         reservation, job.reservation = job.reservation, None
         if reservation is None:

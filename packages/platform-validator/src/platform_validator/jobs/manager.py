@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import structlog
@@ -19,8 +18,9 @@ from platform_validator.challenges.instance import InstanceRef
 from platform_validator.challenges.kit import KitUnreadable
 from platform_validator.challenges.manager import ChallengeManager
 from platform_validator.clock import Clock
-from platform_validator.cvm.quota import Quota, Refusal, subtract
-from platform_validator.jobs.capacity import Capacity, CapacityFacts, Need, NoCapacity, covers, has_capacity
+from platform_validator.cvm.placement import Wish
+from platform_validator.cvm.quota import Quota, Refusal
+from platform_validator.jobs.capacity import Capacity, CapacityFacts, Need, NoCapacity, has_capacity
 from platform_validator.jobs.claiming import Claimer
 from platform_validator.jobs.ending import Ending
 from platform_validator.jobs.ends import JobEnds
@@ -30,7 +30,8 @@ from platform_validator.jobs.inherited import inherited_job
 from platform_validator.jobs.observe import JobMetrics
 from platform_validator.jobs.passed_over import PassedOver
 from platform_validator.jobs.recovery import Inheritance
-from platform_validator.jobs.slot import Slot, size
+from platform_validator.jobs.slot import Slot, wish_of
+from platform_validator.jobs.waiting import Tally, Waiting
 from platform_validator.jobs.work import ClaimedJob, JobView
 from platform_validator.platform_client.port import PlatformClient, PlatformError
 from platform_validator.platform_client.retries import Kind, asked_for
@@ -39,7 +40,6 @@ from platform_validator.store.records import JobOutcome, JobRecord, VmRecord
 
 POLL_EVERY = timedelta(seconds=5)
 DECLINED_FOR = timedelta(minutes=10)
-NOTHING = Resources(cpu_cores=0, memory_mb=0, disk_mb=0, gpu_count=0)
 _ROOM_RETRY = 0.5
 _SPREAD = 0.05
 
@@ -111,9 +111,9 @@ class JobManager:
         self._held: frozenset[JobId] = frozenset()
         self._declined: dict[JobId, float] = {}
         self._passed_over = PassedOver()
-        self._kept = NOTHING
-        self._refused: dict[tuple[ChallengeId, Resources], tuple[Capacity, Resources]] = {}
-        self._counted: Counter[NoCapacity] = Counter()
+        self._refused: dict[tuple[ChallengeId, Resources, int], tuple[Capacity, Wish]] = {}
+        self._tally = Tally()
+        self.waiting: tuple[Waiting, ...] = ()
         self._inherited = Inheritance()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -199,24 +199,21 @@ class JobManager:
 
     def has_capacity(self, job: PendingJob, ref: InstanceRef | None) -> Capacity:
         """Whether this job may be claimed now (the usage guide's checks, in its order)."""
-        return self._capacity(job, ref, size(job, ref))
+        return self._capacity(job, ref, wish_of(job, ref))
 
-    def _capacity(self, job: PendingJob, ref: InstanceRef | None, need: Resources) -> Capacity:
-        view = self._quota.view()
+    def _capacity(self, job: PendingJob, ref: InstanceRef | None, wish: Wish) -> Capacity:
         return has_capacity(
-            Need(job.id, job.challenge_id, need),
+            Need(job.id, job.challenge_id, wish.resources),
             CapacityFacts(
                 claiming=self._claiming,
                 held=frozenset({job.id}) if self._holds(job.id) else frozenset(),
                 active=frozenset(self._challenges.active_ids()),
                 can_attest=self._can_attest(),
                 gate_open=self._gate(job.challenge_id).admits(self._clock.monotonic()),
-                free=view.free if self._kept is NOTHING else subtract(view.free, [self._kept]),
+                room=self._quota.would(wish, kept=self._passed_over.kept_from(job)),
                 ready=ref.ready_size() if ref is not None else None,
                 active_jobs=len(self._slots),
                 max_jobs=self._max,
-                cvms=view.cvms,
-                max_cvms=view.max_cvms,
             ),
         )
 
@@ -263,72 +260,80 @@ class JobManager:
         self._wake.clear()
 
     async def _pass(self, group: asyncio.TaskGroup, source: str) -> None:
-        self._lacking_room, self._kept = False, NOTHING
+        self._lacking_room = False
         now = self._clock.monotonic()
         self._declined = {job_id: until for job_id, until in self._declined.items() if until > now}
         await self._ends.retry()
         active = self._challenges.active_ids()
-        if not self._claiming or not active or len(self._slots) >= self._max:
+        if (reason := self._not_listing(active)) is not None:
+            self.waiting = () if reason is NoCapacity.NOT_ACTIVE else (Waiting(reason, None),)
             return
         pending = await self._client.pending_jobs(active)
         self._metrics.platform_contact()
         self._held = frozenset(record.job_id for record in await self._store.open_jobs())
-        self._passed_over.keep_only({job.id for job in pending})
+        self._passed_over.begin({job.id for job in pending}, now, self._quota.keep)
         self._refused.clear()
         for job in pending:
             if len(self._slots) >= self._max:
                 break
             self._consider(job, group, source)
-        for reason, jobs in self._counted.items():
-            self._metrics.passed_over(reason, jobs)
-        self._counted.clear()
+        self.waiting, self._tally = self._tally.rows(), Tally()
+        for row in self.waiting:
+            self._metrics.passed_over(row.reason, row.jobs or 0)
+
+    def _not_listing(self, active: Sequence[ChallengeId]) -> NoCapacity | None:
+        """Why no job could be claimed, whichever are pending."""
+        if not self._claiming:
+            return NoCapacity.STOPPED
+        if not active:
+            return NoCapacity.NOT_ACTIVE
+        return NoCapacity.JOBS if len(self._slots) >= self._max else None
 
     def _consider(self, job: PendingJob, group: asyncio.TaskGroup, source: str) -> None:
-        like = job.challenge_id, job.resources
-        if like in self._refused and not self._holds(job.id):
+        like = job.challenge_id, job.resources, job.priority
+        kept = self._passed_over.kept
+        if like in self._refused and not self._holds(job.id) and (kept is None or kept.job_id != job.id):
             # A pass only takes room: what did not fit before does not fit now.
-            self._pass_over(job.id, *self._refused[like])
+            self._pass_over(job, *self._refused[like])
             return
         ref = self._challenges.acquire(job.challenge_id)
-        need = size(job, ref)
-        answer = self._capacity(job, ref, need)
-        slot = self._set_aside(job, ref, need, answer, source) if answer and ref is not None else None
+        wish = wish_of(job, ref)
+        answer = self._capacity(job, ref, wish)
+        slot = self._set_aside(job, ref, wish, answer, source) if answer and ref is not None else None
         if slot is None or ref is None:
             if answer.refusal not in {None, NoCapacity.HELD}:
-                self._refused[like] = answer, need
-            self._pass_over(job.id, answer, need)
+                self._refused[like] = answer, wish
+            self._pass_over(job, answer, wish)
             if ref is not None:
                 ref.release()
             return
         self._challenges.room_taken()
-        self._passed_over.claimed(job.id)
+        self._passed_over.forget(job.id)
         self._occupy(slot)
         self._set_gate(job.challenge_id, self._gate(job.challenge_id).claimed())
-        group.create_task(self._claim_and_execute(slot, ref, need))
+        group.create_task(self._claim_and_execute(slot, ref, wish.resources))
 
-    def _pass_over(self, job_id: JobId, answer: Capacity, need: Resources) -> None:
-        if answer.refusal is not None:
-            self._counted[answer.refusal] += 1
-        if answer.lacks_room:
-            self._make_room(need, job_id)
-
-    def _make_room(self, need: Resources, job_id: JobId) -> None:
-        """An idle ready CVM yields; a job that has waited long keeps what becomes free from later ones."""
+    def _pass_over(self, job: PendingJob, answer: Capacity, wish: Wish) -> None:
+        self._tally.add(answer)
+        if not answer.lacks_room:
+            # Room would not help it: none is kept for it.
+            self._passed_over.forget(job.id)
+            return
+        self._passed_over.noted(job, wish, self._clock.monotonic())
         if not self._lacking_room:
-            # One yields a pass: the next pass sees whether its room was enough.
+            # An idle ready CVM yields, one a pass: the next pass sees whether its room was enough.
             self._lacking_room = self._challenges.make_room(beside=None)
-        waited_long = self._passed_over.noted(job_id, self._clock.monotonic())
-        if waited_long and self._kept is NOTHING and covers(self._quota.view().limits.resources, need):
-            self._kept = need
 
     def _set_aside(
-        self, job: PendingJob, ref: InstanceRef, need: Resources, answer: Capacity, source: str
+        self, job: PendingJob, ref: InstanceRef, wish: Wish, answer: Capacity, source: str
     ) -> Slot | None:
         """What the job needs, before it is claimed."""
         slot = Slot(job.id, job.challenge_id, ClaimId(self._new_id()), job.created_at, ref, source=source)
         slot.cvm = ref.take_ready() if answer.uses_ready else None
         if slot.cvm is None:
-            reservation = self._quota.reserve(need, owner=slot.claim_id)
+            reservation = self._quota.reserve(
+                wish.resources, owner=slot.claim_id, image=wish.image, kept=self._passed_over.kept_from(job)
+            )
             if isinstance(reservation, Refusal):
                 return None
             slot.reservation = reservation

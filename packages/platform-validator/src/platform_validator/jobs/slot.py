@@ -7,9 +7,9 @@ from datetime import datetime
 
 from platform_protocol.ids import ChallengeId, ClaimId, JobId
 from platform_protocol.platform_messages import PendingJob
-from platform_protocol.resources import Resources
 from platform_validator.challenges.instance import InstanceRef
 from platform_validator.challenges.room import Guest
+from platform_validator.cvm.placement import Wish
 from platform_validator.cvm.quota import Reservation
 from platform_validator.jobs.capacity import largest
 from platform_validator.jobs.work import ClaimedJob
@@ -30,6 +30,8 @@ class Slot:
     claimed: ClaimedJob | None = None
 
 
-def size(job: PendingJob, ref: InstanceRef | None) -> Resources:
-    """What a CVM for this job needs: the challenge's size, or the job's where that is larger."""
-    return job.resources if ref is None else largest(ref.plan.resources, job.resources)
+def wish_of(job: PendingJob, ref: InstanceRef | None) -> Wish:
+    """The CVM that this job needs: of the challenge's size, or the job's where that is larger."""
+    if ref is None:
+        return Wish(job.resources)
+    return Wish(largest(ref.plan.resources, job.resources), ref.plan.image)

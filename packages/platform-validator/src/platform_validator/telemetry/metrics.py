@@ -26,6 +26,7 @@ class Metrics:
         self._outbox = self._gauge("outbox_results", "Results not yet acknowledged")
         self._oldest = self._gauge("outbox_oldest_seconds", "Age of the oldest of them")
         self._quota = self._gauge("quota", "Resources reserved and allowed", "resource", "state")
+        self._uses = self._gauge("quota_use", "Resources reserved, by what CVMs are for", "use", "resource")
         self._cvms = self._gauge("cvms", "CVMs by stage", "stage")
         self._challenges = self._gauge("challenges", "Challenges by state", "state")
         self._degraded = self._gauge("degraded", "1 while a component fails", "component")
@@ -138,6 +139,11 @@ class Metrics:
         """A resource's account now."""
         self._quota.labels(resource, "used").set(used)
         self._quota.labels(resource, "limit").set(limit)
+
+    def quota_use(self, use: str, counts: dict[str, int]) -> None:
+        """What challenge, job or ready CVMs hold now."""
+        for resource, used in counts.items():
+            self._uses.labels(use, resource).set(used)
 
     def cvms(self, by_stage: dict[str, int]) -> None:
         """CVMs now."""
