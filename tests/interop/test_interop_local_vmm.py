@@ -31,6 +31,7 @@ from platform_protocol.resources import Resources
 from platform_protocol.session.messages import ValuesRequest, ValuesResult
 from platform_protocol.spec import parse_platform_toml
 from platform_protocol.user_config import UserConfig
+from platform_validator.attestation.collateral_cache import CollateralCache
 from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.attestation.quote import QuoteChecker
 from platform_validator.clock import SystemClock
@@ -199,7 +200,8 @@ async def fleet_on(local: LocalVmm, client: DstackVmm, folder: Path, root: bytes
         timeout=timedelta(minutes=1),
     )
     clock, quota = SystemClock(), Quota(Limits(Resources(cpu_cores=4, memory_mb=2048, disk_mb=9999), 4))
-    checker = QuoteChecker(fetch=from_vmm(client.collateral), clock=clock, root=root)
+    collateral = CollateralCache(fetch=from_vmm(client.collateral), clock=clock, root=root)
+    checker = QuoteChecker(collateral=collateral, clock=clock, root=root)
     store = await SqliteStore.open(folder / "validator.db")
     first = free_ports(1)[0]
     fleet = Fleet(
@@ -288,4 +290,4 @@ async def test_a_sandbox_whose_quotes_have_another_root_is_refused(
                 claim_id=None,
                 on_stage=lambda _stage: None,
             )
-        assert refused.value.check == "quote_chain"
+        assert refused.value.check == "pck_chain"

@@ -84,8 +84,7 @@ def runtime_digest(name: str, payload: bytes, version: int = 1) -> bytes:
         head = RUNTIME_EVENT_TYPE.to_bytes(4, "little")
         return hashlib.sha384(head + b":" + name.encode() + b":" + payload).digest()
     if version == 2:  # noqa: PLR2004 - the two versions that exist
-        preimage = {"name": name, "payload": payload.hex(), "type": RUNTIME_EVENT_TYPE}
-        return hashlib.sha384(canonical_json(preimage)).digest()
+        return hashlib.sha384(_preimage(name, payload)).digest()
     raise EventLogInvalid(f"expected event version 1 or 2, got {version}")
 
 
@@ -102,6 +101,10 @@ def replay(events: Iterable[Event], imr: int) -> bytes:
     return register
 
 
+def _preimage(name: str, payload: bytes) -> bytes:
+    return canonical_json({"name": name, "payload": payload.hex(), "type": RUNTIME_EVENT_TYPE})
+
+
 def _digest(event: Event) -> bytes:
     stated = bytes.fromhex(event.digest)
     if not event.is_runtime:
@@ -109,6 +112,11 @@ def _digest(event: Event) -> bytes:
             raise EventLogInvalid(f"event {event.event!r} of RTMR{event.imr} has no SHA-384 digest")
         return stated
     computed = runtime_digest(event.event, event.payload, event.version)
+    if event.preimage and (
+        event.version != 2  # noqa: PLR2004 - version 1 has none
+        or bytes.fromhex(event.preimage) != _preimage(event.event, event.payload)
+    ):
+        raise EventLogInvalid(f"the preimage of runtime event {event.event!r} is not that of its payload")
     if stated and stated != computed:
         raise EventLogInvalid(f"the digest of runtime event {event.event!r} is not that of its payload")
     return computed

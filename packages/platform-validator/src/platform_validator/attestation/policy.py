@@ -1,41 +1,103 @@
-"""What the level in force accepts: pure, but for the quote's chain, which a checker verifies.
+"""What the level in force accepts.
 
 | level | accepts |
 |---|---|
 | Tee | a verified TDX quote, nothing else |
 | below, with allow_simulated | a quote under the named simulated root; a missing one is refused |
 | below, without | no quote is asked for: attestation none |
+
+`find_faults` is pure: it names every check that a verified quote and its event log fail. `AttestationPolicy`
+has the chain verified before it, and applies the outcomes.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Protocol
 
-from platform_protocol.platform_messages import AttestationKind, IsolationLevel
-from platform_validator.attestation.errors import AttestationRefused, AttestationUnavailable
-from platform_validator.attestation.event_log import EventLogRefused, check_event_log
-from platform_validator.attestation.quote import CollateralUnavailable, QuoteInvalid, VerifiedQuote
+import structlog
 
-_ACCEPTED = frozenset({"UpToDate", "SWHardeningNeeded"})
-_CONFIG_V1 = 0x01
+from platform_protocol.platform_messages import AttestationKind, IsolationLevel
+from platform_validator.attestation.checks import Check, Outcome, Outcomes
+from platform_validator.attestation.collateral import CollateralUnavailable
+from platform_validator.attestation.collateral_cache import CollateralCache
+from platform_validator.attestation.errors import AttestationRefused, AttestationUnavailable
+from platform_validator.attestation.event_log import EventLogRefused, Identity, check_event_log
+from platform_validator.attestation.gate import QuoteGate
+from platform_validator.attestation.mr_config import BoundApp, check_mr_config_id
+from platform_validator.attestation.os_image import KnownImages, Shape, check_os_image
+from platform_validator.attestation.quote import QuoteInvalid, VerifiedQuote
+from platform_validator.attestation.tcb import TcbRules, judge_tcb
+from platform_validator.clock import Clock, SystemClock
+
+_log = structlog.get_logger(__name__)
+
+_TURN = timedelta(seconds=15)
+
+Fault = tuple[Check, str]
+"""A check that failed, and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What we made: the compose hash of the bytes that we sent, and the report data of this handshake."""
+    """What we made, and what this handshake bound.
+
+    Args:
+        compose_hash: Of the bytes that we sent, hex.
+        report_data: Of this handshake, 64 bytes.
+        image: The image that was asked for.
+        shape: At this size.
+        vm_config: As the guest gave it: untrusted.
+        key_provider: The one that the app-compose asks for.
+    """
 
     compose_hash: str
     report_data: bytes
+    image: str = ""
+    shape: Shape = field(default_factory=lambda: Shape(0, 0))
+    vm_config: str = ""
+    key_provider: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The CVM met the policy. `instance` is its event log's instance id, None without a quote."""
+    """The CVM met the policy.
+
+    Attributes:
+        kind: What proved it.
+        instance: Its event log's instance id, None without a quote.
+        quote: The verified quote, None without one.
+        warnings: Checks that failed and only warn.
+    """
 
     kind: AttestationKind
     instance: str | None
+    quote: VerifiedQuote | None = field(default=None, compare=False, repr=False)
+    warnings: tuple[Fault, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class AttestationRules:
+    """The operator's side of the policy; without arguments the strictest.
+
+    Args:
+        outcomes: Of each check.
+        tcb: What a platform's TCB may be.
+        images: The known OS images, as they are now.
+    """
+
+    outcomes: Outcomes = field(default_factory=Outcomes)
+    tcb: TcbRules = field(default_factory=TcbRules)
+    images: Callable[[], KnownImages] = KnownImages
+
+    def fingerprint(self) -> str:
+        """Changes with anything that could change a refusal."""
+        known = self.images()
+        said = repr((sorted(self.outcomes.chosen.items()), self.outcomes.tee, self.tcb, known.digest))
+        return hashlib.sha256(said.encode()).hexdigest()
 
 
 class Checker(Protocol):
@@ -52,17 +114,58 @@ class AttestationPolicy:
         level: The level in force.
         allow_simulated: Whether simulated quotes are asked for (below Tee only).
         checker: Verifies chains under the root that the level asks for; None where no quote is asked for.
+        rules: The operator's side; None: the strictest of the level.
+        collateral: What the checker takes from; None: it needs none.
+        clock: Its wall clock judges grace, its monotonic one how long no claims are made without quotes.
     """
 
-    def __init__(self, *, level: IsolationLevel, allow_simulated: bool, checker: Checker | None) -> None:
+    def __init__(
+        self,
+        *,
+        level: IsolationLevel,
+        allow_simulated: bool,
+        checker: Checker | None,
+        rules: AttestationRules | None = None,
+        collateral: CollateralCache | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.collateral = collateral
         self._level = level
         self._simulated = allow_simulated and level is not IsolationLevel.TEE
         self._checker = checker
+        self.rules = rules or AttestationRules(Outcomes(tee=level is IsolationLevel.TEE))
+        self._clock = clock or SystemClock()
+        self._gate = QuoteGate()
+        self.beat: Callable[[], None] = lambda: None
 
     @property
     def asks_for_quotes(self) -> bool:
         """Whether a CVM must show a quote."""
         return self._level is IsolationLevel.TEE or self._simulated
+
+    def trouble(self) -> str | None:
+        """Why CVMs cannot be attested now, or None."""
+        if self._gate.missing:
+            return f"{self._gate.missing} CVMs in a row showed no quote: is the VMM's host a TDX host?"
+        return self.collateral.trouble() if self.collateral is not None else None
+
+    def can_attest(self) -> bool:
+        """Whether jobs may be claimed: collateral is held for every platform that was seen, and quotes come.
+
+        A host that shows none is tried again after a while.
+        """
+        if not self.asks_for_quotes:
+            return True
+        covered = self.collateral is None or self.collateral.trouble() is None
+        return covered and self._gate.admits(self._clock.monotonic())
+
+    async def run(self) -> None:
+        """Keep collateral fresh, until cancelled."""
+        while True:
+            if self.collateral is not None:
+                await self.collateral.refresh_due()
+            self.beat()
+            await self._clock.sleep(_TURN.total_seconds())
 
     async def judge(self, quote: bytes | None, event_log: str, expected: Expected) -> Accepted:
         """Accept or raise.
@@ -74,65 +177,105 @@ class AttestationPolicy:
         # 1. Nothing is asked for: below Tee the VMM is trusted, and the launch secret authenticates.
         if not self.asks_for_quotes:
             return Accepted(AttestationKind.NONE, None)
-        # 2. Asked for, and not there.
+        # 2. Asked for, and not there; 3. there: the chain, then what it says.
+        verified = await self.verify(quote)
+        identity, faults = find_faults(verified, event_log, expected, self.rules, now=self._clock.now())
+        warnings = self._applied(faults)
+        for check, detail in warnings:
+            _log.warning("attestation_check_failed", check=check.value, detail=detail, outcome="warn")
+        kind = AttestationKind.SIMULATED if self._simulated else AttestationKind.TDX
+        return Accepted(kind, identity.instance_id, verified, warnings)
+
+    async def verify(self, quote: bytes | None) -> VerifiedQuote:
+        """A quote's chain alone.
+
+        Raises:
+            AttestationRefused: Its chain does not verify; or it is missing where the VMM promised one.
+            AttestationUnavailable: No quote at Tee, or no collateral.
+        """
         if quote is None:
             if self._simulated:
                 raise AttestationRefused(
-                    "quote_missing", "allow_simulated asks for a simulated quote, none came"
+                    Check.QUOTE_MISSING, "allow_simulated asks for a simulated quote, none came"
                 )
+            self._gate = self._gate.without(self._clock.monotonic())
             raise AttestationUnavailable("the level is Tee and the CVM showed no quote")
-        # 3. There: the chain, then what it binds.
+        self._gate = self._gate.shown()
         if self._checker is None:
             raise AttestationUnavailable("a quote is asked for, and nothing here can verify one")
         try:
-            verified = await self._checker.verify(quote)
+            return await self._checker.verify(quote)
         except QuoteInvalid as error:
-            raise AttestationRefused("quote_chain", str(error)) from error
+            raise AttestationRefused(error.check, str(error)) from error
         except CollateralUnavailable as error:
-            raise AttestationUnavailable(str(error)) from error
-        instance = check_quote(verified, event_log, expected)
-        return Accepted(AttestationKind.SIMULATED if self._simulated else AttestationKind.TDX, instance)
+            raise AttestationUnavailable(str(error), passing=True) from error
+
+    def _applied(self, faults: Iterable[Fault]) -> tuple[Fault, ...]:
+        """The warnings among them. Raises AttestationRefused for the first that is required."""
+        warnings = []
+        for check, detail in faults:
+            outcome = self.rules.outcomes.of(check)
+            if outcome is Outcome.REQUIRED:
+                raise AttestationRefused(check, detail)
+            if outcome is Outcome.WARN:
+                warnings.append((check, detail))
+        return tuple(warnings)
 
 
-def check_quote(quote: VerifiedQuote, event_log: str, expected: Expected) -> str:
-    """What a verified quote must say besides; returns the instance id (hex).
+def find_faults(
+    quote: VerifiedQuote, event_log: str, expected: Expected, rules: AttestationRules, *, now: datetime
+) -> tuple[Identity, list[Fault]]:
+    """Every check that a verified quote fails, in the order of the table in `checks`.
 
-    Raises:
-        AttestationRefused: `tcb_status`, `debug`, `seam_signer`, `service_td`, `report_data`, `rtmr…`,
-            `event_log`, `event_order`, `compose_hash`, `app_id`, `instance_id` or `mr_config_id`.
+    Returns:
+        The identity that the event log proves, and the faults. Where there can be no identity, it is empty.
     """
-    compose = bytes.fromhex(expected.compose_hash)
-    _require(quote.status in _ACCEPTED, "tcb_status", f"the platform's TCB is {quote.status}")
-    _require(not quote.debug, "debug", "the TD runs in debug mode: its memory can be read")
-    _require(not any(quote.mr_signer_seam), "seam_signer", "the TDX module is not signed by Intel")
-    _require(not any(quote.mr_service_td), "service_td", "a service TD is bound to it, which we do not know")
-    _require(quote.report_data == expected.report_data, "report_data", "the quote binds another handshake")
+    body = quote.body
+    faults: list[Fault] = judge_tcb(
+        quote.status, quote.advisories, quote.outdated_since, rules=rules.tcb, now=now
+    )
+
+    def check(holds: bool, name: Check, detail: str) -> None:
+        if not holds:
+            faults.append((name, detail))
+
+    check(not body.debug, Check.DEBUG, "the TD runs in debug mode: its memory can be read")
+    check(not any(body.mr_signer_seam), Check.SEAM_SIGNER, "the TDX module is not signed by Intel")
+    check(not any(body.mr_service_td), Check.SERVICE_TD, "a service TD is bound to it, which we do not know")
+    check(body.report_data == expected.report_data, Check.REPORT_DATA, "the quote binds another handshake")
     try:
-        identity = check_event_log(event_log, quote.rtmrs)
+        identity = check_event_log(event_log, body.rtmrs)
     except EventLogRefused as error:
-        raise AttestationRefused(error.check, str(error)) from error
-    _require(
-        identity.compose_hash == expected.compose_hash,
-        "compose_hash",
-        f"expected {expected.compose_hash}, the CVM measured {identity.compose_hash}",
+        faults.append((error.check, str(error)))
+        return Identity("", "", "", "", "", ()), faults
+    ours = expected.compose_hash
+    check(
+        identity.compose_hash == ours,
+        Check.COMPOSE_HASH,
+        f"expected {ours}, the CVM measured {identity.compose_hash}",
     )
-    _require(
-        identity.app_id == expected.compose_hash[:40],
-        "app_id",
-        f"expected {expected.compose_hash[:40]}, the CVM measured {identity.app_id}",
+    check(
+        identity.app_id == ours[:40],
+        Check.APP_ID,
+        f"expected {ours[:40]}, the CVM measured {identity.app_id}",
     )
-    _require(bool(identity.instance_id), "instance_id", "the event log names no instance")
-    if quote.mr_config_id[0] == _CONFIG_V1:
-        _require(quote.mr_config_id[1:33] == compose, "mr_config_id", "it binds another compose hash")
-    return identity.instance_id
-
-
-def _require(holds: bool, check: str, detail: str) -> None:
-    if not holds:
-        raise AttestationRefused(check, detail)
-
-
-def quote_summary(quote: VerifiedQuote) -> str:
-    """For logs: status and registers, JSON."""
-    registers = {f"rtmr{n}": value.hex() for n, value in enumerate(quote.rtmrs)}
-    return json.dumps({"status": quote.status, "mrtd": quote.mrtd.hex(), **registers})
+    check(bool(identity.instance_id), Check.INSTANCE_ID, "the event log names no instance")
+    check(
+        identity.key_provider == expected.key_provider,
+        Check.KEY_PROVIDER,
+        f"expected {expected.key_provider!r}, the CVM measured {identity.key_provider!r}",
+    )
+    app = BoundApp(ours, ours[:40], identity.instance_id, identity.key_provider, identity.key_provider_id)
+    bound = check_mr_config_id(body.mr_config_id, app, expected.vm_config)
+    check(bound is None, Check.MR_CONFIG_ID, str(bound))
+    if rules.outcomes.of(Check.OS_IMAGE) is not Outcome.OFF:
+        image = check_os_image(
+            rules.images(),
+            body,
+            identity,
+            image=expected.image,
+            shape=expected.shape,
+            vm_config=expected.vm_config,
+        )
+        check(image is None, Check.OS_IMAGE, str(image))
+    return identity, faults

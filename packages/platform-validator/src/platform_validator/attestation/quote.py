@@ -2,62 +2,136 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from urllib.parse import unquote
+from datetime import UTC, datetime
+from typing import Any
 
 import dcap_qvl
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
 
+from platform_validator.attestation.checks import Check
+from platform_validator.attestation.collateral import INTEL_ROOT_SHA256
+from platform_validator.attestation.collateral_cache import CollateralCache
 from platform_validator.clock import Clock
 from platform_validator.errors import ValidatorError
 
-Fetch = Callable[[str], Awaitable[tuple[bytes, dict[str, str]]]]
-"""GET a path of a PCCS (`/sgx/certification/v4/…`): body and headers. Raises CollateralUnavailable."""
-_FRESH = 3600.0
+TDX_TEE = 0x81
+_MAX_QUOTE = 64 * 1024
+_VERSIONS = (4, 5)
+_HEADER, _BODY, _DESCRIPTOR = 48, 584, 6
 _DEBUG_BIT = 0x01
+_SHOWN = 300
+_OUT_OF_DATE = "OutOfDate"
+
+# dcap-qvl 0.7 says what failed in words alone: the first line that fits names the check.
+_WORDS: tuple[tuple[str, Check], ...] = (
+    ("QE report validation", Check.QE_IDENTITY),
+    ("Debug mode", Check.DEBUG),
+    ("SEPT_VE_DISABLE", Check.TD_ATTRIBUTES),
+    ("Reserved bits in TD attributes", Check.TD_ATTRIBUTES),
+    ("MR service TD", Check.SERVICE_TD),
+    ("TCB status is invalid", Check.TCB_STATUS),
+    ("No matching TCB level", Check.TCB_STATUS),
+    ("No matching TDX module TCB level", Check.TCB_STATUS),
+    ("QE ISVSVN", Check.TCB_STATUS),
+    ("qe_report", Check.QE_REPORT),
+    ("QE report hash", Check.QE_REPORT),
+    ("QE MRSIGNER", Check.QE_IDENTITY),
+    ("QE ISVPRODID", Check.QE_IDENTITY),
+    ("QE MISCSELECT", Check.QE_IDENTITY),
+    ("QE ATTRIBUTES", Check.QE_IDENTITY),
+    ("ISV enclave report signature", Check.QUOTE_SIGNATURE),
+    ("Fmspc mismatch", Check.PLATFORM),
+    ("TDX module", Check.SEAM_MODULE),
+    ("module identity", Check.SEAM_MODULE),
+    ("SEAMATTRIBUTES", Check.SEAM_MODULE),
+    ("certificate", Check.PCK_CHAIN),
+    ("PCK", Check.PCK_CHAIN),
+    ("Intel extension", Check.PCK_CHAIN),
+    ("CertRevoked", Check.PCK_CHAIN),
+    ("Unsupported DCAP", Check.QUOTE_FORMAT),
+    ("Unknown QE vendor", Check.QUOTE_FORMAT),
+    ("must have version", Check.QUOTE_FORMAT),
+    ("decode quote", Check.QUOTE_FORMAT),
+)
 
 
 class QuoteInvalid(ValidatorError):
-    """The quote is none, or its chain, status or fields are not acceptable; the message says which."""
+    """The quote is none, or its chain does not verify; `check` names what failed."""
+
+    def __init__(self, check: Check, detail: str) -> None:
+        super().__init__(detail)
+        self.check = check
 
 
-class CollateralUnavailable(ValidatorError):
-    """The collateral that a quote needs could not be had."""
+@dataclass(frozen=True, slots=True)
+class QuoteBody:
+    """What a TD report says, as it stands in the quote. Measurements have 48 bytes, report data 64.
+
+    `td_version` is 1.0 or 1.5; `mr_service_td` is zero in 1.0, which cannot say.
+    """
+
+    version: int
+    td_version: str
+    fmspc: str
+    authority: str
+    tee_tcb_svn: bytes
+    mr_seam: bytes
+    mr_signer_seam: bytes
+    td_attributes: bytes
+    xfam: bytes
+    mrtd: bytes
+    mr_config_id: bytes
+    mr_owner: bytes
+    mr_owner_config: bytes
+    rtmrs: tuple[bytes, bytes, bytes, bytes]
+    report_data: bytes
+    mr_service_td: bytes = bytes(48)
+
+    @property
+    def debug(self) -> bool:
+        """Whether the TD runs in debug mode: its memory can be read."""
+        return bool(self.td_attributes[0] & _DEBUG_BIT)
 
 
 @dataclass(frozen=True, slots=True)
 class VerifiedQuote:
-    """A quote whose chain verified. Registers are 48 bytes, report data 64. `status` is Intel's word.
+    """A quote whose chain verified. `status` and `advisories` are Intel's words on its platform.
 
-    `mr_service_td` is zero where no service TD is bound, and in quotes that cannot say (TD 1.0).
+    Attributes:
+        body: What it measured.
+        status: The merged TCB status of platform, TDX module and quoting enclave.
+        advisories: Security advisories that apply at that status.
+        outdated_since: For an out-of-date platform: when the TCB level that it lacks was published.
+        collateral_until: When the first part of the collateral expires.
     """
 
+    body: QuoteBody
     status: str
     advisories: tuple[str, ...]
-    mrtd: bytes
-    rtmrs: tuple[bytes, bytes, bytes, bytes]
-    mr_config_id: bytes
-    mr_signer_seam: bytes
-    report_data: bytes
-    debug: bool
-    mr_service_td: bytes = bytes(48)
+    outdated_since: datetime | None = None
+    collateral_until: datetime | None = None
 
 
 class QuoteChecker:
-    """Verifies quotes under one root, with collateral fetched once an hour for each platform.
+    """Verifies quotes under one root.
 
     Args:
-        fetch: A PCCS.
+        collateral: Where collateral comes from.
         clock: Its wall clock judges validity.
         root: The root certificate (DER); None: Intel's, built into dcap-qvl.
     """
 
-    def __init__(self, *, fetch: Fetch, clock: Clock, root: bytes | None) -> None:
-        self._fetch = fetch
+    def __init__(self, *, collateral: CollateralCache, clock: Clock, root: bytes | None) -> None:
+        self.collateral = collateral
         self._clock = clock
         self._root = root
-        self._cached: dict[tuple[str, str], tuple[float, str]] = {}
+        self._root_sha256 = INTEL_ROOT_SHA256 if root is None else hashlib.sha256(root).hexdigest()
 
     async def verify(self, raw: bytes) -> VerifiedQuote:
         """Verify a quote's chain now.
@@ -66,106 +140,161 @@ class QuoteChecker:
             QuoteInvalid: No TDX quote, or its chain does not verify.
             CollateralUnavailable: It could not be judged.
         """
-        try:
-            quote = dcap_qvl.parse_quote(raw)
-            if not quote.is_tdx():
-                raise QuoteInvalid("expected a TDX quote")
-            platform = quote.fmspc(), quote.ca()
-        except ValueError as error:
-            raise QuoteInvalid(f"not a quote: {error}") from error
-        return verify_quote(
-            raw, await self._collateral(*platform), int(self._clock.now().timestamp()), self._root
+        body = parse_quote(raw)
+        check_pck_chain(raw, self._root_sha256)
+        held = await self.collateral.get(body.fmspc, body.authority)
+        return verify_quote(raw, held.text, self._clock.now(), self._root, collateral_until=held.valid_until)
+
+
+def parse_quote(raw: bytes) -> QuoteBody:
+    """What a quote says. Nothing is verified.
+
+    Raises:
+        QuoteInvalid: `quote_format`.
+    """
+    if len(raw) > _MAX_QUOTE:
+        raise QuoteInvalid(
+            Check.QUOTE_FORMAT, f"expected a quote of at most {_MAX_QUOTE} bytes, got {len(raw)}"
         )
+    try:
+        quote = dcap_qvl.parse_quote(raw)
+        version = int(quote.header.version)
+        if not quote.is_tdx() or int(quote.header.tee_type) != TDX_TEE or version not in _VERSIONS:
+            raise QuoteInvalid(
+                Check.QUOTE_FORMAT, f"expected a TDX quote of version 4 or 5, got version {version}"
+            )
+        _require_whole(raw, version)
+        report = quote.report
+        return QuoteBody(
+            version=version,
+            td_version="1.5" if hasattr(report, "mr_service_td") else "1.0",
+            fmspc=str(quote.fmspc()),
+            authority=str(quote.ca()),
+            tee_tcb_svn=bytes(report.tee_tcb_svn),
+            mr_seam=bytes(report.mr_seam),
+            mr_signer_seam=bytes(report.mr_signer_seam),
+            td_attributes=bytes(report.td_attributes),
+            xfam=bytes(report.xfam),
+            mrtd=bytes(report.mr_td),
+            mr_config_id=bytes(report.mr_config_id),
+            mr_owner=bytes(report.mr_owner),
+            mr_owner_config=bytes(report.mr_owner_config),
+            rtmrs=(bytes(report.rt_mr0), bytes(report.rt_mr1), bytes(report.rt_mr2), bytes(report.rt_mr3)),
+            report_data=bytes(report.report_data),
+            mr_service_td=bytes(getattr(report, "mr_service_td", bytes(48))),
+        )
+    except (ValueError, AttributeError) as error:
+        detail = _line(error)
+        check = Check.PCK_CHAIN if _named(detail) is Check.PCK_CHAIN else Check.QUOTE_FORMAT
+        raise QuoteInvalid(check, f"not a TDX quote: {detail}") from error
 
-    async def _collateral(self, fmspc: str, authority: str) -> str:
-        now = self._clock.monotonic()
-        held = self._cached.get((fmspc, authority))
-        if held is not None and now - held[0] < _FRESH:
-            return held[1]
-        text = await fetch_collateral(self._fetch, fmspc, authority)
-        self._cached[fmspc, authority] = now, text
-        return text
+
+def _require_whole(raw: bytes, version: int) -> None:
+    """Nothing follows the signed parts but the zeros of the buffer that the quoting library fills."""
+    body = (
+        _BODY
+        if version == _VERSIONS[0]
+        else _DESCRIPTOR + int.from_bytes(raw[_HEADER + 2 : _HEADER + 6], "little")
+    )
+    at = _HEADER + body
+    end = at + 4 + int.from_bytes(raw[at : at + 4], "little")
+    if end > len(raw) or any(raw[end:]):
+        raise QuoteInvalid(Check.QUOTE_FORMAT, f"expected {end} bytes and then zeros, got {len(raw)}")
 
 
-def verify_quote(raw: bytes, collateral: str, now: int, root: bytes | None) -> VerifiedQuote:
-    """Verify a quote's chain at a time (Unix seconds) with given collateral (dcap-qvl's JSON).
+def check_pck_chain(raw: bytes, root_sha256: str) -> None:
+    """Whether the quote's own certificates lead to the root at all.
+
+    dcap-qvl verifies them with their times and CRLs, for which it needs collateral; what was signed under
+    another root is refused before any is asked for.
+
+    Raises:
+        QuoteInvalid: `pck_chain`.
+    """
+    try:
+        pem = bytes(dcap_qvl.parse_quote(raw).cert_chain_pem_bytes())
+        pck, authority, root = x509.load_pem_x509_certificates(pem)
+        found = root.fingerprint(hashes.SHA256()).hex()
+        if found != root_sha256:
+            raise QuoteInvalid(
+                Check.PCK_CHAIN, f"expected the root {root_sha256[:16]}…, the quote is of {found[:16]}…"
+            )
+        pck.verify_directly_issued_by(authority)
+        authority.verify_directly_issued_by(root)
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise QuoteInvalid(
+            Check.PCK_CHAIN,
+            f"expected PCK, PCK CA and root certificates, each issued by the next: {_line(error)}",
+        ) from error
+
+
+def verify_quote(
+    raw: bytes,
+    collateral: str,
+    now: datetime,
+    root: bytes | None,
+    *,
+    collateral_until: datetime | None = None,
+) -> VerifiedQuote:
+    """Verify a quote's chain at a time with given collateral (dcap-qvl's JSON).
 
     Raises:
         QuoteInvalid: It does not verify.
     """
+    body = parse_quote(raw)
+    seconds = int(now.timestamp())
     try:
         parsed = dcap_qvl.QuoteCollateralV3.from_json(collateral)
         report = (
-            dcap_qvl.verify(raw, parsed, now)
+            dcap_qvl.verify(raw, parsed, seconds)
             if root is None
-            else dcap_qvl.verify_with_root_ca(raw, parsed, root, now)
+            else dcap_qvl.verify_with_root_ca(raw, parsed, root, seconds)
         )
-        body = dcap_qvl.parse_quote(raw).report
     except ValueError as error:
-        raise QuoteInvalid(f"the quote's chain does not verify: {str(error).splitlines()[0]}") from error
-    return VerifiedQuote(
-        status=str(report.status),
-        advisories=tuple(report.advisory_ids),
-        mrtd=bytes(body.mr_td),
-        rtmrs=(bytes(body.rt_mr0), bytes(body.rt_mr1), bytes(body.rt_mr2), bytes(body.rt_mr3)),
-        mr_config_id=bytes(body.mr_config_id),
-        mr_signer_seam=bytes(body.mr_signer_seam),
-        report_data=bytes(body.report_data),
-        debug=bool(bytes(body.td_attributes)[0] & _DEBUG_BIT),
-        mr_service_td=bytes(getattr(body, "mr_service_td", bytes(48))),
-    )
+        detail = _line(error)
+        raise QuoteInvalid(_named(detail), f"the quote does not verify: {detail}") from error
+    status = str(report.status)
+    since = None
+    if status.startswith(_OUT_OF_DATE):
+        claims = dcap_qvl.QuoteVerifier(root).verify_with_policy(
+            raw, parsed, seconds, dcap_qvl.QuotePolicy.claims_only(seconds)
+        )
+        since = outdated_since(json.loads(collateral), json.loads(claims.to_json()), body.tee_tcb_svn)
+    return VerifiedQuote(body, status, tuple(report.advisory_ids), since, collateral_until)
 
 
-async def fetch_collateral(fetch: Fetch, fmspc: str, authority: str) -> str:
-    """Everything that verifies a quote of this platform, in dcap-qvl's JSON.
+def outdated_since(
+    collateral: Mapping[str, str], claims: Mapping[str, Any], tee_tcb_svn: bytes
+) -> datetime | None:
+    """When the TCB level was published that an out-of-date platform lacks; of several parts the earliest.
 
-    Raises:
-        CollateralUnavailable: A part is missing or malformed.
+    None when it cannot be told: then no grace applies.
     """
-    sgx, tdx = "/sgx/certification/v4", "/tdx/certification/v4"
-    pck_crl, pck_head = await fetch(f"{sgx}/pckcrl?ca={authority}&encoding=der")
-    root_crl, _ = await fetch(f"{sgx}/rootcacrl")
-    tcb, tcb_head = await fetch(f"{tdx}/tcb?fmspc={fmspc}")
-    identity, identity_head = await fetch(f"{tdx}/qe/identity?update=standard")
     try:
-        tcb_info, tcb_signature = _signed(tcb, "tcbInfo")
-        qe_identity, qe_signature = _signed(identity, "enclaveIdentity")
-        chains = [
-            unquote(_header(head, name))
-            for head, name in (
-                (pck_head, "SGX-PCK-CRL-Issuer-Chain"),
-                (tcb_head, "TCB-Info-Issuer-Chain"),
-                (identity_head, "SGX-Enclave-Identity-Issuer-Chain"),
-            )
-        ]
-    except (ValueError, KeyError) as error:
-        raise CollateralUnavailable(f"the collateral service's answer cannot be used: {error}") from error
-    return json.dumps(
-        {
-            "pck_crl_issuer_chain": chains[0],
-            "root_ca_crl": root_crl.hex() if root_crl[:1] == b"\x30" else root_crl.decode("ascii").strip(),
-            "pck_crl": pck_crl.hex(),
-            "tcb_info_issuer_chain": chains[1],
-            "tcb_info": tcb_info,
-            "tcb_info_signature": tcb_signature,
-            "qe_identity_issuer_chain": chains[2],
-            "qe_identity": qe_identity,
-            "qe_identity_signature": qe_signature,
-        }
-    )
+        info, identity = json.loads(collateral["tcb_info"]), json.loads(collateral["qe_identity"])
+        newest = []
+        if str(claims["platform"]["tcb_level"]["tcbStatus"]).startswith(_OUT_OF_DATE):
+            newest.append(_newest(info["tcbLevels"]))
+        if str(claims["qe"]["tcb_level"]["tcbStatus"]).startswith(_OUT_OF_DATE):
+            newest.append(_newest(identity["tcbLevels"]))
+        for module in info.get("tdxModuleIdentities", []):
+            if str(module["id"]).upper() == f"TDX_{tee_tcb_svn[1]:02X}":
+                met = (level for level in module["tcbLevels"] if tee_tcb_svn[0] >= level["tcb"]["isvsvn"])
+                if str(next(met)["tcbStatus"]).startswith(_OUT_OF_DATE):
+                    newest.append(_newest(module["tcbLevels"]))
+        return min(newest, default=None)
+    except (ValueError, KeyError, TypeError, StopIteration):
+        return None
 
 
-def _signed(answer: bytes, key: str) -> tuple[str, str]:
-    """(the signed text exactly as it stands in the answer, signature in hex)."""
-    text = answer.decode()
-    start = text.index(f'"{key}":') + len(key) + 3
-    _, length = json.JSONDecoder().raw_decode(text[start:].lstrip())
-    begin = start + len(text[start:]) - len(text[start:].lstrip())
-    return text[begin : begin + length], str(json.loads(text)["signature"])
+def _newest(levels: Iterable[Mapping[str, Any]]) -> datetime:
+    return max(datetime.fromisoformat(str(level["tcbDate"])).astimezone(UTC) for level in levels)
 
 
-def _header(headers: dict[str, str], name: str) -> str:
-    found = next((value for key, value in headers.items() if key.lower() == name.lower()), None)
-    if found is None:
-        raise KeyError(f"header {name} is missing")
-    return found
+def _named(detail: str) -> Check:
+    return next((check for word, check in _WORDS if word in detail), Check.QUOTE_CHAIN)
+
+
+def _line(error: Exception) -> str:
+    """All of dcap-qvl's chain of causes in one line."""
+    return " ".join(str(error).split())[:_SHOWN]

@@ -77,6 +77,7 @@ class Instance:
         self.users = 0
         self.boot_failures = 0
         self.lasting = False
+        self.refused_under: str | None = None
         self._kit: str | None = None
 
     def __repr__(self) -> str:

@@ -19,7 +19,9 @@ from platform_validator.challenges.resolve import HostRules
 from platform_validator.challenges.room import CvmFleet
 from platform_validator.challenges.runner import ChallengeRunner
 from platform_validator.challenges.source import Source
+from platform_validator.challenges.standing import Standing
 from platform_validator.clock import Clock
+from platform_validator.cvm.errors import AttestationRefused
 from platform_validator.cvm.quota import Quota
 from platform_validator.cvm.vmm import VmmClient
 from platform_validator.platform_client.port import PlatformClient, PlatformError
@@ -47,6 +49,7 @@ class ChallengeManager:
         clock: Time.
         rng: Jitter.
         on_active: Called when a challenge became Active or a ready CVM came: jobs may be claimable.
+        policy: A fingerprint of the attestation policy in force.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class ChallengeManager:
         clock: Clock,
         rng: random.Random,
         on_active: Callable[[], None] = lambda: None,
+        policy: Callable[[], str] = lambda: "",
     ) -> None:
         self._client = client
         self._store = store
@@ -84,6 +88,7 @@ class ChallengeManager:
             rng=rng,
             room=self,
             on_ready=self._ready,
+            standing=Standing(policy, vmm),
         )
 
     @property
@@ -149,6 +154,11 @@ class ChallengeManager:
     def may_refill(self) -> bool:
         """Whether idle ready CVMs may be booted now."""
         return self._clock.monotonic() >= self._yielding_until
+
+    def refused(self, instance_key: str, error: AttestationRefused) -> None:
+        """A CVM of that instance was refused by attestation, wherever it was booted."""
+        for runner in self._runners.values():
+            runner.refused(instance_key, error)
 
     def views(self) -> list[ChallengeView]:
         """Every challenge, by name."""

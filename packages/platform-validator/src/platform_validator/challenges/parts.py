@@ -11,6 +11,7 @@ from platform_protocol.ids import ChallengeId
 from platform_validator.challenges.resolve import HostRules
 from platform_validator.challenges.room import CvmFleet
 from platform_validator.challenges.source import Source
+from platform_validator.challenges.standing import Standing
 from platform_validator.clock import Clock
 from platform_validator.cvm.quota import Quota
 from platform_validator.cvm.vmm import VmmClient
@@ -41,3 +42,4 @@ class RunnerParts:
     rng: random.Random
     room: RoomMaker
     on_ready: Callable[[], None]
+    standing: Standing

@@ -22,7 +22,7 @@ from platform_validator.challenges.resolve import Unfit, resolve
 from platform_validator.challenges.room import Guest
 from platform_validator.challenges.source import FetchedTree, SourceError
 from platform_validator.crashpoint import crashpoint
-from platform_validator.cvm.errors import CvmError, NoCapacity
+from platform_validator.cvm.errors import AttestationRefused, CvmError, NoCapacity
 from platform_validator.cvm.quota import Refusal, Reservation
 from platform_validator.cvm.vmm import VmmError
 from platform_validator.platform_client.backoff import Backoff
@@ -30,6 +30,7 @@ from platform_validator.store.port import StoreUnavailable
 from platform_validator.store.records import InstanceRecord, InstanceState, Purpose
 
 BOOTS_TO_FAIL = 3
+LOOK_AGAIN = timedelta(seconds=15)
 RETRY = Backoff(timedelta(seconds=10), timedelta(minutes=10))
 REFILL_RETRY = timedelta(seconds=2)
 READY_FOR = timedelta(hours=12)  # half of what an idle CVM lives at most
@@ -54,6 +55,7 @@ class ChallengeRunner:
         self._retry_at = 0.0
         self._refill_at = 0.0
         self._keyed: tuple[ActiveChallenge, tuple[str, str]] | None = None
+        self._refusal: tuple[str, AttestationRefused] | None = None
 
     # What others ask
 
@@ -63,6 +65,12 @@ class ChallengeRunner:
             self._name = wanted.name
         if wanted != self._wanted:
             self._wanted = wanted
+            self.wake()
+
+    def refused(self, key: str, error: AttestationRefused) -> None:
+        """A CVM of an instance was refused: if it serves here, it has failed."""
+        if self._serving is not None and self._serving.key == key:
+            self._refusal = key, error
             self.wake()
 
     def wake(self) -> None:
@@ -126,6 +134,7 @@ class ChallengeRunner:
     async def _step(self, group: asyncio.TaskGroup) -> bool:
         try:
             await self._retire()
+            await self._take_refusal()
             if self._wanted is None:
                 await self._withdraw()
                 return not self._old and self._candidate is None and self._serving is None
@@ -175,9 +184,20 @@ class ChallengeRunner:
         if self._parts.clock.monotonic() < self._retry_at:
             return
         if candidate.state is InstanceState.FAILED:
-            await self._tell(candidate, Fact.RETRIED)
+            await self._retry(candidate)
         if candidate.state is InstanceState.CREATED:
             self._bringing = group.create_task(self._bring_up(candidate))
+
+    async def _retry(self, candidate: Instance) -> None:
+        """A refusal by attestation stands until something changes that could make it acceptable."""
+        if (
+            candidate.refused_under is not None
+            and await self._parts.standing.now() == candidate.refused_under
+        ):
+            self._retry_at = self._parts.clock.monotonic() + LOOK_AGAIN.total_seconds()
+            return
+        candidate.refused_under = None
+        await self._tell(candidate, Fact.RETRIED)
 
     def _key_of(self, wanted: ActiveChallenge) -> tuple[str, str]:
         if self._keyed is None or self._keyed[0] is not wanted:
@@ -206,6 +226,8 @@ class ChallengeRunner:
         except SpecInvalid as error:
             candidate.lasting = True
             await self._broke(candidate, f"platform_toml_invalid: {error}")
+        except AttestationRefused as error:
+            await self._is_refused(candidate, error)
         except (CvmError, VmmError) as error:
             await self._broke(candidate, str(error))
         except StoreUnavailable as error:
@@ -336,6 +358,8 @@ class ChallengeRunner:
             cvm = await self._boot(instance, reservation)
         except NoCapacity as error:
             _log.info("ready_cvm_has_no_room", challenge_id=self._id, error=str(error))
+        except AttestationRefused as error:
+            await self._is_refused(instance, error)
         except (CvmError, VmmError, StoreUnavailable) as error:
             instance.boot_failures += 1
             _log.warning(
@@ -375,6 +399,19 @@ class ChallengeRunner:
         )
         with contextlib.suppress(StoreUnavailable):
             await self._parts.store.put_instance(instance.record)
+
+    async def _is_refused(self, instance: Instance, error: AttestationRefused) -> None:
+        """Failed by attestation: not tried again before policy, images or commit change."""
+        if instance.state is InstanceState.FAILED:
+            return
+        instance.refused_under = await self._parts.standing.now()
+        await self._broke(instance, f"attestation_refused: {error.check}: {error.detail}")
+
+    async def _take_refusal(self) -> None:
+        refusal, self._refusal = self._refusal, None
+        serving = self._serving
+        if refusal is not None and serving is not None and serving.key == refusal[0]:
+            await self._is_refused(serving, refusal[1])
 
     async def _tell(self, instance: Instance, fact: Fact) -> None:
         instance.told(fact, at=self._parts.clock.now())

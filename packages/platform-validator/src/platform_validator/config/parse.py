@@ -80,6 +80,17 @@ def choice(kind: type[E]) -> Parser:
     return parse
 
 
+def word(*known: str) -> Parser:
+    """One of a few words."""
+
+    def parse(value: Any) -> str:
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(f"expected one of {', '.join(known)}")
+        return value
+
+    return parse
+
+
 def listing(item: Parser) -> Parser:
     """A list; in the environment separated by commas."""
 

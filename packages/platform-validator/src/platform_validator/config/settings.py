@@ -104,6 +104,23 @@ def _r(key: str, parser: Parser, default: Any, meaning: str, *env: str) -> Optio
 _POSITIVE = parse.whole(1)
 _POLICY, _FILES = "sandbox_config.network_policy", "sandbox_config.filesystem_policy"
 
+# Intel's words, from best to worst; Revoked is never accepted.
+_TCB_STATUSES = (
+    "UpToDate",
+    "SWHardeningNeeded",
+    "ConfigurationNeeded",
+    "ConfigurationAndSWHardeningNeeded",
+    "OutOfDate",
+    "OutOfDateConfigurationNeeded",
+)
+_CHECKS = {
+    "tcb_status": "a TCB status that is not accepted: required, warn or off (default: required)",
+    "advisories": "an advisory that is not accepted (default: required)",
+    "key_provider": "another key provider than the app-compose asks for (default: required)",
+    "mr_config_id": "an MRCONFIGID that binds another app (default: required)",
+    "os_image": "an OS image whose measurements are not known (default: required at Tee, else off)",
+}
+
 OPTIONS: tuple[Option, ...] = (
     _o("validator.hotkey", parse.hotkey, REQUIRED, "SS58 address of the validator", "VALIDATOR_HOTKEY"),
     _o(
@@ -229,6 +246,21 @@ OPTIONS: tuple[Option, ...] = (
         "https://api.trustedservices.intel.com",
         "the collateral service",
         "PCCS_URL",
+    ),
+    _o("attestation.offline", parse.boolean, False, "never ask the collateral service: what is kept must do"),
+    _o("attestation.collateral_refresh", parse.duration, "12h", "how often the collateral service is asked"),
+    _o(
+        "attestation.tcb_statuses",
+        parse.listing(parse.word(*_TCB_STATUSES)),
+        ("UpToDate",),
+        "accepted TCB statuses of the platform",
+    ),
+    _o("attestation.advisories", parse.listing(parse.text), (), "accepted Intel advisories, or any"),
+    _o("attestation.tcb_grace", parse.duration, "0s", "how long an out-of-date platform is still accepted"),
+    _o("attestation.images_file", parse.text, None, "known OS images (default: images.toml beside db_path)"),
+    *(
+        _o(f"attestation.checks.{name}", parse.word("required", "warn", "off"), None, meaning)
+        for name, meaning in _CHECKS.items()
     ),
     _o(
         "values.key_source",

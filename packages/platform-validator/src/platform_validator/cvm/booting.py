@@ -15,6 +15,7 @@ from platform_protocol.platform_messages import AttestationKind, IsolationLevel
 from platform_protocol.session import v1
 from platform_protocol.session.v2 import Offer
 from platform_protocol.user_config import UserConfig
+from platform_validator.attestation.os_image import Shape
 from platform_validator.attestation.policy import Accepted, AttestationPolicy, Expected
 from platform_validator.clock import Clock
 from platform_validator.crashpoint import crashpoint
@@ -105,6 +106,7 @@ class Booter:
         self._validator = validator
         self._rules = rules
         self._levels: dict[str, IsolationLevel] = {}
+        self.on_refused: Callable[[str, AttestationRefused], None] = lambda _key, _error: None
 
     async def boot(
         self,
@@ -201,7 +203,10 @@ class Booter:
         except TimeoutError as error:
             name = member.record.name
             if not found:
-                raise AttestationUnavailable(f"{name} could not be judged within {limit:.0f} s") from error
+                why = self._policy.trouble() or "it showed nothing"
+                raise AttestationUnavailable(
+                    f"{name} could not be judged within {limit:.0f} s: {why}"
+                ) from error
             raise BootTimedOut(f"{name} did not say ready within {limit:.0f} s") from error
 
     async def _create(self, member: Member, plan: CvmPlan, secret: bytes) -> VmId:
@@ -252,6 +257,16 @@ class Booter:
     async def _judge(
         self, member: Member, plan: CvmPlan, vm_id: VmId, offer: Offer, found: list[Accepted]
     ) -> None:
+        try:
+            await self._find(member, plan, vm_id, offer, found)
+        except AttestationRefused as error:
+            _log.error("cvm_refused", vm=member.record.name, check=error.check, detail=error.detail)
+            self.on_refused(plan.instance_key, error)
+            raise
+
+    async def _find(
+        self, member: Member, plan: CvmPlan, vm_id: VmId, offer: Offer, found: list[Accepted]
+    ) -> None:
         accepted = await self._accept(plan, offer)
         record = member.record
         if not found and record.attestation is not None:
@@ -279,7 +294,13 @@ class Booter:
         if offer.version == v1.VERSION and self._rules.level is not IsolationLevel.TEE:
             # Their development quotes are signed by nobody, and nothing binds version 1's keys to a quote.
             return Accepted(AttestationKind.NONE, None)
-        expected = Expected(plan.compose_hash, offer.report_data)
+        expected = Expected(
+            plan.compose_hash,
+            offer.report_data,
+            image=plan.image,
+            shape=Shape.of(plan.resources),
+            vm_config=offer.vm_config,
+        )
         return await self._policy.judge(offer.quote, offer.event_log, expected)
 
     async def _check_instance(self, vm_id: VmId, shown: str) -> None:

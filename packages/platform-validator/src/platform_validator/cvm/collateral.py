@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 
-from platform_validator.attestation.quote import CollateralUnavailable, Fetch
+from platform_validator.attestation.collateral import CollateralUnavailable, Fetch
 from platform_validator.cvm.vmm import VmmError
 
 

@@ -17,7 +17,13 @@ from platform_validator.clock import Clock
 from platform_validator.crashpoint import crashpoint
 from platform_validator.cvm.booting import Booter, FleetRules, lifetimes_of
 from platform_validator.cvm.destroyer import Destroyer
-from platform_validator.cvm.errors import BootFailed, CreateFailed, NoCapacity, SessionLost
+from platform_validator.cvm.errors import (
+    AttestationRefused,
+    BootFailed,
+    CreateFailed,
+    NoCapacity,
+    SessionLost,
+)
 from platform_validator.cvm.host_ports import HostPorts, NoHostPort
 from platform_validator.cvm.members import Cvm, CvmView, Member
 from platform_validator.cvm.plan import CvmPlan
@@ -113,6 +119,8 @@ class Fleet:
         self._reservations: dict[VmName, Reservation] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self.destroyer = Destroyer(vmm=vmm, store=store, clock=clock, on_gone=self._gone)
+        self._booter.on_refused = self._refused
+        self.on_refused: Callable[[str, AttestationRefused], None] = lambda _key, _error: None
         self.beat: Callable[[], None] = lambda: None
         self.strays: tuple[VmName, ...] = ()
         self.last_error: str | None = None
@@ -346,6 +354,9 @@ class Fleet:
         self._members[name] = member = Member(record, plan, secret)
         self._reservations[name] = reservation
         return member, secret
+
+    def _refused(self, instance_key: str, error: AttestationRefused) -> None:
+        self.on_refused(instance_key, error)
 
     def _gone(self, name: VmName) -> None:
         reservation = self._reservations.pop(name, None)

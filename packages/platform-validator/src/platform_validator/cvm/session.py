@@ -248,7 +248,10 @@ class CvmSession:
             except (*_NOW, AttestationUnavailable) as error:
                 # A guest that was accepted once is not given up for collateral that is away for a moment.
                 if self._first and isinstance(error, AttestationUnavailable):
-                    raise
+                    if not error.passing:
+                        raise
+                    # It answers: how long it is waited for is the boot's affair.
+                    reached = time.monotonic()
                 if time.monotonic() - reached >= self._pace.resume_for:
                     raise SessionLost(f"{self._vm} cannot be reached any more: {error!r}"[:500]) from error
                 await asyncio.sleep(pause)

@@ -37,6 +37,7 @@ class Board:
         self.source: GitSource | None = None
         self.notifications: NotificationLoop | None = None
         self.journal: Callable[[], str | None] = lambda: None
+        self.attestation: Callable[[], str | None] = lambda: None
         self.silent: Callable[[], dict[str, float]] = dict
         self.extra: dict[str, Any] = {}
         self._has: Resources | None = None
@@ -145,6 +146,7 @@ class Board:
             "notifications": push,
             "vmm": self.vmm_error,
             "fleet": None if parts is None else parts.fleet.last_error,
+            "attestation": self.attestation(),
             "journal": self.journal(),
             "loops": self._stuck(),
         }

@@ -13,10 +13,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from platform_protocol.ids import Hotkey
+from platform_protocol.platform_messages import IsolationLevel
 from platform_protocol.signing import Keypair
+from platform_validator.attestation.checks import Check, Outcome, Outcomes
 from platform_validator.attestation.collateral import from_pccs
-from platform_validator.attestation.policy import AttestationPolicy
+from platform_validator.attestation.collateral_cache import CollateralCache
+from platform_validator.attestation.os_image import ImagesFile
+from platform_validator.attestation.policy import AttestationPolicy, AttestationRules
 from platform_validator.attestation.quote import QuoteChecker
+from platform_validator.attestation.tcb import TcbRules
 from platform_validator.challenges.manager import ChallengeManager
 from platform_validator.challenges.resolve import HostRules
 from platform_validator.challenges.source import GitSource, Source
@@ -117,25 +122,63 @@ def make_connections(settings: Settings, keypair: Keypair, instance: str) -> Con
     return Connections(clock, signer, client, make_vmm(settings))
 
 
-def make_policy(settings: Settings, connections: Connections) -> AttestationPolicy:
+def images_file(settings: Settings) -> Path:
+    """Where the known OS images are."""
+    given = settings["attestation.images_file"]
+    return Path(given).absolute() if given else settings.db_path.parent / "images.toml"
+
+
+def make_rules(settings: Settings) -> AttestationRules:
+    """The operator's side of the attestation policy."""
+    given = {check: settings.values.get(f"attestation.checks.{check.value}") for check in Check}
+    return AttestationRules(
+        outcomes=Outcomes(
+            {check: Outcome(word) for check, word in given.items() if word is not None},
+            tee=settings.level is IsolationLevel.TEE,
+        ),
+        tcb=TcbRules(
+            statuses=settings["attestation.tcb_statuses"],
+            advisories=settings["attestation.advisories"],
+            grace=settings["attestation.tcb_grace"],
+        ),
+        images=ImagesFile(images_file(settings)).known,
+    )
+
+
+def make_policy(settings: Settings, connections: Connections, *, cache: Path) -> AttestationPolicy:
     """What the level in force accepts.
 
     Raises:
-        StateUnusable: The simulated root's file cannot be read.
+        StateUnusable: The simulated root's file, or the file of known OS images, cannot be used.
     """
-    simulated = bool(settings["attestation.allow_simulated"])
+    simulated, clock = bool(settings["attestation.allow_simulated"]), connections.clock
+    rules = make_rules(settings)
+    fault = rules.images().fault
+    if fault is not None:
+        raise StateUnusable(f"attestation.images_file: {fault}")
+    root = None
     if simulated:
         path = Path(settings["attestation.simulated_root_file"])
         try:
             root = x509.load_pem_x509_certificate(path.read_bytes()).public_bytes(Encoding.DER)
         except (OSError, ValueError) as error:
             raise StateUnusable(f"attestation.simulated_root_file {path} cannot be used: {error}") from error
-        fetch = from_vmm(connections.vmm.collateral)
-        checker = QuoteChecker(fetch=fetch, clock=connections.clock, root=root)
-    else:
-        fetch = from_pccs(settings["attestation.pccs_url"])
-        checker = QuoteChecker(fetch=fetch, clock=connections.clock, root=None)
-    return AttestationPolicy(level=settings.level, allow_simulated=simulated, checker=checker)
+    fetch = from_vmm(connections.vmm.collateral) if simulated else from_pccs(settings["attestation.pccs_url"])
+    collateral = CollateralCache(
+        fetch=None if settings["attestation.offline"] else fetch,
+        clock=clock,
+        folder=cache / "collateral",
+        root=root,
+        refresh=settings["attestation.collateral_refresh"],
+    )
+    return AttestationPolicy(
+        level=settings.level,
+        allow_simulated=simulated,
+        checker=QuoteChecker(collateral=collateral, clock=clock, root=root),
+        rules=rules,
+        collateral=collateral,
+        clock=clock,
+    )
 
 
 def value_key_source(settings: Settings, *, keyring: Path, credentials: Path | None) -> ValueKeySource:
@@ -185,7 +228,7 @@ def make_outside(settings: Settings, connections: Connections, *, cache: Path) -
         probe=HttpProbe(vmm=connections.vmm, clock=clock),
         sessions=CvmSession,
         source=source,
-        policy=make_policy(settings, connections),
+        policy=make_policy(settings, connections, cache=cache),
         renewer=ThreadRenewer(renew=renewals.renew, clock=clock, rules=rules),
         rng=random.SystemRandom(),
         new_id=lambda: str(uuid.uuid4()),
@@ -242,6 +285,7 @@ def make_components(
         rules=HostRules(level=settings.level, limits=settings.limits, runtime=settings["cvm.runtime"]),
         clock=clock,
         rng=rng,
+        policy=outside.policy.rules.fingerprint,
     )
     outbox = Outbox(client=client, store=store, clock=clock, rng=rng, metrics=metrics)
     ends = JobEnds(store=store, clock=clock)
@@ -277,6 +321,8 @@ def make_components(
         max_concurrent=settings["jobs.max_concurrent"],
         ends=ends,
         metrics=metrics,
+        can_attest=outside.policy.can_attest,
     )
+    fleet.on_refused = challenges.refused
     challenges.on_active = lambda: jobs.wake("local")
     return Components(quota, fleet, challenges, outbox, jobs, values)

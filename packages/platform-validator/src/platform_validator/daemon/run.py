@@ -180,12 +180,18 @@ class Daemon:
                 rng=outside.rng,
                 metrics=self._metrics,
                 drain_timeout=settings["jobs.drain_timeout"],
-                extra={"vmm_watch": lambda: self._watch_vmm(connections), "loop_lag": self._lag.run},
+                extra={
+                    "vmm_watch": lambda: self._watch_vmm(connections),
+                    "loop_lag": self._lag.run,
+                    "attestation": outside.policy.run,
+                },
             )
+            outside.policy.beat = engine.pulse.of("attestation")
             engine.on_phase = self._entered
             self._lag.beat, self._vmm_watched = engine.pulse.of("loop_lag"), engine.pulse.of("vmm_watch")
             board = self._board
             board.components, board.notifications = parts, engine.notifications
+            board.attestation = outside.policy.trouble
             board.journal, board.silent = lambda: engine.store_error or store.trouble.now, engine.pulse.silent
             self._control.start(Started(engine, store, outside.renewer))
             watchdog = Watchdog(self._systemd, silent=engine.pulse.silent, status=board.line)

@@ -1,0 +1,1 @@
+"""Attestation over real quotes and over generated ones, under a private root that only tests know."""
