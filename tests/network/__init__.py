@@ -1,0 +1,1 @@
+"""A network that fails: our TCP proxy, and its own tests."""
