@@ -13,9 +13,12 @@ import aiohttp
 import pytest
 from starlette.types import ASGIApp
 
-from platform_protocol.ids import JobId, VmName
+from platform_protocol.ids import ChallengeId, JobId, VmName
+from platform_protocol.values import ValueInvalid
 from platform_validator.cvm.vmm import VmmUnavailable
 from platform_validator.store.port import StoreUnavailable
+from platform_validator.values.commands import GetValue, ValueCommand
+from platform_validator.values.errors import ValueKeysUnusable, ValueRefused, ValueUnreadable
 from platform_validator.web.control import Cancelling, Draining, NotStarted, Reloaded
 from platform_validator.web.operators import TokenGuard, operators_app
 from platform_validator.web.server import WebServer
@@ -23,7 +26,13 @@ from platform_validator.web.views import Health
 
 JOB = JobId("00000000-0000-4000-8000-00000000000b")
 TOKEN = {"Authorization": "Bearer t0ken"}
-POSTS = ["/api/v1/drain", f"/api/v1/jobs/{JOB}/cancel", "/api/v1/cvms/reclaim", "/api/v1/reload"]
+POSTS = [
+    "/api/v1/drain",
+    f"/api/v1/jobs/{JOB}/cancel",
+    "/api/v1/cvms/reclaim",
+    "/api/v1/values",
+    "/api/v1/reload",
+]
 
 
 class Controlled:
@@ -34,6 +43,7 @@ class Controlled:
         self.cancelling: Cancelling | Exception = Cancelling.CANCELLED
         self.reloaded: Reloaded | Exception = Reloaded()
         self.reclaimed: list[VmName] | Exception = [VmName("pv-stray")]
+        self.valued: dict[str, Any] | Exception = {"challenges": []}
 
     def drain(self, reason: str, *, hurry: bool = False) -> Draining:
         self.asked.append((reason, hurry))
@@ -50,6 +60,12 @@ class Controlled:
         if isinstance(self.reclaimed, Exception):
             raise self.reclaimed
         return self.reclaimed
+
+    async def values(self, command: ValueCommand) -> dict[str, Any]:
+        self.asked.append(command)
+        if isinstance(self.valued, Exception):
+            raise self.valued
+        return self.valued
 
     def reload(self) -> Reloaded:
         self.asked.append("reload")
@@ -237,7 +253,7 @@ async def test_a_tool_with_the_token_can_ask(controlled: Controlled, own_page: b
         if own_page:
             headers |= {"Origin": str(client._base_url).rstrip("/"), "Sec-Fetch-Site": "same-origin"}
         for path in POSTS:
-            body: dict[str, list[str]] = {"names": []} if path.endswith("reclaim") else {}
+            body = {"reclaim": {"names": []}, "values": {"do": "scopes"}}.get(path.rsplit("/")[-1], {})
             async with client.post(path, json=body, headers=headers) as answer:
                 assert answer.status in (200, 202)
     assert len(controlled.asked) == len(POSTS)
@@ -286,4 +302,47 @@ async def test_strays_that_cannot_be_reclaimed(
     ):
         assert answer.status == status
         assert (await answer.json())["error"]
+    assert len(controlled.asked) == (fault is not None)
+
+
+async def test_values_are_asked_for_by_commands(controlled: Controlled) -> None:
+    """A command reaches the daemon, and its answer comes back; also a read is a POST."""
+    controlled.valued = {"key": "k", "value": [1], "version": 2}
+    command = {"do": "get", "challenge_id": "c", "key": "k"}
+    async with served(over_tcp(controlled)) as client:
+        async with client.post("/api/v1/values", json=command, headers=TOKEN) as answer:
+            assert answer.status == 200
+            assert await answer.json() == controlled.valued
+        async with client.get("/api/v1/values", headers=TOKEN) as answer:
+            assert answer.status == 405
+    assert controlled.asked == [GetValue(challenge_id=ChallengeId("c"), key="k")]
+
+
+@pytest.mark.parametrize(
+    ("body", "fault", "status", "code"),
+    [
+        (b"", None, 400, "bad_body"),
+        (b'{"do": "explode"}', None, 400, "bad_body"),
+        (b'{"do": "get", "challenge_id": "c"}', None, 400, "bad_body"),
+        (b'{"do": "get", "challenge_id": "c", "key": "k", "x": 1}', None, 400, "bad_body"),
+        (b"[" * 100_000, None, 400, "bad_body"),
+        (b'{"do": "scopes"}', NotStarted("starting"), 409, "not_started"),
+        (b'{"do": "scopes"}', ValueRefused("not_found", "none"), 404, "not_found"),
+        (b'{"do": "scopes"}', ValueRefused("challenge_full", "full"), 422, "challenge_full"),
+        (b'{"do": "scopes"}', ValueInvalid("bad_key", "no"), 422, "bad_key"),
+        (b'{"do": "scopes"}', ValueUnreadable("changed"), 500, "value_unreadable"),
+        (b'{"do": "scopes"}', ValueKeysUnusable("no key"), 503, "keys_unusable"),
+        (b'{"do": "scopes"}', StoreUnavailable("disk full"), 503, "journal_unavailable"),
+    ],
+)
+async def test_what_is_wrong_with_values_has_its_word(
+    controlled: Controlled, body: bytes, fault: Exception | None, status: int, code: str
+) -> None:
+    """Bad bodies reach nobody; a refusal keeps its code."""
+    controlled.valued = fault or {}
+    async with (
+        served(over_tcp(controlled)) as client,
+        client.post("/api/v1/values", data=body, headers=TOKEN) as answer,
+    ):
+        assert (answer.status, (await answer.json())["code"]) == (status, code)
     assert len(controlled.asked) == (fault is not None)

@@ -14,6 +14,7 @@ import pytest
 from starlette.types import ASGIApp
 
 from platform_protocol.ids import JobId, VmName
+from platform_validator.values.commands import ValueCommand
 from platform_validator.web.control import Cancelling, Draining, Reloaded
 from platform_validator.web.guests import guests_app
 from platform_validator.web.operators import TokenGuard, operators_app
@@ -66,6 +67,9 @@ class Uncontrolled:
         raise NotImplementedError
 
     async def reclaim(self, names: Collection[VmName]) -> list[VmName]:
+        raise NotImplementedError
+
+    async def values(self, command: ValueCommand) -> dict[str, Any]:
         raise NotImplementedError
 
     def reload(self) -> Reloaded:

@@ -57,12 +57,14 @@ def ask(settings: Settings, path: str) -> Any:
         state.close()
 
 
-def exchange(path: Path, method: str, what: str, body: dict[str, Any] | None = None) -> Reply | None:
-    """One request to the daemon behind that socket; None when nothing answers there."""
-    connection = http.client.HTTPConnection("validator", timeout=_TIMEOUT)
+def exchange(
+    path: Path, method: str, what: str, body: dict[str, Any] | None = None, *, timeout: float = _TIMEOUT
+) -> Reply | None:
+    """One request to the daemon behind that socket; None when nothing answers there within the seconds."""
+    connection = http.client.HTTPConnection("validator", timeout=timeout)
     try:
         connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.sock.settimeout(_TIMEOUT)
+        connection.sock.settimeout(timeout)
         connection.sock.connect(str(path))
         sent = None if body is None else json.dumps(body)
         connection.request(method, f"/api/v1/{what}", body=sent, headers={"Content-Type": "application/json"})

@@ -28,6 +28,7 @@ from platform_validator.cli.command import (
 from platform_validator.cli.configuration import configuration
 from platform_validator.cli.cvms import cvms
 from platform_validator.cli.jobs import jobs
+from platform_validator.cli.values import values
 from platform_validator.config import Settings, load_settings
 from platform_validator.errors import ValidatorError
 from platform_validator.keys import find_hotkey
@@ -38,6 +39,7 @@ app.add_typer(configuration, name="config")
 app.add_typer(jobs, name="jobs")
 app.add_typer(cvms, name="cvms")
 app.add_typer(challenges, name="challenges")
+app.add_typer(values, name="values")
 
 _GRACE = 30.0
 

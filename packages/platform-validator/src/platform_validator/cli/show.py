@@ -130,3 +130,12 @@ def _table(rows: list[dict[str, Any]], columns: tuple[str, ...], console: Consol
     for row in rows:
         table.add_row(*(escape("" if row.get(name) is None else str(row[name])) for name in columns))
     console.print(table)
+
+
+def values(found: dict[str, Any], console: Console) -> None:
+    """Which challenges keep values, or which values one keeps; never the values themselves."""
+    scopes = "challenges" in found
+    table = Table("challenge", "keys", "bytes") if scopes else Table("key", "version")
+    for row in found["challenges" if scopes else "values"]:
+        table.add_row(*(escape(str(cell)) for cell in row.values()))
+    console.print(table if table.row_count else "none")

@@ -18,6 +18,8 @@ SHOWN_AFTER = 2.0
 _SHOWN_EVERY = 5.0
 _LOOK_EVERY = 0.2
 
+_TIMEOUT = 10.0
+
 
 class NoDaemon(ValidatorError):
     """No daemon runs on this state directory."""
@@ -39,7 +41,9 @@ class Ended:
     left: dict[str, int]
 
 
-def tell(settings: Settings, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+def tell(
+    settings: Settings, path: str, body: dict[str, Any] | None = None, *, timeout: float = _TIMEOUT
+) -> dict[str, Any]:
     """POST to `/api/v1/<path>`, or GET without a body; returns the answer.
 
     Raises:
@@ -49,7 +53,7 @@ def tell(settings: Settings, path: str, body: dict[str, Any] | None = None) -> d
         StateUnusable: The state directory cannot be used.
     """
     state = StateDirectory(settings.db_path)
-    reply = exchange(state.socket, "GET" if body is None else "POST", path, body)
+    reply = exchange(state.socket, "GET" if body is None else "POST", path, body, timeout=timeout)
     if reply is None:
         if _ended(state):
             raise NoDaemon(f"no validator runs on {state.folder}: start it, or set VALIDATOR_DB_PATH")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import structlog
 
@@ -18,6 +19,7 @@ from platform_validator.daemon.systemd import Systemd
 from platform_validator.jobs.lease import LeaseRules, Renewer
 from platform_validator.store.port import Store
 from platform_validator.telemetry.logging import Directives, configure_logging
+from platform_validator.values.commands import ValueCommand, perform
 from platform_validator.web.control import Cancelling, Draining, NotStarted, Reloaded
 
 ENDS_WITHIN = timedelta(seconds=150)
@@ -114,6 +116,12 @@ class DaemonControl:
         if self._started is None:
             raise NotStarted("the daemon is starting: ask again when it is running")
         return await self._started.engine.parts.fleet.reclaim_strays(names)
+
+    async def values(self, command: ValueCommand) -> dict[str, Any]:
+        """See the port."""
+        if self._started is None:
+            raise NotStarted("the daemon is starting: ask again when it is running")
+        return await perform(self._started.engine.parts.values, command)
 
     def reload(self) -> Reloaded:
         """See the port."""

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from platform_protocol.ids import JobId, VmName
+from platform_validator.values.commands import ValueCommand
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,14 @@ class Control(Protocol):
         Raises:
             NotStarted: CVMs are not known yet.
             VmmError: The VMM cannot be asked.
+        """
+
+    async def values(self, command: ValueCommand) -> dict[str, Any]:
+        """Read or change dynamic values.
+
+        Raises:
+            NotStarted: They are not open yet.
+            ValueRefused: Or what else `values.commands.perform` names.
         """
 
     def reload(self) -> Reloaded:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from platform_validator.web.commands import command_routes, refused
 from platform_validator.web.control import Control
+from platform_validator.web.values import value_route
 from platform_validator.web.views import Views
 
 _MAX_JOBS = 10_000
@@ -22,7 +23,8 @@ _SAFE = ("GET", "HEAD", "OPTIONS")
 def operators_app(views: Views, control: Control) -> Starlette:
     """`/api/v1`: whoever reaches it may read everything, and control the daemon.
 
-    GET `/status` `/jobs` `/cvms` `/challenges`; POST `/drain` `/jobs/{id}/cancel` `/reload`.
+    GET `/status` `/jobs` `/cvms` `/challenges`;
+    POST `/drain` `/jobs/{id}/cancel` `/cvms/reclaim` `/values` `/reload`.
     """
 
     async def status(_: Request) -> Response:
@@ -46,6 +48,7 @@ def operators_app(views: Views, control: Control) -> Starlette:
             Route("/api/v1/cvms", cvms),
             Route("/api/v1/challenges", challenges),
             *command_routes(control),
+            value_route(control),
         ]
     )
 
