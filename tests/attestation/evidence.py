@@ -153,30 +153,7 @@ class World:
 
     def events(self) -> list[dict[str, Any]]:
         """The event log of an honest boot."""
-        boot = [
-            {
-                "imr": imr,
-                "event_type": 0x80000003,
-                "digest": hashlib.sha384(name.encode()).hexdigest(),
-                "event": name,
-                "event_payload": "",
-            }
-            for imr, name in enumerate(("firmware", "kernel", "initrd"))
-        ]
-        provider = json.dumps({"name": "none", "id": ""}).encode().hex()
-        return boot + [
-            runtime(name, payload)
-            for name, payload in (
-                ("system-preparing", ""),
-                ("app-id", self.compose_hash[:40]),
-                ("compose-hash", self.compose_hash),
-                ("instance-id", INSTANCE),
-                ("boot-mr-done", ""),
-                ("key-provider", provider),
-                ("storage-fs", b"zfs".hex()),
-                ("system-ready", ""),
-            )
-        ]
+        return honest_events(self.compose_hash, INSTANCE)
 
     def images(self) -> KnownImages:
         """What the honest boot measures, pinned."""
@@ -185,10 +162,8 @@ class World:
         return KnownImages((Pinned(IMAGE, SHAPE, td.mrtd.hex(), rtmr0, rtmr1, rtmr2, "tests"),))
 
     def td(self, events: list[dict[str, Any]]) -> forge.Td:
-        """A TD that measured those events."""
-        parsed = parse_event_log(json.dumps(events))
-        registers = (replay(parsed, 0), replay(parsed, 1), replay(parsed, 2), replay(parsed, 3))
-        return forge.Td(rtmrs=registers, report_data=self.report_data)
+        """A TD that measured those events, and binds this world's handshake."""
+        return replace(measured(events), report_data=self.report_data)
 
     def evidence(
         self,
@@ -234,3 +209,37 @@ class World:
 def runtime(name: str, payload: str) -> dict[str, Any]:
     """A runtime event as agents show it from v0.5.6 on: its digest is left to whoever verifies."""
     return {"imr": 3, "event_type": 0x08000001, "digest": "", "event": name, "event_payload": payload}
+
+
+def honest_events(compose_hash: str, instance: str) -> list[dict[str, Any]]:
+    """The event log of an honest boot of an app."""
+    boot = [
+        {
+            "imr": imr,
+            "event_type": 0x80000003,
+            "digest": hashlib.sha384(name.encode()).hexdigest(),
+            "event": name,
+            "event_payload": "",
+        }
+        for imr, name in enumerate(("firmware", "kernel", "initrd"))
+    ]
+    provider = json.dumps({"name": "none", "id": ""}).encode().hex()
+    return boot + [
+        runtime(name, payload)
+        for name, payload in (
+            ("system-preparing", ""),
+            ("app-id", compose_hash[:40]),
+            ("compose-hash", compose_hash),
+            ("instance-id", instance),
+            ("boot-mr-done", ""),
+            ("key-provider", provider),
+            ("storage-fs", b"zfs".hex()),
+            ("system-ready", ""),
+        )
+    ]
+
+
+def measured(events: list[dict[str, Any]]) -> forge.Td:
+    """A TD that measured those events."""
+    parsed = parse_event_log(json.dumps(events))
+    return forge.Td(rtmrs=(replay(parsed, 0), replay(parsed, 1), replay(parsed, 2), replay(parsed, 3)))
