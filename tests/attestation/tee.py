@@ -40,6 +40,7 @@ from platform_validator.cvm.testing_guest import GuestScript, Outcome, ScriptedG
 from platform_validator.cvm.vmm import VmSpec
 from platform_validator.daemon.engine import Engine
 from platform_validator.daemon.parts import Outside, make_components, make_values
+from platform_validator.daemon.pinning import Pinner
 from platform_validator.jobs.lease import LeaseRules, TaskRenewer
 from platform_validator.keyring import Keyring
 from platform_validator.platform_client.memory import MemoryJob, MemoryPlatform
@@ -162,6 +163,17 @@ class TeeHouse:
             metrics=metrics,
             cache=folder,
         )
+        self.pinner = Pinner(
+            fleet=parts.fleet,
+            quota=parts.quota,
+            vmm=self.vmm,
+            policy=self.policy,
+            level=IsolationLevel.TEE,
+            runtime=None,
+            keep_bundle=sha256_hex,
+            clock=self.clock,
+            where="unix:/vmm.sock",
+        )
         return Engine(
             parts=parts,
             client=client,
@@ -170,7 +182,7 @@ class TeeHouse:
             rng=rng,
             metrics=metrics,
             drain_timeout=timedelta(seconds=1),
-            extra={"attestation": self.policy.run},
+            extra={"attestation": self.policy.run, "pinning": self.pinner.run},
         )
 
     def allow(self, boot: timedelta) -> None:

@@ -97,6 +97,17 @@ class GitSource:
         """Where a bundle is, or would be."""
         return self._cache / "bundles" / f"{sha256}.tar"
 
+    def keep(self, bundle: bytes) -> str:
+        """Put a bundle of our own making where CVMs fetch theirs; its SHA-256.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        sha256 = sha256_hex(bundle)
+        if not self.bundle_path(sha256).exists():
+            _write(self.bundle_path(sha256), bundle)
+        return sha256
+
     async def fetch(self, repository: str, commit: str) -> FetchedTree:
         """The tree of a commit, from the cache when it was fetched before.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,10 +14,21 @@ from rich.console import Console
 from rich.markup import escape
 
 from platform_validator.attestation.explain import MAX_FILE, NothingToExplain, explain, read_quote_file
-from platform_validator.cli.command import FAILED, AsJson, failed
+from platform_validator.attestation.os_image import ImagesFile, ImagesInvalid, Pinned, Shape
+from platform_validator.cli.command import (
+    FAILED,
+    AsJson,
+    ConfigFile,
+    failed,
+    refused,
+    settings_of,
+    told,
+)
+from platform_validator.daemon.parts import images_file
 
 attestation = typer.Typer(help="Quotes, and the OS images that are known.", no_args_is_help=True)
 
+_POLL = 0.5
 _MARKS = {True: "[green]holds[/]", False: "[red]fails[/]", None: "[yellow]  -  [/]"}
 
 
@@ -48,6 +61,59 @@ def inspect(
     print(json.dumps(found)) if as_json else _show(found, Console())
     fails = any(one["holds"] is False for one in found["proved"].values())
     raise typer.Exit(FAILED if fails else 0)
+
+
+@attestation.command("pin")
+def pin(
+    context: typer.Context,
+    *,
+    image: Annotated[str, typer.Option("--image", help="The OS image, as the VMM names it")],
+    cpu: Annotated[int, typer.Option("--cpu", min=1, help="vCPUs")],
+    memory: Annotated[int, typer.Option("--memory", min=1, help="MB")],
+    gpus: Annotated[int, typer.Option("--gpus", min=0, help="GPUs")] = 0,
+    yes: Annotated[bool, typer.Option("--yes", help="Write without asking")] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Boot one CVM of an image at a shape, show what it measures, and make it known: trust on first use."""
+    settings = settings_of(context, config)
+    asked = {"image": image, "cpu": cpu, "memory_mb": memory, "gpus": gpus}
+    found = told(settings, "attestation/pin", asked, as_json=as_json)
+    if not as_json:
+        print(f"booting one CVM of {image} with {cpu} vCPUs and {memory} MB", file=sys.stderr)
+    while found["state"] == "booting":
+        time.sleep(_POLL)
+        found = told(settings, "attestation/pin", None, as_json=as_json)
+    if found["state"] != "measured":
+        refused({"error": str(found["error"]), "code": found["state"]}, FAILED, as_json=as_json)
+    row = found["pinned"]
+    pinned = Pinned(**(row | {"shape": Shape(**row["shape"])}))
+    path = images_file(settings)
+    if not as_json:
+        _show_pinned(pinned, found, Console())
+        if not yes:
+            typer.confirm(f"Write this to {path}?", abort=True)
+    if yes or not as_json:
+        try:
+            ImagesFile(path).add(pinned)
+        except (ImagesInvalid, OSError) as error:
+            failed(f"{path}: {error}")
+    if as_json:
+        print(json.dumps(found | {"written": str(path) if yes else None}))
+    else:
+        print(f"written to {path}; the running daemon sees it by itself")
+
+
+def _show_pinned(pinned: Pinned, found: dict[str, Any], console: Console) -> None:
+    console.print(f"[bold]{escape(pinned.image)}[/] at {pinned.shape}")
+    for name in ("mrtd", "rtmr0", "rtmr1", "rtmr2", "origin"):
+        console.print(f"  {name:<12} {escape(getattr(pinned, name))}", soft_wrap=True)
+    console.print(f"  {'attestation':<12} {found['attestation']}, TCB {found['tcb_status']}")
+    console.print(
+        "[yellow]This is trust on first use: the values are what this host shows now. Compare them with what "
+        "the image's publisher names, or with another host's, before you rely on them.[/]",
+        soft_wrap=True,
+    )
 
 
 def _moment(at: str | None) -> datetime:
