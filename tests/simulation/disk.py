@@ -7,6 +7,7 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
+from tests.simulation.faults import strike
 from tests.simulation.laws import Laws
 from tests.simulation.plan import NodePlan
 from tests.simulation.server import Server
@@ -95,7 +96,9 @@ class Disk:
         if not writes or self.healed:
             return
         now = asyncio.get_running_loop().time()
-        if dice.random() < self._chance or any(window.holds(now) for window in self._plan.full_disk):
+        full = any(window.holds(now) for window in self._plan.full_disk)
+        if full or dice.random() < self._chance:
+            strike(self._laws.book, "disk_full" if full else "disk_error")
             raise StoreUnavailable(f"{name}: no space left on device")
 
     def _before(self, name: str, arguments: tuple[Any, ...]) -> None:

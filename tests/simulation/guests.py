@@ -6,6 +6,7 @@ import asyncio
 import random
 from dataclasses import dataclass, field
 
+from tests.simulation.faults import strike
 from tests.simulation.laws import Laws, Script
 from tests.simulation.plan import Plan
 
@@ -64,6 +65,7 @@ class Guests:
                 # It says that it runs, and its SDK never answers; or its boot fails, and the VMM says so.
                 guest.ready_at = float("inf")
                 guest.boot_error = dice.choice(("", "kernel panic"))
+                strike(self._laws.book, "boot_error" if guest.boot_error else "never_answers")
                 machine.boot_error = guest.boot_error
             self._boots[key] = guest
         return self._boots[key]
@@ -76,10 +78,10 @@ class Guests:
         if script.does in ("score", "error"):
             loop.call_later(script.lasts, guest.done.set)
         if script.does == "kill":
-            loop.call_later(script.lasts, self._harm, machine, guest, "crash")
+            loop.call_later(script.lasts, self._kill, machine, guest)
         if not self.healed and self._dice.random() < self._plan.deaths:
             how = self._dice.choice(("crash", "restart", "vanish"))
-            loop.call_later(self._dice.uniform(0, script.lasts), self._harm, machine, guest, how)
+            loop.call_later(self._dice.uniform(0, script.lasts), self._befall, machine, guest, how)
 
     def ended(self, machine: Machine) -> None:
         """The machine's process ended: by stop, crash, restart or removal."""
@@ -87,11 +89,12 @@ class Guests:
         if guest is not None:
             guest.gone.set()
 
-    def _harm(self, machine: Machine, guest: Guest, how: str) -> None:
-        if guest.gone.is_set() or machine not in self._vmm.machines():
+    def harm(self, machine: Machine, how: str) -> None:
+        """Its process ends: `crash`, `restart` by the VMM, or `vanish` by somebody else's hand."""
+        if machine.state is not VmState.RUNNING or machine not in self._vmm.machines():
             return
-        guest.gone.set()
-        self._laws.book.counts[f"vm_{how}"] += 1
+        self.ended(machine)
+        strike(self._laws.book, f"vm_{how}")
         match how:
             case "crash":
                 machine.state = VmState.EXITED
@@ -99,3 +102,13 @@ class Guests:
                 machine.boots += 1
             case "vanish":
                 self._vmm.vanish(machine.spec.name)
+
+    def _befall(self, machine: Machine, guest: Guest, how: str) -> None:
+        if not guest.gone.is_set():
+            self.harm(machine, how)
+
+    def _kill(self, machine: Machine, guest: Guest) -> None:
+        """By its own submission: no fault of anything around it."""
+        if not guest.gone.is_set():
+            guest.gone.set()
+            machine.state = VmState.EXITED

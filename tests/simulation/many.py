@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 
 from tests.simulation.bugs import apply
+from tests.simulation.faults import FAULTS
 from tests.simulation.seed import Outcome, run_seed
 
 
@@ -47,7 +48,7 @@ class Figures:
             "virtual_hours": round(self.virtual_s / 3600, 1),
             "jobs": self.jobs,
             "crashes": counts["crashes"],
-            "at_crashpoints": counts["crashpoints"],
+            "at_crashpoints": counts["fault_crashpoint"],
             "crashpoints": sum(name.startswith("at_") for name in counts),
             "drains": counts["drains"],
             "claims": counts["claims"],
@@ -56,6 +57,7 @@ class Figures:
             "results_accepted": counts["accepted"],
             "lapses": counts["lapses"],
             "outcomes": dict(sorted(ended.items())),
+            "faults": {name: counts[f"fault_{name}"] for name in FAULTS},
             "violations": self.violations,
         }
 

@@ -9,6 +9,8 @@ from collections import Counter
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from tests.simulation.virtual import passing
+
 
 class Dead(BaseException):
     """This life of a validator is over: whatever still runs of it reaches nothing any more.
@@ -41,9 +43,9 @@ class Life:
 
     async def pause(self, seconds: float) -> None:
         """Time that a call takes; longer while the process is stopped (SIGSTOP)."""
-        await asyncio.sleep(seconds)
+        await passing(seconds)
         while self.alive and (left := self.frozen_until - asyncio.get_running_loop().time()) > 0:
-            await asyncio.sleep(left)
+            await passing(left)
         self.check()
 
 

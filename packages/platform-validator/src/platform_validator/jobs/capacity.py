@@ -99,6 +99,8 @@ def covers(have: Resources, need: Resources) -> bool:
 
 def largest(first: Resources, second: Resources) -> Resources:
     """The smallest size that covers both."""
+    if covers(first, second):
+        return first
     return Resources(
         cpu_cores=max(first.cpu_cores, second.cpu_cores),
         memory_mb=max(first.memory_mb, second.memory_mb),

@@ -120,7 +120,7 @@ class JobManager:
         self._idle.set()
         self._source = "poll"
         self._claiming = True
-        self._lacking_room = False
+        self._lacking_room = self._asked_room = False
         self._hold_off = 0.0
         self.last_error: str | None = None
 
@@ -260,7 +260,7 @@ class JobManager:
         self._wake.clear()
 
     async def _pass(self, group: asyncio.TaskGroup, source: str) -> None:
-        self._lacking_room = False
+        self._lacking_room = self._asked_room = False
         now = self._clock.monotonic()
         self._declined = {job_id: until for job_id, until in self._declined.items() if until > now}
         await self._ends.retry()
@@ -320,8 +320,9 @@ class JobManager:
             self._passed_over.forget(job.id)
             return
         self._passed_over.noted(job, wish, self._clock.monotonic())
-        if not self._lacking_room:
+        if not self._asked_room:
             # An idle ready CVM yields, one a pass: the next pass sees whether its room was enough.
+            self._asked_room = True
             self._lacking_room = self._challenges.make_room(beside=None)
 
     def _set_aside(
