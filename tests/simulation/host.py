@@ -220,6 +220,9 @@ class VmmLine:
         """See the port. It may take minutes, or hours."""
         host, dice = self._host, self._host.dice
         await self._change("remove", vm_id)
+        for machine in host.vmm.machines():
+            if machine.id == vm_id:
+                host.laws.destroys(self._life, machine.spec.name)
         if not host.healed and dice.random() < host.plan.vmm_faults:
             match dice.choice(("failed", "hangs", "unknown")):
                 case "failed":

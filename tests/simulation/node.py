@@ -31,7 +31,7 @@ from platform_validator.jobs.lease import LeaseRules, TaskRenewer
 from platform_validator.keyring import Keyring
 from platform_validator.store.memory import MemoryStore
 from platform_validator.store.port import StoreUnavailable
-from platform_validator.store.records import StateIdentity
+from platform_validator.store.records import Stage, StateIdentity
 from platform_validator.telemetry.metrics import Metrics
 from platform_validator.values.keys import MemoryKeys
 
@@ -171,6 +171,9 @@ class Node:
             metrics=metrics,
             cache=self._folder / str(self.number),
         )
+        life.stored_in_slots = lambda: {
+            view.vm for view in parts.jobs.views() if view.stage is Stage.SUBMITTING and view.vm is not None
+        }
         engine = self.engine = Engine(
             parts=parts,
             client=line,
