@@ -112,6 +112,19 @@ class SimulatedSession:
         self._life.check()
         self._host.laws.forgets(self._life.node, result.job_id, result.attempt)
 
+    async def lost(self) -> Exception:
+        """See the port: noticed some time after the guest is gone."""
+        waits = [self._closed.wait()] + ([] if self._guest is None else [self._guest.gone.wait()])
+        tasks = [asyncio.ensure_future(each) for each in waits]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+        if not self._closed.is_set():
+            await self._life.pause(self._host.dice.uniform(0, 60))
+        return SessionLost(f"{self._callee.vm} cannot be reached any more")
+
     def close(self) -> None:
         """See the port."""
         self._closed.set()

@@ -34,6 +34,7 @@ class MemorySession:
         self.progress: Callable[[float, str], None] = lambda _percent, _message: None
         self.log: Callable[[str, str], None] = lambda _level, _message: None
         self.dead = False
+        self.ended = asyncio.Event()
         self.cancelled: list[tuple[JobId, str]] = []
         self.acknowledged: list[GuestResult] = []
 
@@ -62,6 +63,16 @@ class MemorySession:
     async def acknowledge(self, result: GuestResult) -> None:
         """Note it."""
         self.acknowledged.append(result)
+
+    async def lost(self) -> Exception:
+        """Wait until it has ended: by `die`, or because its CVM is destroyed."""
+        await self.ended.wait()
+        return SessionLost("the guest is dead")
+
+    def die(self) -> None:
+        """The CVM ends by itself."""
+        self.dead = True
+        self.ended.set()
 
 
 @dataclass(slots=True)
@@ -151,7 +162,10 @@ class MemoryFleet:
 
     def destroy(self, name: VmName) -> None:
         """Hand it to `run`; more calls change nothing."""
-        if self.alive.pop(name, None) is not None or name not in self.destroyed:
+        cvm = self.alive.pop(name, None)
+        if cvm is not None:
+            cvm.session.ended.set()
+        if cvm is not None or name not in self.destroyed:
             self.destroyed.append(name)
             self._work_to_do.set()
 
