@@ -87,7 +87,15 @@ JOB_POINTS = (
     "destroy_sent",
     "destroyed",
 )
-CHALLENGE_POINTS = ("instance_created", "instance_switched", "instance_recycled")
+CHALLENGE_POINTS = (
+    "instance_created",
+    "instance_fetched",
+    "instance_booted",
+    "instance_draining",
+    "instance_switched",
+    "instance_failed",
+    "instance_recycled",
+)
 
 
 def draw(seed: int, dice: random.Random, *, jobs: int = 104) -> Plan:

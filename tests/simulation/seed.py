@@ -31,6 +31,7 @@ from platform_protocol.platform_messages import ActiveChallenge, IsolationLevel
 from platform_protocol.signing import Keypair
 from platform_validator.config import Settings, load_settings
 from platform_validator.crashpoint import arm
+from platform_validator.store.records import InstanceState
 
 _LONG_JOBS = 0.02
 _TIMEOUT_S = 60
@@ -230,7 +231,9 @@ class World:
             self._server.put_challenge(challenge)
 
     def _commit(self, *, good: bool) -> str:
-        return ("a" if good else "b") + f"{self._chance.getrandbits(156):039x}"
+        # In a calm world nothing may go wrong, and a submission that kills a shared CVM harms others.
+        mode = self._chance.choice("0000" if self._plan.calm else "0005")
+        return ("a" if good else "b") + f"{self._chance.getrandbits(152):038x}" + mode
 
     def _update(self, good: bool) -> None:
         number = self._chance.randrange(len(self._challenges))
@@ -240,7 +243,8 @@ class World:
         strike(self._book, "updated" if good else "updated_broken")
         self._book.note(f"update {number} good={good}")
         if not good:
-            serving = [(node, node.life) for node in self._nodes if self._serves(node, changed.id)]
+            serves = [(node, self._serves(node, changed.id)) for node in self._nodes]
+            serving = [(node, node.life, key) for node, key in serves if key]
             loop = asyncio.get_running_loop()
             loop.call_later(30, self._still_serve, serving, changed)
 
@@ -252,27 +256,28 @@ class World:
                 self._challenges[number] = mended
                 self._server.put_challenge(mended)
 
-    def _serves(self, node: Node, challenge_id: ChallengeId) -> bool:
+    def _serves(self, node: Node, challenge_id: ChallengeId) -> str | None:
+        """The key of the instance that jobs are claimed for."""
         engine = node.engine
-        return (
-            engine is not None
-            and node.life.alive
-            and engine.phase == "running"
-            and challenge_id in engine.parts.challenges.active_ids()
-        )
+        if engine is None or not node.life.alive or engine.phase != "running":
+            return None
+        ref = engine.parts.challenges.acquire(challenge_id)
+        if ref is None:
+            return None
+        ref.release()
+        return ref.key
 
-    def _still_serve(self, serving: list[tuple[Node, Life]], challenge: ActiveChallenge) -> None:
-        """I8: a version that cannot be had does not end the one that serves."""
+    def _still_serve(self, serving: list[tuple[Node, Life, str]], challenge: ActiveChallenge) -> None:
+        """I8: a version that cannot be had does not end the one that serves; only its own CVMs may."""
         if challenge not in self._challenges:
             return
-        for node, life in serving:
-            same = node.life is life and node.life.alive and node.engine is not None
-            if same and node.engine is not None and node.engine.phase == "running":
-                views = {view.id: view for view in node.engine.parts.challenges.views()}
-                serves = views[challenge.id].serving if challenge.id in views else None
-                broke = serves is not None and serves.reason is not None and "failed boots" in serves.reason
-                if not self._serves(node, challenge.id) and not broke:
-                    self._book.violated("I8", f"validator {node.number} gave a running version up")
+        for node, life, key in serving:
+            if node.life is not life or not node.life.alive or node.engine is None:
+                continue
+            history = node.store.now_history(challenge.id)
+            broke = any(event.key == key and event.state is InstanceState.FAILED for event in history)
+            if node.engine.phase == "running" and self._serves(node, challenge.id) != key and not broke:
+                self._book.violated("I8", f"validator {node.number} gave a running version up")
 
     def _queue(self) -> None:
         chance = self._chance

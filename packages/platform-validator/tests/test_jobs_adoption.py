@@ -116,7 +116,7 @@ async def killed(house: House, guest: Guest) -> AsyncIterator[House]:
         second = House(house.folder, platform=house.platform, store=copy.deepcopy(house.store))
         second.work = guest.work
         second.fleet.alive = dict(house.fleet.alive)
-        second.fleet._numbers = itertools.count(1000)
+        second.fleet.numbers = itertools.count(1000)
         _silence(house)
     found = await recover(store=second.store, fleet=second.fleet, clock=SystemClock())
     second.jobs.inherit(found)
@@ -178,7 +178,7 @@ async def test_after_a_restart_only_an_answered_renewal_lets_a_job_go_on(house: 
             await tick()
         second = House(house.folder, platform=house.platform, store=copy.deepcopy(house.store))
         second.fleet.alive = dict(house.fleet.alive)
-        second.fleet._numbers = itertools.count(1000)
+        second.fleet.numbers = itertools.count(1000)
         _silence(house)
     house.platform.lapse(job_id)
     await house.platform.client().claim(job_id, ClaimId("somebody-else"))

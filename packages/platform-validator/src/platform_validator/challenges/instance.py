@@ -81,6 +81,7 @@ class Resident:
 
     cvm: Guest
     since: float
+    idle_since: float
     seats: int = 0
     retired: bool = False
 
@@ -292,6 +293,7 @@ class InstanceRef:
         seat, self._seat = self._seat, None
         if seat is not None:
             seat.seats -= 1
+            seat.idle_since = self._clock()
             if seat.retired and seat.seats == 0:
                 self._landlord.vacated(seat)
         self._landlord.changed()

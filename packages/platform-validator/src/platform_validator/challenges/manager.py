@@ -193,9 +193,13 @@ class ChallengeManager:
     async def _take_over_one(self, record: InstanceRecord) -> None:
         now = self._clock.now()
         known = self._before.get(record.challenge_id)
-        if record.state is InstanceState.ACTIVE and (known is None or known.key == record.key):
+        active = record.state is InstanceState.ACTIVE
+        # What served, broke, and waited to be brought back has a successor named.
+        served = active or (record.state is InstanceState.FAILED and record.superseded_by is not None)
+        if served and (known is None or known.key == record.key):
             self._before[record.challenge_id] = record
-            await self._store.put_instance(replace(record, reason=RESTARTED, since=now))
+            if active:
+                await self._store.put_instance(replace(record, reason=RESTARTED, since=now))
         else:
             await self._store.remove_instance(record.key, at=now, reason=RESTARTED)
 

@@ -35,6 +35,8 @@ class MemorySession:
         self.log: Callable[[str, str], None] = lambda _level, _message: None
         self.dead = False
         self.ended = asyncio.Event()
+        self.answers: int | None = None
+        """How many more times it answers; None: as long as it lives."""
         self.cancelled: list[tuple[JobId, str]] = []
         self.acknowledged: list[GuestResult] = []
 
@@ -57,8 +59,10 @@ class MemorySession:
 
     async def confirm(self) -> None:
         """It lives, unless told otherwise."""
-        if self.dead:
+        if self.dead or self.answers == 0:
             raise SessionLost("the guest is dead")
+        if self.answers is not None:
+            self.answers -= 1
 
     async def acknowledge(self, result: GuestResult) -> None:
         """Note it."""
@@ -90,6 +94,7 @@ class MemoryCvm:
 class _Boot:
     error: CvmError | None = None
     until: asyncio.Event | None = None
+    answers: int | None = None
 
 
 @dataclass(slots=True)
@@ -101,6 +106,7 @@ class MemoryFleet:
         quota: Gets reservations back when their CVM is gone.
         clock: For the journal.
         work: What every guest does with a job.
+        numbers: In the names of its CVMs; a later process on the same journal begins with another.
     """
 
     store: Store
@@ -111,13 +117,19 @@ class MemoryFleet:
     alive: dict[VmName, MemoryCvm] = field(default_factory=dict)
     destroyed: list[VmName] = field(default_factory=list)
     booted: list[MemoryCvm] = field(default_factory=list)
+    numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _held: dict[VmName, Reservation] = field(default_factory=dict)
-    _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _work_to_do: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def next_boot(self, *, error: CvmError | None = None, until: asyncio.Event | None = None) -> None:
-        """The next boot fails, or waits for an event."""
-        self.boots.append(_Boot(error, until))
+    def next_boot(
+        self,
+        *,
+        error: CvmError | None = None,
+        until: asyncio.Event | None = None,
+        answers: int | None = None,
+    ) -> None:
+        """The next boot fails, or waits for an event; or its guest answers only so many times."""
+        self.boots.append(_Boot(error, until, answers))
 
     async def boot(
         self,
@@ -129,7 +141,7 @@ class MemoryFleet:
         on_stage: Callable[[str], None],
     ) -> MemoryCvm:
         """Journal, boot, attest."""
-        name = VmName(f"pv-0123456789-{next(self._numbers):08d}")
+        name = VmName(f"pv-0123456789-{next(self.numbers):08d}")
         self._held[name] = reservation
         cvm = MemoryCvm(name, plan, MemorySession(self.work))
         self.alive[name] = cvm
@@ -138,7 +150,7 @@ class MemoryFleet:
             on_stage("creating")
             await self.store.vm_created(name, VmId(f"id-{name}"))
             on_stage("booting")
-            await self._told()
+            await self._told(cvm)
             on_stage("attesting")
             await self.store.vm_attested(name, attestation="none", vm_instance=None)
             await self.store.vm_phase(name, VmPhase.READY, at=self.clock.now())
@@ -188,8 +200,9 @@ class MemoryFleet:
         if reservation is not None:
             self.quota.release(reservation)
 
-    async def _told(self) -> None:
+    async def _told(self, cvm: MemoryCvm) -> None:
         told = self.boots.pop(0) if self.boots else _Boot()
+        cvm.session.answers = told.answers
         if told.until is not None:
             await told.until.wait()
         if told.error is not None:

@@ -67,7 +67,7 @@ class Pool:
         """A CVM has proved itself: it stands ready, and is watched until a job takes it."""
         now = self._parts.clock.monotonic()
         if instance.shared:
-            before, instance.resident = instance.resident, Resident(cvm, now)
+            before, instance.resident = instance.resident, Resident(cvm, now, now)
             if before is not None:
                 self._retire(instance, before)
         elif self._wanted(instance) > 0:
@@ -118,16 +118,27 @@ class Pool:
             group.create_task(self._boot_another(serving, reservation))
 
     def oldest(self) -> float | None:
-        """Since when (monotonic) the oldest idle ready CVM waits."""
-        return self.serving.ready[0][0] if self.serving is not None and self.serving.ready else None
+        """Since when (monotonic) the CVM that would yield first is idle; None: none is."""
+        serving = self.serving
+        if serving is None:
+            return None
+        resident = serving.resident
+        if resident is not None:
+            return resident.idle_since if resident.seats == 0 else None
+        return serving.ready[0][0] if serving.ready else None
 
     def yield_oldest(self) -> None:
-        """Destroy the oldest idle ready CVM."""
-        if self.serving is not None and self.serving.ready:
-            _, cvm = self.serving.ready.pop(0)
-            _log.info("ready_cvm_yields", challenge_id=self._id, vm=cvm.name)
-            self._parts.fleet.destroy(cvm.name)
-            self._wake()
+        """Destroy the idle CVM that stands longest; the challenge stays Active, and boots another later."""
+        serving = self.serving
+        if serving is None or self.oldest() is None:
+            return
+        if serving.resident is not None:
+            cvm, serving.resident = serving.resident.cvm, None
+        else:
+            cvm = serving.ready.pop(0)[1]
+        _log.info("ready_cvm_yields", challenge_id=self._id, vm=cvm.name)
+        self._parts.fleet.destroy(cvm.name)
+        self._wake()
 
     def clear(self, instance: Instance) -> None:
         """It serves no more: what is idle goes now, a shared CVM with its last job."""

@@ -60,6 +60,8 @@ class ChallengeRunner:
         self._id = challenge_id
         self._parts = parts
         self._before = before
+        self._listed_first = False
+        self._failures: dict[str, int] = {}
         self._wanted: ActiveChallenge | None = None
         self._name = ""
         self._serving: Instance | None = None
@@ -196,15 +198,12 @@ class ChallengeRunner:
 
     async def _follow(self, listed: ActiveChallenge, group: asyncio.TaskGroup) -> None:
         await self._compare(listed)
+        await self._bring_back()
         wanted, (key, digest) = self._target(listed)
         if self._candidate is not None and self._candidate.key != key:
             await self._drop_candidate(Fact.SUPERSEDED)
         if self._serving is not None and self._serving.key == key:
-            if self._serving.state is not InstanceState.FAILED or self._candidate is not None:
-                return
-            # A serving instance that broke is brought up again as its own candidate.
-            self._candidate, self._serving = self._serving, None
-            self._pool.serving = None
+            return
         now = self._parts.clock.monotonic()
         if self._candidate is None:
             if self._changes and now < followed_at(self._changes):
@@ -219,6 +218,20 @@ class ChallengeRunner:
             await self._tell(candidate, Fact.RETRIED)
         if candidate.state is InstanceState.CREATED:
             self._bringing = group.create_task(self._bring_up(candidate))
+
+    async def _bring_back(self) -> None:
+        """What served and broke is its own candidate, before anything newer that has failed (I8)."""
+        serving, candidate = self._serving, self._candidate
+        if serving is None or serving.state is not InstanceState.FAILED:
+            return
+        if candidate is not None and candidate.state is not InstanceState.FAILED:
+            # It may be about to serve.
+            return
+        await self._drop_candidate(Fact.SUPERSEDED)
+        self._candidate, self._serving = serving, None
+        self._pool.serving = None
+        self._before, self._listed_first = serving.record, False
+        self._retry_at = self._parts.clock.monotonic() + RETRY.wait(1, self._parts.rng)
 
     async def _compare(self, listed: ActiveChallenge) -> None:
         """Another image, environment or limit is another instance, of the same commit."""
@@ -236,22 +249,22 @@ class ChallengeRunner:
             _log.info("challenge_surroundings_changed", challenge_id=self._id, generation=self._generation)
 
     def _target(self, listed: ActiveChallenge) -> tuple[ActiveChallenge, tuple[str, str]]:
-        """What is to be brought up: what is listed, and after a restart first what served before."""
-        before = self._before
-        if before is None:
-            return listed, instance_key(listed, self._generation)
-        earlier = listed.model_copy(
-            update={"github_repo": before.repository, "github_commit": before.commit, "compose_hash": None}
-        )
-        same = before.commit == listed.github_commit and before.repository == listed.github_repo
-        return listed if same else earlier, (before.key, before.spec_digest)
+        """What is to be brought up: what served before, or what is listed; in turns if neither comes up."""
+        named, before = instance_key(listed, self._generation), self._before
+        if before is None or before.key == named[0] or self._listed_first:
+            return listed, named
+        earlier = {"github_repo": before.repository, "github_commit": before.commit, "compose_hash": None}
+        return listed.model_copy(update=earlier), (before.key, before.spec_digest)
 
     async def _begin(self, candidate: Instance) -> None:
         candidate.generation = self._generation
-        candidate.restoring = self._before is not None
+        candidate.restoring = self._before is not None and self._before.key == candidate.key
         self._candidate = candidate
-        self._retry_at = 0.0
-        if candidate.restoring:
+        if candidate.key not in self._failures:
+            # What has not failed yet is tried at once.
+            self._retry_at = 0.0
+        if candidate.restoring and self._before is not None:
+            candidate.record = replace(candidate.record, superseded_by=self._before.superseded_by)
             return
         await self._parts.store.put_instance(candidate.record)
         crashpoint("instance_created")
@@ -270,6 +283,7 @@ class ChallengeRunner:
             spec_digest=digest,
             state=InstanceState.CREATED,
             since=self._parts.clock.now(),
+            failures=self._failures.get(key, 0),
         )
 
     async def _bring_up(self, candidate: Instance) -> None:
@@ -351,6 +365,8 @@ class ChallengeRunner:
             raise
         self._serving = self._pool.serving = candidate
         self._candidate = self._before = None
+        self._failures.clear()
+        self._listed_first = False
         candidate.boot_failures, candidate.restoring = 0, False
         if old is not None:
             self._leaves(old)
@@ -370,9 +386,8 @@ class ChallengeRunner:
             await self._parts.store.put_instance(instance.record)
             crashpoint("instance_failed")
         if instance is self._candidate:
-            if instance.restoring:
-                # What served before cannot be had back: on with what is listed.
-                self._before, instance.restoring = None, False
+            self._failures[instance.key] = instance.record.failures
+            self._listed_first = not self._listed_first
             await self._take_jobs_again()
         self.wake()
 

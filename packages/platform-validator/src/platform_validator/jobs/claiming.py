@@ -106,7 +106,7 @@ class Claimer:
             cvm=slot.cvm,
             reservation=slot.reservation,
             vm=slot.cvm.name if slot.cvm is not None else None,
-            shared=ref.shared,
+            shared=ref.shared and slot.cvm is not None,
         )
 
     def _granted(self, slot: Slot, claim: Claim) -> None:

@@ -279,7 +279,7 @@ class JobExecutor:
 
     async def _take_leave(self, job: ClaimedJob, cvm: Guest) -> None:
         """Cancelled while it runs: the SDK is told, and given a moment to end it in order."""
-        if not job.started:
+        if not job.started and not job.shared:
             return
         why = job.ending.reason if job.ending is not None else None
         with contextlib.suppress(CvmError, TimeoutError):

@@ -213,7 +213,7 @@ class JobManager:
                 gate_open=self._gate(job.challenge_id).admits(self._clock.monotonic()),
                 room=self._quota.would(wish, kept=self._passed_over.kept_from(job)),
                 ready=ref.ready_size() if ref is not None else None,
-                shared=ref is not None and ref.shared,
+                shared=ref is not None and ref.shared and covers(ref.plan.resources, need),
                 active_jobs=len(self._slots),
                 max_jobs=self._max,
             ),
