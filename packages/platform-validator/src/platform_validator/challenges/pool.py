@@ -14,8 +14,8 @@ from platform_validator.challenges.instance import Instance, Resident
 from platform_validator.challenges.parts import RunnerParts
 from platform_validator.challenges.provision import Provisioner
 from platform_validator.challenges.room import Guest
-from platform_validator.cvm.errors import CvmError, NoCapacity
-from platform_validator.cvm.quota import Reservation
+from platform_validator.cvm.errors import AttestationRefused, CvmError, NoCapacity
+from platform_validator.cvm.quota import Reservation, Use
 from platform_validator.cvm.vmm import VmmError
 from platform_validator.store.port import StoreUnavailable
 from platform_validator.store.records import InstanceState
@@ -39,6 +39,7 @@ class Pool:
         challenge_id: Whose.
         parts: Shared by all challenges.
         broke: Called when an instance cannot be relied on any more, with the reason.
+        refused: Called when attestation refuses a CVM of it.
         wake: Called when something changed.
     """
 
@@ -48,11 +49,13 @@ class Pool:
         parts: RunnerParts,
         *,
         broke: Callable[[Instance, str], Awaitable[None]],
+        refused: Callable[[Instance, AttestationRefused], Awaitable[None]],
         wake: Callable[[], None],
     ) -> None:
         self._id = challenge_id
         self._parts = parts
         self._broke = broke
+        self._refused = refused
         self._wake = wake
         self._provisioner = Provisioner(parts)
         self._booting = 0
@@ -110,7 +113,10 @@ class Pool:
         while self.lacking() > 0 and self._booting < _BOOTS_AT_ONCE and now >= self._retry_at:
             reservation = None
             if parts.room.may_refill():
-                reservation = parts.quota.reserve(serving.plan.resources, owner=serving.key)
+                plan, use = serving.plan, Use.CHALLENGE if serving.shared else Use.READY
+                reservation = parts.quota.reserve(
+                    plan.resources, owner=serving.key, image=plan.image, use=use
+                )
             if not isinstance(reservation, Reservation):
                 self._retry_at = now + REFILL_RETRY.total_seconds()
                 return
@@ -201,6 +207,9 @@ class Pool:
 
     async def _not_booted(self, instance: Instance, error: Exception) -> None:
         self._retry_at = self._parts.clock.monotonic() + REFILL_RETRY.total_seconds()
+        if isinstance(error, AttestationRefused):
+            await self._refused(instance, error)
+            return
         instance.boot_failures += 1
         _log.warning(
             "ready_cvm_failed", challenge_id=self._id, error=str(error), in_a_row=instance.boot_failures

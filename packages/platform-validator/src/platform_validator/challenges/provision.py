@@ -20,7 +20,7 @@ from platform_validator.challenges.source import FetchedTree, SourceError
 from platform_validator.challenges.yielding import RoomFacts, Step, next_step
 from platform_validator.cvm.errors import BootTimedOut
 from platform_validator.cvm.plan import CvmPlan
-from platform_validator.cvm.quota import Refusal, Reservation
+from platform_validator.cvm.quota import Refusal, Reservation, Use
 from platform_validator.cvm.vmm import VmmError
 from platform_validator.store.records import InstanceState, Purpose
 
@@ -99,7 +99,10 @@ class Provisioner:
             raise AssertionError("reserved before it was resolved")
         parts, since = self._parts, self._parts.clock.monotonic()
         while True:
-            answer = parts.quota.reserve(candidate.plan.resources, owner=candidate.key)
+            plan = candidate.plan
+            answer = parts.quota.reserve(
+                plan.resources, owner=candidate.key, image=plan.image, use=Use.CHALLENGE
+            )
             if not isinstance(answer, Refusal):
                 return answer
             if candidate.waits != str(answer):

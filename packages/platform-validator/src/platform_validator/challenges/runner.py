@@ -15,6 +15,7 @@ import structlog
 from platform_protocol.ids import ChallengeId
 from platform_protocol.platform_messages import ActiveChallenge
 from platform_protocol.spec import SpecInvalid
+from platform_validator.challenges.aim import Aim, Target
 from platform_validator.challenges.instance import (
     ChallengeView,
     Instance,
@@ -28,10 +29,10 @@ from platform_validator.challenges.parts import RunnerParts
 from platform_validator.challenges.pool import REFILL_RETRY, Pool
 from platform_validator.challenges.provision import Provisioner, told
 from platform_validator.challenges.resolve import Unfit
-from platform_validator.challenges.settling import followed_at
 from platform_validator.challenges.source import SourceError
 from platform_validator.crashpoint import crashpoint
-from platform_validator.cvm.errors import CvmError
+from platform_validator.cvm.errors import AttestationRefused, CvmError
+from platform_validator.cvm.quota import Use
 from platform_validator.cvm.vmm import VmmError
 from platform_validator.store.port import StoreUnavailable
 from platform_validator.store.records import InstanceRecord, InstanceState
@@ -39,7 +40,7 @@ from platform_validator.store.records import InstanceRecord, InstanceState
 _LOOK = 60.0
 _MAX_REASON, _KEPT_HEAD = 2000, 500
 _LASTING_STEPS = 3
-_CHANGES = 32
+LOOK_AGAIN = timedelta(seconds=15)
 
 _log = structlog.get_logger(__name__)
 
@@ -50,8 +51,7 @@ class ChallengeRunner:
     Args:
         challenge_id: Which.
         parts: Shared by all challenges.
-        before: The instance that served when an earlier process ended: it is brought up first, whatever
-            the list names by now, so that a new version that fails does not end it (I8).
+        before: The instance that served when an earlier process ended.
     """
 
     def __init__(
@@ -59,10 +59,7 @@ class ChallengeRunner:
     ) -> None:
         self._id = challenge_id
         self._parts = parts
-        self._before = before
-        self._listed_first = False
-        self._failures: dict[str, int] = {}
-        self._wanted: ActiveChallenge | None = None
+        self._aim = Aim(before)
         self._name = ""
         self._serving: Instance | None = None
         self._candidate: Instance | None = None
@@ -70,11 +67,10 @@ class ChallengeRunner:
         self._changed = asyncio.Event()
         self._bringing: asyncio.Task[None] | None = None
         self._retry_at = 0.0
-        self._changes: list[float] = []
-        self._generation = 0 if before is None else generation_of(before.key)
         self._look_closer = False
+        self._refusal: tuple[str, AttestationRefused] | None = None
         self._provisioner = Provisioner(parts)
-        self._pool = Pool(challenge_id, parts, broke=self._broke, wake=self.wake)
+        self._pool = Pool(challenge_id, parts, broke=self._broke, refused=self._is_refused, wake=self.wake)
 
     # What others ask
 
@@ -82,13 +78,13 @@ class ChallengeRunner:
         """The API's list names it so now, or no longer."""
         if wanted is not None:
             self._name = wanted.name
-        if wanted != self._wanted:
-            changed = (
-                wanted is None or self._wanted is None or instance_key(wanted) != instance_key(self._wanted)
-            )
-            self._wanted = wanted
-            if changed:
-                self._changes = [*self._changes[-_CHANGES:], self._parts.clock.monotonic()]
+        if self._aim.lists(wanted, self._parts.clock.monotonic()):
+            self.wake()
+
+    def refused(self, key: str, error: AttestationRefused) -> None:
+        """A CVM of an instance was refused: if it serves here, it has failed."""
+        if self._serving is not None and self._serving.key == key:
+            self._refusal = key, error
             self.wake()
 
     def look_closer(self) -> None:
@@ -171,10 +167,11 @@ class ChallengeRunner:
     async def _step(self, group: asyncio.TaskGroup) -> bool:
         try:
             await self._retire()
-            if self._wanted is None:
+            await self._take_refusal()
+            if self._aim.listed is None:
                 await self._withdraw()
                 return not self._old and self._candidate is None and self._serving is None
-            await self._follow(self._wanted, group)
+            await self._follow(self._aim.listed, group)
             self._pool.refill(group)
         except StoreUnavailable as error:
             _log.error("challenge_not_stored", challenge_id=self._id, error=str(error))
@@ -186,8 +183,8 @@ class ChallengeRunner:
         waits = [_LOOK]
         if self._retry_at > now:
             waits.append(self._retry_at - now)
-        if self._changes and followed_at(self._changes) > now:
-            waits.append(followed_at(self._changes) - now)
+        if self._aim.followed_at > now:
+            waits.append(self._aim.followed_at - now)
         refill = self._pool.refill_in()
         if refill is not None:
             waits.append(refill)
@@ -199,25 +196,36 @@ class ChallengeRunner:
     async def _follow(self, listed: ActiveChallenge, group: asyncio.TaskGroup) -> None:
         await self._compare(listed)
         await self._bring_back()
-        wanted, (key, digest) = self._target(listed)
-        if self._candidate is not None and self._candidate.key != key:
+        target = self._aim.target(listed)
+        if self._candidate is not None and self._candidate.key != target.key:
             await self._drop_candidate(Fact.SUPERSEDED)
-        if self._serving is not None and self._serving.key == key:
+        if self._serving is not None and self._serving.key == target.key:
             return
         now = self._parts.clock.monotonic()
         if self._candidate is None:
-            if self._changes and now < followed_at(self._changes):
+            if now < self._aim.followed_at:
                 return
-            await self._begin(Instance(self._record(wanted, key, digest), wanted))
+            await self._begin(Instance(self._record(target), target.wanted))
         candidate = self._candidate
         if candidate is None or (self._bringing is not None and not self._bringing.done()):
             return
         if now < self._retry_at:
             return
         if candidate.state is InstanceState.FAILED:
-            await self._tell(candidate, Fact.RETRIED)
+            await self._retry(candidate)
         if candidate.state is InstanceState.CREATED:
             self._bringing = group.create_task(self._bring_up(candidate))
+
+    async def _retry(self, candidate: Instance) -> None:
+        """A refusal by attestation stands until something changes that could make it acceptable."""
+        if (
+            candidate.refused_under is not None
+            and await self._parts.standing.now() == candidate.refused_under
+        ):
+            self._retry_at = self._parts.clock.monotonic() + LOOK_AGAIN.total_seconds()
+            return
+        candidate.refused_under = None
+        await self._tell(candidate, Fact.RETRIED)
 
     async def _bring_back(self) -> None:
         """What served and broke is its own candidate, before anything newer that has failed (I8)."""
@@ -230,7 +238,7 @@ class ChallengeRunner:
         await self._drop_candidate(Fact.SUPERSEDED)
         self._candidate, self._serving = serving, None
         self._pool.serving = None
-        self._before, self._listed_first = serving.record, False
+        self._aim.broke(serving.record)
         self._retry_at = self._parts.clock.monotonic() + RETRY.wait(1, self._parts.rng)
 
     async def _compare(self, listed: ActiveChallenge) -> None:
@@ -241,30 +249,20 @@ class ChallengeRunner:
         self._look_closer = False
         if serving.key != instance_key(listed, serving.generation)[0]:
             return
-        differs = await self._provisioner.differs(serving)
-        if not differs:
-            self._generation = serving.generation
-        elif self._generation == serving.generation:
-            self._generation += 1
-            _log.info("challenge_surroundings_changed", challenge_id=self._id, generation=self._generation)
-
-    def _target(self, listed: ActiveChallenge) -> tuple[ActiveChallenge, tuple[str, str]]:
-        """What is to be brought up: what served before, or what is listed; in turns if neither comes up."""
-        named, before = instance_key(listed, self._generation), self._before
-        if before is None or before.key == named[0] or self._listed_first:
-            return listed, named
-        earlier = {"github_repo": before.repository, "github_commit": before.commit, "compose_hash": None}
-        return listed.model_copy(update=earlier), (before.key, before.spec_digest)
+        differ = await self._provisioner.differs(serving)
+        if self._aim.surroundings(serving.generation, differ=differ):
+            _log.info("challenge_surroundings_changed", challenge_id=self._id, commit=serving.record.commit)
 
     async def _begin(self, candidate: Instance) -> None:
-        candidate.generation = self._generation
-        candidate.restoring = self._before is not None and self._before.key == candidate.key
+        candidate.generation = generation_of(candidate.key)
         self._candidate = candidate
-        if candidate.key not in self._failures:
+        if not self._aim.failures(candidate.key):
             # What has not failed yet is tried at once.
             self._retry_at = 0.0
-        if candidate.restoring and self._before is not None:
-            candidate.record = replace(candidate.record, superseded_by=self._before.superseded_by)
+        before = self._aim.restores(candidate.key)
+        candidate.restoring = before is not None
+        if before is not None:
+            candidate.record = replace(candidate.record, superseded_by=before.superseded_by)
             return
         await self._parts.store.put_instance(candidate.record)
         crashpoint("instance_created")
@@ -273,23 +271,25 @@ class ChallengeRunner:
             self._serving.record = replace(self._serving.record, superseded_by=candidate.key)
             await self._parts.store.put_instance(self._serving.record)
 
-    def _record(self, wanted: ActiveChallenge, key: str, digest: str) -> InstanceRecord:
+    def _record(self, target: Target) -> InstanceRecord:
         return InstanceRecord(
-            key=key,
+            key=target.key,
             challenge_id=self._id,
-            name=wanted.name,
-            repository=wanted.github_repo,
-            commit=wanted.github_commit,
-            spec_digest=digest,
+            name=target.wanted.name,
+            repository=target.wanted.github_repo,
+            commit=target.wanted.github_commit,
+            spec_digest=target.digest,
             state=InstanceState.CREATED,
             since=self._parts.clock.now(),
-            failures=self._failures.get(key, 0),
+            failures=self._aim.failures(target.key),
         )
 
     async def _bring_up(self, candidate: Instance) -> None:
         """Created to Active, or to Failed with the reason."""
         try:
             await self._provision(candidate)
+        except AttestationRefused as error:
+            await self._is_refused(candidate, error)
         except (SourceError, Unfit, SpecInvalid, CvmError, VmmError, StoreUnavailable) as error:
             reason, candidate.lasting = told(error)
             await self._broke(candidate, reason)
@@ -319,6 +319,8 @@ class ChallengeRunner:
         except BaseException:
             fleet.destroy(cvm.name)
             raise
+        if not candidate.shared:
+            self._parts.quota.reassign(reservation, Use.READY)
         self._pool.keep(candidate, cvm)
         self._parts.on_ready()
 
@@ -364,9 +366,8 @@ class ChallengeRunner:
                 old.record = old_before
             raise
         self._serving = self._pool.serving = candidate
-        self._candidate = self._before = None
-        self._failures.clear()
-        self._listed_first = False
+        self._candidate = None
+        self._aim.served()
         candidate.boot_failures, candidate.restoring = 0, False
         if old is not None:
             self._leaves(old)
@@ -386,10 +387,22 @@ class ChallengeRunner:
             await self._parts.store.put_instance(instance.record)
             crashpoint("instance_failed")
         if instance is self._candidate:
-            self._failures[instance.key] = instance.record.failures
-            self._listed_first = not self._listed_first
+            self._aim.failed(instance.record)
             await self._take_jobs_again()
         self.wake()
+
+    async def _is_refused(self, instance: Instance, error: AttestationRefused) -> None:
+        """Failed by attestation: not tried again before policy, images or commit change."""
+        if instance.state is InstanceState.FAILED:
+            return
+        instance.refused_under = await self._parts.standing.now()
+        await self._broke(instance, f"attestation_refused: {error.check}: {error.detail}")
+
+    async def _take_refusal(self) -> None:
+        refusal, self._refusal = self._refusal, None
+        serving = self._serving
+        if refusal is not None and serving is not None and serving.key == refusal[0]:
+            await self._is_refused(serving, refusal[1])
 
     def _note(self, instance: Instance, fact: Fact) -> None:
         instance.told(fact, at=self._parts.clock.now())

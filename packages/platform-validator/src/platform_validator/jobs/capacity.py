@@ -43,8 +43,8 @@ class CapacityFacts:
     """What the decision looks at.
 
     `room` is why the quota has none for another CVM of this size, or None; `ready` the size of an idle CVM
-    of this challenge, whose resources are reserved already; `shared`: the job runs in that CVM and in no other
-    (one that is too large for it has its own).
+    of this challenge, whose resources are reserved already; `shared`: the job runs in that CVM and in no
+    other (one that is too large for it has its own).
     """
 
     claiming: bool

@@ -20,7 +20,7 @@ from platform_validator.challenges.manager import ChallengeManager
 from platform_validator.clock import Clock
 from platform_validator.cvm.placement import Wish
 from platform_validator.cvm.quota import Quota, Refusal
-from platform_validator.jobs.capacity import Capacity, CapacityFacts, Need, NoCapacity, has_capacity
+from platform_validator.jobs.capacity import Capacity, CapacityFacts, Need, NoCapacity, covers, has_capacity
 from platform_validator.jobs.claiming import Claimer
 from platform_validator.jobs.ending import Ending, died
 from platform_validator.jobs.ends import JobEnds
@@ -213,7 +213,7 @@ class JobManager:
                 gate_open=self._gate(job.challenge_id).admits(self._clock.monotonic()),
                 room=self._quota.would(wish, kept=self._passed_over.kept_from(job)),
                 ready=ref.ready_size() if ref is not None else None,
-                shared=ref is not None and ref.shared and covers(ref.plan.resources, need),
+                shared=ref is not None and ref.shared and covers(ref.plan.resources, wish.resources),
                 active_jobs=len(self._slots),
                 max_jobs=self._max,
             ),
