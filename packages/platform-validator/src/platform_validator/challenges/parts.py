@@ -43,4 +43,3 @@ class RunnerParts:
     room: RoomMaker
     on_ready: Callable[[], None]
     standing: Standing
-    on_state: Callable[[ChallengeId, str], None]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +27,6 @@ from platform_validator.jobs.diary import Diary
 from platform_validator.jobs.ending import Ending, blame
 from platform_validator.jobs.ends import JobEnds
 from platform_validator.jobs.giving_back import GivingBack
-from platform_validator.jobs.left_cvm import LeftCvm
 from platform_validator.jobs.observe import JobMetrics
 from platform_validator.jobs.recovery import RESTARTED
 from platform_validator.jobs.result import Finding, judge, result_body
@@ -35,7 +34,7 @@ from platform_validator.jobs.submissions import Submissions
 from platform_validator.jobs.tenure import Tenure
 from platform_validator.jobs.work import ClaimedJob
 from platform_validator.platform_client.port import PlatformError
-from platform_validator.scoring import ScoringRule, UnknownScoring
+from platform_validator.scoring import ScoringRule
 from platform_validator.store.port import Store, StoreUnavailable
 from platform_validator.store.records import JobOutcome, JobRecord, Purpose, Stage
 
@@ -141,18 +140,16 @@ class JobExecutor:
     async def create_vm(self, job: ClaimedJob) -> Guest:
         """A CVM for this job alone: the ready one that was set aside for it, or one that boots now.
 
-        In `shared` mode it is a seat in the challenge's CVM. A job that ran under an earlier process goes on
-        in the CVM that it ran in.
+        A job that ran under an earlier process goes on in the CVM that it ran in.
         """
         if job.adopts is not None:
-            job.cvm = adopted = await job.adopts.adopt(job.plan)
+            job.cvm = adopted = await self._fleet.adopt(job.adopts, job.plan)
             return adopted
         await self._diary.enter(job, Stage.CREATING)
         if job.cvm is not None:
             job.vm = job.cvm.name
-            if not job.shared:
-                await self._store.vm_assigned(job.cvm.name, job.claim_id)
-                self._fleet.assigned(job.cvm.name)
+            await self._store.vm_assigned(job.cvm.name, job.claim_id)
+            self._fleet.assigned(job.cvm.name)
             return job.cvm
         reservation, job.reservation = job.reservation, None
         if reservation is None:
@@ -239,16 +236,12 @@ class JobExecutor:
         return Ending(outcome, finding.error)
 
     def destroy_vm(self, job: ClaimedJob) -> None:
-        """Hand its CVM to destruction, which never waits; give back a reservation that no CVM used.
-
-        A shared CVM stays: the job's seat in it is given up with its reference on the instance.
-        """
+        """Hand its CVM to destruction, which never waits; give back a reservation that no CVM used."""
         cvm, job.cvm = job.cvm, None
         adopts, job.adopts = job.adopts, None
-        if adopts is not None:
-            adopts.let_go()
-        elif cvm is not None and not job.shared:
-            self._fleet.destroy(cvm.name)
+        name = cvm.name if cvm is not None else adopts
+        if name is not None:
+            self._fleet.destroy(name)
         reservation, job.reservation = job.reservation, None
         if reservation is not None:
             self._quota.release(reservation)
@@ -263,23 +256,13 @@ class JobExecutor:
             result.result,
             error,
             max_bytes=job.spec.result.max_bytes,
-            rule=self._rule(job),
+            rule=self._scoring.overridden(job.spec),
             size=result.result_bytes,
         )
 
-    def _rule(self, job: ClaimedJob) -> ScoringRule:
-        spec = job.spec
-        try:
-            return self._scoring.overridden(
-                spec.scoring, low=spec.result.score_min, high=spec.result.score_max
-            )
-        except UnknownScoring as error:
-            _log.warning("challenge_scoring_ignored", error=str(error))
-            return self._scoring
-
     async def _take_leave(self, job: ClaimedJob, cvm: Guest) -> None:
         """Cancelled while it runs: the SDK is told, and given a moment to end it in order."""
-        if not job.started and not job.shared:
+        if not job.started:
             return
         why = job.ending.reason if job.ending is not None else None
         with contextlib.suppress(CvmError, TimeoutError):
@@ -311,12 +294,9 @@ class JobExecutor:
             await self._giving_back.release(job.job_id, job.token, ReleaseReason.INFRA, patience=None)
         await self._ends.end(job.claim_id, JobOutcome.INFRA_ERROR, RESTARTED)
 
-    def left_cvms(self, names: Iterable[VmName]) -> dict[VmName, LeftCvm]:
-        """CVMs that jobs go on in, each held once for each time that it is named."""
-        left: dict[VmName, LeftCvm] = {}
-        for name in names:
-            left.setdefault(name, LeftCvm(name, self._fleet)).hold()
-        return left
+    def abandon(self, name: VmName) -> None:
+        """Hand a CVM to destruction that no job can go on in."""
+        self._fleet.destroy(name)
 
 
 _OUTCOMES = {

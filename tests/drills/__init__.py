@@ -1,1 +1,0 @@
-"""Drills: the whole system as separate processes, put through one hard thing, and counted afterwards."""
