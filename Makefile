@@ -13,7 +13,7 @@ SEEDS ?= 1000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help setup system demo test lint bench simulate docs lock clean
+.PHONY: help setup system demo test lint bench simulate attest-matrix values-drill docs lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -57,9 +57,16 @@ bench: setup system ## measure, beside something real in the same run
 	@$(BIN)/python -m bench.sandbox_start $(ARGS)
 	@$(BIN)/python -m bench.large_result
 	@$(BIN)/python -m bench.journal_year --jobs 10000
+	@$(BIN)/python -m bench.values_rate
 
 simulate: setup ## the daemon on a virtual clock under seeded faults; SEEDS=1000, ARGS="--seed 11" replays
 	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) $(ARGS)
+
+attest-matrix: setup ## every check of attestation against real and generated quotes, honest and tampered
+	@$(BIN)/python -m tests.attestation
+
+values-drill: setup system ## 10,000 increments from 20 CVMs across a kill -9 of the validator
+	@$(BIN)/python -m tests.drills.values $(ARGS)
 
 docs: setup ## check the pages' links and commands; write docs/openapi.json
 	@$(BIN)/python scripts/openapi.py docs/openapi.json

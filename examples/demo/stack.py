@@ -33,6 +33,7 @@ class Stack:
     guest_port: int
     admin_port: int
     keypair: Keypair
+    validator_environment: dict[str, str] = field(default_factory=dict)
     admin_token: str = field(default="", repr=False)
 
     @property
@@ -69,13 +70,24 @@ class Stack:
         self.processes.restart("platform-api")
         self.processes.wait_for("platform-api", "answering", lambda: self._answers(f"{self.base}/health"))
 
+    def kill_validator(self) -> None:
+        """End the validator as a crash would."""
+        self.processes.kill("validator")
+
+    def restart_validator(self) -> None:
+        """Start it again and wait until it is ready."""
+        self.processes.restart("validator")
+        self._wait_for_validator()
+
     def stop(self) -> dict[str, int]:
         """End all three in order: the validator drains, then the VMM ends its guests. Exit codes by name."""
         seconds = {"validator": 60.0, "vmm": 15.0, "platform-api": 10.0}
         running = [name for name in seconds if name in self.processes.parts]
         return {name: self.processes.stop(name, seconds[name]) for name in running}
 
-    def add_challenge(self, name: str, repository: Path, commit: str, timeout_s: int) -> str:
+    def add_challenge(
+        self, name: str, repository: Path, commit: str, timeout_s: int, *, memory_mb: int = 512
+    ) -> str:
         """Register a challenge; returns its id."""
         made = self._admin(
             "POST",
@@ -85,10 +97,15 @@ class Stack:
                 "github_repo": repository.as_uri(),
                 "github_commit": commit,
                 "timeout_s": timeout_s,
-                "resources": {"cpu_cores": 1, "memory_mb": 512, "disk_mb": 1024, "gpu_count": 0},
+                "resources": {"cpu_cores": 1, "memory_mb": memory_mb, "disk_mb": 1024, "gpu_count": 0},
             },
         )
         return str(made["id"])
+
+    def add_job(self, challenge_id: str, payload: dict[str, Any], timeout_s: int) -> str:
+        """Queue a job without a submission; returns its id."""
+        body = {"challenge_id": challenge_id, "payload": payload, "timeout_s": timeout_s}
+        return str(self._admin("POST", "/jobs", body)["id"])
 
     def jobs(self) -> list[dict[str, Any]]:
         """Every job, read from the Platform API's database."""
@@ -118,6 +135,19 @@ class Stack:
         finally:
             connection.close()
         return vms
+
+    def validator_command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """A `validator` command beside the daemon, with its settings."""
+        part = self.processes.parts["validator"]
+        return subprocess.run(
+            [str(_BIN / "validator"), *words],
+            env={**os.environ, **part.environment},
+            cwd=self.state,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
 
     def status(self) -> dict[str, Any] | None:
         """The validator's own view, for the live display; None while it does not answer."""
@@ -182,10 +212,14 @@ class Stack:
             "VALIDATOR_HTTP_LISTEN": f"127.0.0.1:{self.guest_port}",
             "VALIDATOR_ADMIN_LISTEN": f"127.0.0.1:{self.admin_port}",
             "VALIDATOR_BASE_URL": f"http://10.0.2.2:{self.guest_port}",
+            **self.validator_environment,
         }
         self.processes.start(
             "validator", [str(_BIN / "validator"), "run", "--config", str(config)], environment
         )
+        self._wait_for_validator()
+
+    def _wait_for_validator(self) -> None:
         ready = f"http://127.0.0.1:{self.guest_port}/health"
         self.processes.wait_for("validator", "ready", lambda: self._answers(ready))
 

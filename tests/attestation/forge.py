@@ -34,7 +34,8 @@ _DER = serialization.Encoding.DER
 Key = ec.EllipticCurvePrivateKey
 
 
-def _key() -> Key:
+def new_key() -> Key:
+    """Somebody's."""
     return ec.generate_private_key(ec.SECP256R1())
 
 
@@ -65,7 +66,7 @@ def issue(
     signed_by: Key | None = None,
 ) -> Entity:
     """A certificate; self-signed without an issuer. `fmspc` makes it a PCK certificate."""
-    key = _key()
+    key = new_key()
     subject = x509.Name(
         [
             x509.NameAttribute(NameOID.COMMON_NAME, name),
@@ -305,7 +306,7 @@ class QuoteParts:
 def quote(pki: Hierarchy, td: Td, parts: QuoteParts | None = None) -> bytes:
     """A quote of version 4, or 5 for a TD 1.5."""
     parts = parts or QuoteParts()
-    key = parts.attestation_key or _key()
+    key = parts.attestation_key or new_key()
     version = parts.version or (4 if td.service_td is None else 5)
     header = version.to_bytes(2, "little") + parts.key_type.to_bytes(2, "little")
     header += parts.tee_type.to_bytes(4, "little") + bytes(4) + parts.vendor + parts.user_data

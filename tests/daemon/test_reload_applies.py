@@ -100,7 +100,9 @@ def test_what_reloads_has_its_effect(
     async def story(world: World) -> None:
         controlled = Controlled(world)
         running = controlled.start()
-        await until(lambda: controlled.engine.phase == "running")
+        # The CVM that proved the challenge is gone: nothing is reserved.
+        parts = controlled.engine.parts
+        await until(lambda: bool(parts.challenges.active_ids()) and not parts.fleet.views())
         assert effect(controlled) == before
         controlled.values[key] = value
         done = controlled.control.reload()

@@ -21,6 +21,7 @@ from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.challenges.source import FetchedTree
 from platform_validator.config import Settings, load_settings
 from platform_validator.cvm.connection import Callee, Judge, SessionPace
+from platform_validator.cvm.errors import SessionLost
 from platform_validator.cvm.jobs import GuestResult, JobOrder
 from platform_validator.cvm.memory import MemoryVmm
 from platform_validator.cvm.session import ValuesHandler
@@ -146,6 +147,10 @@ class GatedSession:
 
     async def acknowledge(self, result: GuestResult) -> None:
         pass
+
+    async def lost(self) -> Exception:
+        await self._closed.wait()
+        return SessionLost("closed")
 
     def close(self) -> None:
         self._closed.set()

@@ -135,7 +135,7 @@ async def test_a_submission_of_many_chunks_survives_a_dropped_connection(pair: P
     async with asyncio.TaskGroup() as tasks:
         job = tasks.create_task(run(pair, path, hashlib.sha256(path.read_bytes()).hexdigest()))
         async with asyncio.timeout(5):
-            while pair.server._job is None or pair.server._job.received < 1024 * 1024:
+            while pair.server.jobs.state(configured=True).submission_bytes < 1024 * 1024:
                 await asyncio.sleep(0)
         live = pair.server._live
         assert live is not None

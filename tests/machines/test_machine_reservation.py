@@ -81,6 +81,11 @@ class Guest:
     async def acknowledge(self, _: Any) -> None:
         """See the port."""
 
+    async def lost(self) -> Exception:
+        """See the port."""
+        await self._closed.wait()
+        return SessionLost("closed")
+
     def close(self) -> None:
         """See the port."""
         self._closed.set()

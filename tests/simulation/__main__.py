@@ -28,13 +28,15 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=104, help="queued in each seed")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--bug", choices=sorted(BUGS), help="break the validator like this first")
+    parser.add_argument("--until", help="end with the seed that breaks this law, as I2 or liveness")
     asked = parser.parse_args()
     if asked.seed is not None:
         return _replay(asked.seed, asked.jobs, asked.bug)
-    return _many(range(asked.first, asked.first + asked.seeds), asked.jobs, asked.processes, asked.bug)
+    return _many(asked)
 
 
-def _many(seeds: range, jobs: int, processes: int, bug: str | None) -> int:
+def _many(asked: argparse.Namespace) -> int:
+    seeds = range(asked.first, asked.first + asked.seeds)
     began = said = time.monotonic()
     console, ended = Console(stderr=True), 0
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -53,7 +55,14 @@ def _many(seeds: range, jobs: int, processes: int, bug: str | None) -> int:
                 said = time.monotonic()
                 console.print(f"{ended} of {len(seeds)} seeds, {said - began:.0f} s", highlight=False)
 
-        figures = run_many(seeds, jobs=jobs, processes=processes, bug=bug, on_outcome=tell)
+        figures = run_many(
+            seeds,
+            jobs=asked.jobs,
+            processes=asked.processes,
+            bug=asked.bug,
+            until=asked.until,
+            on_outcome=tell,
+        )
     _say(figures.as_json() | {"wall_s": round(time.monotonic() - began, 1)})
     return 1 if figures.violations else 0
 

@@ -1,4 +1,4 @@
-"""Five faults that a validator must not have, each to be put in on purpose and caught by the laws.
+"""Faults that a validator must not have, each to be put in on purpose and caught by the laws.
 
 Each replaces one piece of the real code for as long as its context lasts.
 """
@@ -12,20 +12,28 @@ from typing import Any
 
 from platform_protocol.ids import VmName
 from platform_protocol.notifications import NewJob
-from platform_protocol.platform_messages import Claim, Lease
+from platform_protocol.platform_messages import ActiveChallenge, Claim, Lease
 from platform_validator.challenges.instance import InstanceRef
+from platform_validator.challenges.runner import ChallengeRunner
 from platform_validator.cvm import fleet as fleet_module
 from platform_validator.cvm.destroyer import Destroyer
+from platform_validator.cvm.errors import SessionLost
 from platform_validator.cvm.quota import Quota, Reservation
 from platform_validator.cvm.reclaim import Reclaim, plan_reclaim
 from platform_validator.daemon.engine import Engine
 from platform_validator.jobs.diary import Diary
+from platform_validator.jobs.ending import Ending
+from platform_validator.jobs.executor import JobExecutor
+from platform_validator.jobs.lease import TaskRenewer
+from platform_validator.jobs.outbox import Outbox
+from platform_validator.jobs.result import Finding
 from platform_validator.jobs.slot import Slot
 from platform_validator.jobs.tenure import Tenure
 from platform_validator.jobs.work import ClaimedJob
+from platform_validator.platform_client.memory import MemoryPlatform
 from platform_validator.platform_client.port import PlatformUnavailable
 from platform_validator.store.port import StoreUnavailable
-from platform_validator.store.records import JobOutcome, JobRecord, Stage
+from platform_validator.store.records import JobOutcome, JobRecord, OutboxRecord, Stage
 
 
 @contextmanager
@@ -57,7 +65,7 @@ def released_twice() -> Iterator[None]:
 
     def forgiving(self: Any, reservation: Reservation) -> None:
         self._held.pop(id(reservation), None)
-        self._seen = None
+        self._changed()
 
     def destroy(self: Any, name: VmName, reason: str | None = None) -> None:
         reservation = self._reservations.get(name)
@@ -169,7 +177,101 @@ def owned_by_prefix() -> Iterator[None]:
         yield
 
 
-BUGS = {
+@contextmanager
+def stale_token_taken() -> Iterator[None]:
+    """The Platform API takes a result whatever token it comes under."""
+
+    def held(self: Any, job_id: Any, token: Any) -> Any:
+        job = self._job(job_id)
+        return job if not job.finished else original(self, job_id, token)
+
+    original = MemoryPlatform._held
+    with _replaced(MemoryPlatform, "_held", held):
+        yield
+
+
+@contextmanager
+def never_renewed() -> Iterator[None]:
+    """Leases are held, and never renewed."""
+
+    async def run(self: Any, *_arguments: Any) -> None:
+        await asyncio.Event().wait()
+
+    with _replaced(TaskRenewer, "_run", run):
+        yield
+
+
+@contextmanager
+def silence_taken_for_no() -> Iterator[None]:
+    """A result that is not answered leaves the outbox."""
+
+    async def note(self: Any, entry: OutboxRecord, *_arguments: Any) -> None:
+        await self._settle(entry, "no_answer")
+
+    with _replaced(Outbox, "_note", note):
+        yield
+
+
+@contextmanager
+def sent_once() -> Iterator[None]:
+    """A result that is not answered is never sent again."""
+
+    async def note(self: Any, _entry: OutboxRecord, tries: Any, *_arguments: Any) -> None:
+        tries.due = float("inf")
+
+    def wake(self: Any, *, retry: bool = False) -> None:
+        del retry
+        self._wake.set()
+
+    with _replaced(Outbox, "_note", note), _replaced(Outbox, "wake", wake):
+        yield
+
+
+@contextmanager
+def slot_until_destroyed() -> Iterator[None]:
+    """A job keeps its slot until its CVM is gone."""
+
+    async def execute(self: Any, job: ClaimedJob) -> Ending:
+        ending = await original(self, job)
+        while job.vm is not None and any(view.name == job.vm for view in self._fleet.views()):
+            await asyncio.sleep(0.5)
+        return ending
+
+    original = JobExecutor.execute_job
+    with _replaced(JobExecutor, "execute_job", execute):
+        yield
+
+
+@contextmanager
+def old_version_first() -> Iterator[None]:
+    """The version that serves is given up as soon as another is wanted."""
+
+    async def follow(self: Any, wanted: ActiveChallenge, group: asyncio.TaskGroup) -> None:
+        if self._serving is not None and self._serving.key != self._key_of(wanted)[0]:
+            await self._withdraw()
+        await original(self, wanted, group)
+
+    original = ChallengeRunner._follow
+    with _replaced(ChallengeRunner, "_follow", follow):
+        yield
+
+
+@contextmanager
+def death_scored() -> Iterator[None]:
+    """A CVM that dies counts as a failure of the submission in it."""
+
+    async def evaluate(self: Any, job: ClaimedJob, *arguments: Any) -> tuple[Finding, Any]:
+        try:
+            return await original(self, job, *arguments)
+        except SessionLost:
+            return Finding.timed_out("timeout"), None
+
+    original = JobExecutor.evaluate_submission
+    with _replaced(JobExecutor, "evaluate_submission", evaluate):
+        yield
+
+
+FIVE = {
     "stored-after-submit": stored_after_submit,
     "released-twice": released_twice,
     "silence-taken-for-yes": silence_taken_for_yes,
@@ -177,6 +279,19 @@ BUGS = {
     "owned-by-prefix": owned_by_prefix,
 }
 """By the names that the command line knows."""
+
+FURTHER = {
+    "stale-token-taken": stale_token_taken,
+    "never-renewed": never_renewed,
+    "silence-taken-for-no": silence_taken_for_no,
+    "sent-once": sent_once,
+    "slot-until-destroyed": slot_until_destroyed,
+    "old-version-first": old_version_first,
+    "death-scored": death_scored,
+}
+"""For the laws that none of the five breaks."""
+
+BUGS = FIVE | FURTHER
 
 
 @contextmanager

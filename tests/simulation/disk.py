@@ -7,6 +7,7 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
+from tests.simulation.faults import strike
 from tests.simulation.laws import Laws
 from tests.simulation.plan import NodePlan
 from tests.simulation.server import Server
@@ -17,6 +18,8 @@ from platform_protocol.platform_messages import ResultBody
 from platform_validator.store.memory import MemoryStore
 from platform_validator.store.port import Store, StoreUnavailable
 
+_SLOW = 0.1
+"""How often a call takes a while; all others give others a turn, as a call of the real store does."""
 _READS = frozenset(
     {
         "identity",
@@ -91,11 +94,17 @@ class Disk:
     async def _through(self, name: str, *, writes: bool) -> None:
         life, dice = self._life, self._dice
         life.check()
-        await life.pause(dice.uniform(0.0, 0.02) if dice.random() < 0.1 else 0)
+        if dice.random() < _SLOW or life.frozen_until:
+            await life.pause(dice.uniform(0.0, 0.02))
+        else:
+            await asyncio.sleep(0)
+            life.check()
         if not writes or self.healed:
             return
         now = asyncio.get_running_loop().time()
-        if dice.random() < self._chance or any(window.holds(now) for window in self._plan.full_disk):
+        full = any(window.holds(now) for window in self._plan.full_disk)
+        if full or dice.random() < self._chance:
+            strike(self._laws.book, "disk_full" if full else "disk_error")
             raise StoreUnavailable(f"{name}: no space left on device")
 
     def _before(self, name: str, arguments: tuple[Any, ...]) -> None:

@@ -6,8 +6,10 @@ import asyncio
 import random
 from dataclasses import dataclass, field
 
+from tests.simulation.faults import strike
 from tests.simulation.laws import Laws, Script
 from tests.simulation.plan import Plan
+from tests.simulation.source import seats_of
 
 from platform_protocol.ids import JobId, VmId, VmName
 from platform_validator.cvm.memory import Machine, MemoryVmm
@@ -15,18 +17,40 @@ from platform_validator.cvm.vmm import VmState
 
 
 @dataclass(slots=True)
+class Given:
+    """A job that a guest was given."""
+
+    attempt: int
+    script: Script
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    cancelled: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether it runs no more."""
+        return self.cancelled or self.done.is_set()
+
+
+@dataclass(slots=True)
 class Guest:
-    """One boot of one VM, until it ends; it lives on while validators come and go."""
+    """One boot of one VM, until it ends; it lives on while validators come and go.
+
+    `seats`: how many jobs it runs at once, in `shared` mode; None: one in its life.
+    """
 
     ready_at: float
+    seats: int | None
     boot_error: str = ""
     session_id: str | None = None
     configured: bool = False
-    job_id: JobId | None = None
-    attempt: int = 0
-    done: asyncio.Event = field(default_factory=asyncio.Event)
+    given: dict[JobId, Given] = field(default_factory=dict)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
-    script: Script | None = None
+
+    def may_begin(self) -> bool:
+        """Whether another job may."""
+        if self.seats is None:
+            return not self.given
+        return sum(not each.over for each in self.given.values()) < self.seats
 
 
 class Guests:
@@ -59,11 +83,12 @@ class Guests:
         key = machine.id, machine.boots
         if key not in self._boots:
             dice, now = self._dice, asyncio.get_running_loop().time()
-            guest = Guest(now + dice.uniform(0.5, 8.0))
+            guest = Guest(now + dice.uniform(0.5, 8.0), seats_of(machine.spec.compose))
             if not self.healed and dice.random() < self._plan.vmm_faults:
                 # It says that it runs, and its SDK never answers; or its boot fails, and the VMM says so.
                 guest.ready_at = float("inf")
                 guest.boot_error = dice.choice(("", "kernel panic"))
+                strike(self._laws.book, "boot_error" if guest.boot_error else "never_answers")
                 machine.boot_error = guest.boot_error
             self._boots[key] = guest
         return self._boots[key]
@@ -71,15 +96,16 @@ class Guests:
     def begin(self, machine: Machine, guest: Guest, job_id: JobId, attempt: int) -> None:
         """It was given a job; how that goes on is its script's affair, and its host's."""
         script = self._laws.scripts[job_id]
-        guest.job_id, guest.attempt, guest.script = job_id, attempt, script
+        guest.given[job_id] = given = Given(attempt, script)
+        self._laws.book.counts["shared"] += guest.seats is not None
         loop = asyncio.get_running_loop()
         if script.does in ("score", "error"):
-            loop.call_later(script.lasts, guest.done.set)
+            loop.call_later(script.lasts, given.done.set)
         if script.does == "kill":
-            loop.call_later(script.lasts, self._harm, machine, guest, "crash")
+            loop.call_later(script.lasts, self._kill, machine, guest)
         if not self.healed and self._dice.random() < self._plan.deaths:
             how = self._dice.choice(("crash", "restart", "vanish"))
-            loop.call_later(self._dice.uniform(0, script.lasts), self._harm, machine, guest, how)
+            loop.call_later(self._dice.uniform(0, script.lasts), self._befall, machine, guest, how)
 
     def ended(self, machine: Machine) -> None:
         """The machine's process ended: by stop, crash, restart or removal."""
@@ -87,11 +113,12 @@ class Guests:
         if guest is not None:
             guest.gone.set()
 
-    def _harm(self, machine: Machine, guest: Guest, how: str) -> None:
-        if guest.gone.is_set() or machine not in self._vmm.machines():
+    def harm(self, machine: Machine, how: str) -> None:
+        """Its process ends: `crash`, `restart` by the VMM, or `vanish` by somebody else's hand."""
+        if machine.state is not VmState.RUNNING or machine not in self._vmm.machines():
             return
-        guest.gone.set()
-        self._laws.book.counts[f"vm_{how}"] += 1
+        self.ended(machine)
+        strike(self._laws.book, f"vm_{how}")
         match how:
             case "crash":
                 machine.state = VmState.EXITED
@@ -99,3 +126,13 @@ class Guests:
                 machine.boots += 1
             case "vanish":
                 self._vmm.vanish(machine.spec.name)
+
+    def _befall(self, machine: Machine, guest: Guest, how: str) -> None:
+        if not guest.gone.is_set():
+            self.harm(machine, how)
+
+    def _kill(self, machine: Machine, guest: Guest) -> None:
+        """By its own submission: no fault of anything around it."""
+        if not guest.gone.is_set():
+            guest.gone.set()
+            machine.state = VmState.EXITED

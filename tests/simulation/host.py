@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 
+from tests.simulation.faults import strike
 from tests.simulation.guests import Guests
 from tests.simulation.laws import Laws
 from tests.simulation.plan import NodePlan, Plan
@@ -23,11 +24,19 @@ from platform_validator.cvm.vmm import (
     VmmFacts,
     VmmRefused,
     VmmUnavailable,
+    VmNotFound,
     VmSpec,
     VmState,
 )
 
 _TIMEOUT = 30.0
+_HOURS = 7200.0
+_FULL = {
+    "no_cpu": "not enough vCPUs",
+    "no_memory": "not enough memory",
+    "no_cids": "CID pool exhausted",
+    "no_gpu": "no free GPU",
+}
 LATEST = 200.0
 """After so many virtual seconds at most a CreateVm is done whose caller has given up."""
 _ENDED = frozenset({VmState.STOPPED, VmState.EXITED, VmState.REMOVING})
@@ -60,6 +69,7 @@ class Host:
         self.guests = Guests(self.vmm, self.plan, laws, dice)
         self.healed = False
         self.doubles: set[VmName] = set()
+        self.slow_removals = 1 if self.plan.removing_hours else 0
         self.foreign = [
             VmName(f"pv-{state_id}-somebody-elses"),
             VmName(f"pv-{state_id}"),
@@ -69,9 +79,36 @@ class Host:
             self.vmm.make_late(_spec_of(name, 60_000 + number))
 
     def heal(self) -> None:
-        """From now on it behaves."""
+        """From now on it behaves; what takes hours goes on taking them."""
         self.healed = self.guests.healed = True
-        self.vmm.finish_removals()
+
+    def strike(self, kind: str) -> None:
+        """Count a fault."""
+        strike(self.laws.book, kind)
+
+    def restart_vmm(self) -> None:
+        """Every VM boots anew, and knows nothing of before."""
+        if not self.healed:
+            self.strike("vmm_restart")
+            for machine in self._ours():
+                self.guests.harm(machine, "restart")
+
+    def meddle(self) -> None:
+        """Something happens to a VM of ours, whatever it is doing."""
+        found = self._ours()
+        if found and not self.healed:
+            self.guests.harm(self.dice.choice(found), self.dice.choice(("crash", "restart", "vanish")))
+
+    def removing(self) -> list[str]:
+        """VMs that are on their way out."""
+        return [machine.spec.name for machine in self.vmm.machines() if machine.state is VmState.REMOVING]
+
+    def _ours(self) -> list[Machine]:
+        return [
+            machine
+            for machine in self.vmm.machines()
+            if machine.spec.name not in self.foreign and machine.state is VmState.RUNNING
+        ]
 
     def left(self) -> list[str]:
         """VMs that are there and were made for this validator."""
@@ -117,38 +154,56 @@ class VmmLine:
             and machine.state is VmState.RUNNING
         ]
         host.laws.creates(host.node, spec.name, [*others, spec.resources], *host.limits)
-        chance = 1.0 if host.healed else dice.random()
-        faults = host.plan.vmm_faults
-        if chance < faults:
-            loop, name = asyncio.get_running_loop(), spec.name
-            match dice.choice(("before", "after", "late", "twice", "ghost", "full", "port", "refused")):
-                case "before":
-                    await self._silence("create")
-                case "after":
-                    host.make(spec)
-                    await self._silence("create")
-                case "late":
-                    host.doubles.add(name)
-                    loop.call_later(dice.uniform(1, LATEST - _TIMEOUT), host.make, spec)
-                    await self._silence("create")
-                case "twice":
-                    host.doubles.add(name)
-                    host.make(spec)
-                    return host.make(spec).id
-                case "ghost":
-                    return VmId(f"ghost-{name}")
-                case "full":
-                    raise VmmAtCapacity("not enough CIDs")
-                case "port":
-                    raise VmmRefused(f"vmm: port {spec.host_port} is in use")
-                case "refused":
-                    raise VmmRefused("vmm: internal error")
+        if not host.healed and dice.random() < host.plan.vmm_faults:
+            made = await self._create_badly(spec)
+            if made is not None:
+                return made
         return host.make(spec).id
+
+    async def _create_badly(self, spec: VmSpec) -> VmId | None:
+        host, dice = self._host, self._host.dice
+        kinds = ("lost", "unanswered", "late", "twice", "ghost", "refused", "full", "full", "port")
+        match dice.choice(kinds):
+            case "lost":
+                host.strike("create_lost")
+                await self._silence("create")
+            case "unanswered":
+                host.strike("create_unanswered")
+                host.make(spec)
+                await self._silence("create")
+            case "late":
+                host.strike("create_late")
+                host.doubles.add(spec.name)
+                loop = asyncio.get_running_loop()
+                loop.call_later(dice.uniform(1, LATEST - _TIMEOUT), host.make, spec)
+                await self._silence("create")
+            case "twice":
+                host.strike("create_twice")
+                host.doubles.add(spec.name)
+                host.make(spec)
+                return host.make(spec).id
+            case "ghost":
+                host.strike("create_ghost")
+                return VmId(f"ghost-{spec.name}")
+            case "refused":
+                host.strike("create_refused")
+                raise VmmRefused("vmm: internal error")
+            case "port":
+                host.strike("port_taken")
+                raise VmmRefused(f"vmm: port {spec.host_port} is in use")
+            case "full":
+                lacking = dice.choice(sorted(_FULL))
+                host.strike(lacking)
+                raise VmmAtCapacity(_FULL[lacking])
+        return None
 
     async def list(self, prefix: str = "") -> Sequence[Vm]:
         """See the port."""
         await self._arrive("list")
-        return await self._host.vmm.list(prefix)
+        found = await self._host.vmm.list(prefix)
+        if any(vm.name in self._host.foreign for vm in found):
+            self._host.strike("foreign_seen")
+        return found
 
     async def get(self, vm_id: VmId) -> Vm | None:
         """See the port."""
@@ -165,15 +220,43 @@ class VmmLine:
         """See the port. It may take minutes, or hours."""
         host, dice = self._host, self._host.dice
         await self._change("remove", vm_id)
+        for machine in host.vmm.machines():
+            if machine.id == vm_id:
+                host.laws.destroys(self._life, machine.spec.name)
         if not host.healed and dice.random() < host.plan.vmm_faults:
-            raise VmmRefused("vmm: remove failed")
-        slow = not host.healed and dice.random() < host.plan.vmm_faults
-        host.vmm.removes_at_once = not slow
+            match dice.choice(("failed", "hangs", "unknown")):
+                case "failed":
+                    host.strike("remove_failed")
+                    raise VmmRefused("vmm: remove failed")
+                case "hangs":
+                    host.strike("remove_hangs")
+                    await self._silence("remove")
+                case "unknown":
+                    host.strike("remove_unknown")
+                    raise VmNotFound(f"vmm: {vm_id} not found")
+        if any(machine.id == vm_id and machine.state is VmState.REMOVING for machine in host.vmm.machines()):
+            # Asked again, which hastens nothing.
+            return
+        lasting = self._lasting()
+        host.vmm.removes_at_once = not lasting
         await host.vmm.remove(vm_id)
-        if slow:
-            lasting = dice.choice((5.0, 100.0, 1000.0))
-            asyncio.get_running_loop().call_later(lasting, host.vmm.finish_removals)
+        if lasting:
+            asyncio.get_running_loop().call_later(lasting, host.vmm.finish_removals, vm_id)
         await self._maybe_silence("remove")
+
+    def _lasting(self) -> float:
+        """For how long the next VM stays `removing`."""
+        host = self._host
+        if host.healed:
+            return 0.0
+        if host.slow_removals:
+            host.slow_removals -= 1
+            host.strike("removing_hours")
+            return _HOURS
+        if host.dice.random() >= host.plan.vmm_faults:
+            return 0.0
+        host.strike("removing_long")
+        return host.dice.choice((5.0, 100.0, 1000.0))
 
     async def logs(self, vm_id: VmId, lines: int) -> str:
         """See the port."""
@@ -200,11 +283,13 @@ class VmmLine:
         now = asyncio.get_running_loop().time()
         down = any(window.holds(now) for window in host.mine.vmm_down)
         if down or (name != "create" and host.dice.random() < host.plan.vmm_faults / 2):
+            host.strike("vmm_down" if down else "vmm_silent")
             await life.pause(host.dice.choice((0.01, _TIMEOUT)))
             raise VmmUnavailable(f"{name}: connection refused")
 
     async def _maybe_silence(self, name: str) -> None:
         if not self._host.healed and self._host.dice.random() < self._host.plan.vmm_faults / 2:
+            self._host.strike(f"{name}_unanswered")
             await self._silence(name)
 
     async def _silence(self, name: str) -> None:

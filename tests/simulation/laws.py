@@ -25,6 +25,7 @@ class Laws:
     """What is known of the whole world, and what may never be seen in it."""
 
     book: Book
+    calm: bool = False
     scripts: dict[JobId, Script] = field(default_factory=dict)
     granted: dict[tuple[JobId, int], tuple[str, LeaseToken]] = field(default_factory=dict)
     newest: dict[JobId, LeaseToken] = field(default_factory=dict)
@@ -37,7 +38,9 @@ class Laws:
     # The Platform API's side
 
     def grants(self, hotkey: str, claim: Claim) -> None:
-        """A claim was granted, for the first time or again."""
+        """A claim was granted, for the first time or again. I4: where nothing is wrong, one is enough."""
+        if self.calm and claim.attempt != 1 and self.scripts[claim.id].does != "kill":
+            self.book.violated("I4", f"nothing was wrong, and {claim.id} took {claim.attempt} attempts")
         self.granted[claim.id, claim.attempt] = hotkey, claim.lease.token
         self.newest[claim.id] = claim.lease.token
         self.book.counts["claims"] += 1
@@ -120,6 +123,11 @@ class Laws:
         """I3: only what was made by this validator is stopped or removed."""
         if name not in self.intents.get(node, ()):
             self.book.violated("I3", f"validator {node} touched {name}, which is somebody else's")
+
+    def destroys(self, life: Life, name: VmName) -> None:
+        """I7: destroying holds no slot; a job whose result is stored has left its own by then."""
+        if name in life.stored_in_slots():
+            self.book.violated("I7", f"{name} is being destroyed, and its job still holds a slot")
 
     def runs(self, life: Life, hotkey: str, job_id: JobId, attempt: int) -> None:
         """I5: a guest runs a job only under a claim that was granted to this validator."""

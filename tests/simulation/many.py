@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 
 from tests.simulation.bugs import apply
+from tests.simulation.faults import FAULTS
 from tests.simulation.seed import Outcome, run_seed
 
 
@@ -22,6 +23,7 @@ class Figures:
         virtual_s: Virtual seconds that passed in them.
         violations: How often a law was broken.
         counts: Everything that was counted, by name.
+        broken: How often each law was.
     """
 
     seeds: int = 0
@@ -29,6 +31,7 @@ class Figures:
     virtual_s: float = 0.0
     violations: int = 0
     counts: Counter[str] = field(default_factory=Counter)
+    broken: Counter[str] = field(default_factory=Counter)
 
     def add(self, outcome: Outcome) -> None:
         """One more seed."""
@@ -37,6 +40,7 @@ class Figures:
         self.virtual_s += outcome.virtual_s
         self.violations += len(outcome.violations)
         self.counts += outcome.counts
+        self.broken += outcome.broken
 
     def as_json(self) -> dict[str, object]:
         """The figures that people look at; the outcomes of jobs by name."""
@@ -47,7 +51,7 @@ class Figures:
             "virtual_hours": round(self.virtual_s / 3600, 1),
             "jobs": self.jobs,
             "crashes": counts["crashes"],
-            "at_crashpoints": counts["crashpoints"],
+            "at_crashpoints": counts["fault_crashpoint"],
             "crashpoints": sum(name.startswith("at_") for name in counts),
             "drains": counts["drains"],
             "claims": counts["claims"],
@@ -56,6 +60,8 @@ class Figures:
             "results_accepted": counts["accepted"],
             "lapses": counts["lapses"],
             "outcomes": dict(sorted(ended.items())),
+            "faults": {name: counts[f"fault_{name}"] for name in FAULTS},
+            "broken": dict(sorted(self.broken.items())),
             "violations": self.violations,
         }
 
@@ -66,6 +72,7 @@ def run_many(
     jobs: int,
     processes: int,
     bug: str | None = None,
+    until: str | None = None,
     on_outcome: Callable[[Outcome], None] = lambda _outcome: None,
 ) -> Figures:
     """Run seeds, in their order.
@@ -75,25 +82,29 @@ def run_many(
         jobs: Queued in each.
         processes: How many at once; 1 runs them here.
         bug: Put in first, by its name in `BUGS`.
+        until: End with the seed that breaks this law.
         on_outcome: Is told of each as it ends.
     """
     figures = Figures()
-    work = [(seed, jobs, bug) for seed in seeds]
+    work = [(seed, jobs, bug, until) for seed in seeds]
 
     def tell(outcomes: Iterable[Outcome]) -> None:
         for outcome in outcomes:
             figures.add(outcome)
             on_outcome(outcome)
+            if until in figures.broken:
+                return
 
     if processes == 1:
         tell(map(_one, work))
     else:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             tell(pool.map(_one, work, chunksize=2))
+            pool.shutdown(cancel_futures=True)
     return figures
 
 
-def _one(work: tuple[int, int, str | None]) -> Outcome:
-    seed, jobs, bug = work
+def _one(work: tuple[int, int, str | None, str | None]) -> Outcome:
+    seed, jobs, bug, until = work
     with apply(bug):
-        return run_seed(seed, jobs=jobs)
+        return run_seed(seed, jobs=jobs, until=until)

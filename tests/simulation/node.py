@@ -10,13 +10,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from tests.simulation.disk import Disk
+from tests.simulation.faults import strike
 from tests.simulation.host import Host, SimulatedProbe, VmmLine
 from tests.simulation.laws import Laws
 from tests.simulation.plan import NodePlan, Plan
 from tests.simulation.server import Line, Server
 from tests.simulation.sessions import session_maker
 from tests.simulation.source import MemorySource
-from tests.simulation.virtual import Wall
+from tests.simulation.virtual import Wall, passing
 from tests.simulation.world import LIFE, Dead, Dice, Life
 
 from platform_protocol.ids import Hotkey
@@ -30,7 +31,7 @@ from platform_validator.jobs.lease import LeaseRules, TaskRenewer
 from platform_validator.keyring import Keyring
 from platform_validator.store.memory import MemoryStore
 from platform_validator.store.port import StoreUnavailable
-from platform_validator.store.records import StateIdentity
+from platform_validator.store.records import Stage, StateIdentity
 from platform_validator.telemetry.metrics import Metrics
 from platform_validator.values.keys import MemoryKeys
 
@@ -58,7 +59,7 @@ class SimulatedClock:
     async def sleep(self, seconds: float) -> None:
         """See the port."""
         self._life.check()
-        await asyncio.sleep(seconds)
+        await passing(seconds)
         self._life.check()
 
 
@@ -170,6 +171,9 @@ class Node:
             metrics=metrics,
             cache=self._folder / str(self.number),
         )
+        life.stored_in_slots = lambda: {
+            view.vm for view in parts.jobs.views() if view.stage is Stage.SUBMITTING and view.vm is not None
+        }
         engine = self.engine = Engine(
             parts=parts,
             client=line,
@@ -199,22 +203,26 @@ class Node:
         due = (name, self._passed[name])
         if due in self._points and not self.healed:
             self._points.remove(due)
-            self._laws.book.counts["crashpoints"] += 1
+            strike(self._laws.book, "crashpoint")
             self._laws.book.counts[f"at_{name}"] += 1
-            self.kill()
+            self.life.end()
             raise Dead
 
     def kill(self) -> None:
         """Kill -9."""
-        self.life.end()
+        if self.life.alive and self.life.root is not None and not self.life.root.done():
+            strike(self._laws.book, "kill")
+            self.life.end()
 
     def stop_for(self, seconds: float) -> None:
         """SIGSTOP, and SIGCONT that many seconds later."""
+        strike(self._laws.book, "stop")
         self.life.frozen_until = asyncio.get_running_loop().time() + seconds
 
     def drain(self) -> None:
         """SIGTERM."""
         if self.engine is not None and self.life.alive:
+            strike(self._laws.book, "drain")
             self.engine.drain("simulated")
 
     def heal(self) -> None:
@@ -229,7 +237,8 @@ class Node:
     def end(self) -> None:
         """Drain, and do not start again."""
         self._over = True
-        self.drain()
+        if self.engine is not None and self.life.alive:
+            self.engine.drain("over")
 
 
 def settings_for(base: Settings, dice: random.Random) -> Settings:

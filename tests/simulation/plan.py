@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 LONG_OUTAGE_EVERY = 25
 """One seed in so many has outages of half an hour: they cost virtual, and some real, time."""
+HOURS_EVERY = 50
+"""One seed in so many has VMs that are `removing` for hours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,8 @@ class NodePlan:
     vmm_down: tuple[Window, ...]
     cut_off: tuple[Window, ...]
     drains: tuple[float, ...]
+    meddling: tuple[float, ...]
+    vmm_restarts: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ class Plan:
     updates: tuple[tuple[float, bool], ...]
     cancels: tuple[float, ...]
     forgeries: tuple[float, ...]
+    removing_hours: bool
     nodes: tuple[NodePlan, ...] = field(default_factory=tuple)
 
     @property
@@ -82,7 +87,15 @@ JOB_POINTS = (
     "destroy_sent",
     "destroyed",
 )
-CHALLENGE_POINTS = ("instance_created", "instance_switched", "instance_recycled")
+CHALLENGE_POINTS = (
+    "instance_created",
+    "instance_fetched",
+    "instance_booted",
+    "instance_draining",
+    "instance_switched",
+    "instance_failed",
+    "instance_recycled",
+)
 
 
 def draw(seed: int, dice: random.Random, *, jobs: int = 104) -> Plan:
@@ -116,6 +129,8 @@ def draw(seed: int, dice: random.Random, *, jobs: int = 104) -> Plan:
                 vmm_down=windows(2, 90.0),
                 cut_off=windows(2, 1800.0 if long else 150.0),
                 drains=moments(1),
+                meddling=moments(3),
+                vmm_restarts=moments(1),
             )
         )
     return Plan(
@@ -137,5 +152,6 @@ def draw(seed: int, dice: random.Random, *, jobs: int = 104) -> Plan:
         updates=tuple((at, dice.random() < 0.7) for at in moments(2)),
         cancels=moments(3),
         forgeries=moments(5),
+        removing_hours=seed % HOURS_EVERY == 0,
         nodes=tuple(nodes),
     )

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
+from tests.simulation.faults import strike
 from tests.simulation.laws import Laws
 from tests.simulation.plan import NodePlan, Plan
 from tests.simulation.virtual import Wall
@@ -163,6 +164,7 @@ class Line:
                     async with asyncio.timeout(left):
                         item = await queue.get()
                 except TimeoutError:
+                    self._strike("websocket_broke")
                     raise PlatformUnavailable("the WebSocket broke") from None
                 await self._life.pause(self._dice.uniform(0.001, 0.1))
                 if item is None or isinstance(item, HotkeyInUse):
@@ -171,14 +173,17 @@ class Line:
                     raise item
                 chance = 1.0 if self.healed else self._dice.random()
                 if chance < self._plan.hint_faults / 3:
+                    self._strike("push_lost")
                     continue
                 if chance < self._plan.hint_faults * 2 / 3 and held is None:
                     held = item
                     continue
                 yield item
                 if chance < self._plan.hint_faults:
+                    self._strike("push_repeated")
                     yield item
                 if held is not None:
+                    self._strike("push_overtaken")
                     earlier, held = held, None
                     yield earlier
         finally:
@@ -194,17 +199,23 @@ class Line:
         life.check()
         await life.pause(dice.uniform(0.002, 0.05))
         now = asyncio.get_running_loop().time()
-        if server.is_down(now) or any(window.holds(now) for window in self._mine.cut_off):
+        down = server.is_down(now)
+        if down or any(window.holds(now) for window in self._mine.cut_off):
+            self._strike("api_down" if down else "cut_off")
             await life.pause(dice.choice((0.01, 1.0, _TIMEOUT)))
             raise PlatformUnavailable(f"{name}: no answer")
         chance = 1.0 if self.healed else dice.random()
         plan = self._plan
         if chance < plan.lost / 2:
+            self._strike("request_lost")
             await life.pause(dice.choice((0.01, _TIMEOUT)))
             after = timedelta(seconds=dice.choice((0, 5, 3600))) if dice.random() < 0.3 else None
+            if after:
+                self._strike("retry_after")
             raise PlatformUnavailable(f"{name}: lost", after)
         if chance < plan.lost / 2 + plan.late:
             # It arrives when nobody waits for the answer any more.
+            self._strike("request_late")
             asyncio.get_running_loop().call_later(dice.uniform(1, 90), _done_late, effect)
             await life.pause(_TIMEOUT)
             raise PlatformUnavailable(f"{name}: delayed")
@@ -212,12 +223,17 @@ class Line:
             answer = effect()
         finally:
             if chance > 1 - plan.repeated and not self.healed:
+                self._strike("request_repeated")
                 _done_late(effect)
         await life.pause(dice.uniform(0.002, 0.05))
         if plan.lost / 2 + plan.late <= chance < plan.lost + plan.late:
+            self._strike("answer_lost")
             await life.pause(dice.choice((0.01, _TIMEOUT)))
             raise PlatformUnavailable(f"{name}: the answer was lost")
         return answer
+
+    def _strike(self, kind: str) -> None:
+        strike(self._laws.book, kind)
 
 
 def _done_late(effect: Callable[[], object]) -> None:

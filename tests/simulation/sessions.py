@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.simulation.guests import Guest
+from tests.simulation.guests import Given, Guest
 from tests.simulation.host import Host
 from tests.simulation.world import Life
 
@@ -68,19 +68,21 @@ class SimulatedSession:
             raise SessionLost(f"{self._callee.vm} rebooted")
         if self._resume:
             host.laws.adopts(life, order.job_id)
-        already = guest.job_id is not None
-        if guest.job_id is None:
+        given = guest.given.get(order.job_id)
+        already = given is not None and given.attempt == order.attempt
+        if not already:
             host.laws.runs(life, _hotkey(life), order.job_id, order.attempt)
+            if not guest.may_begin():
+                host.laws.book.violated("I5", f"{self._callee.vm} was given a job that it may not run")
             host.guests.begin(machine, guest, order.job_id, order.attempt)
-        elif (guest.job_id, guest.attempt) != (order.job_id, order.attempt):
-            host.laws.book.violated("I5", f"{self._callee.vm} was given a second job")
+        given = guest.given[order.job_id]
         on_started(already)
         on_progress(1.0, "running")
         on_log("info", "running")
-        await self._until_over(guest)
+        await self._until_over(guest, given)
         life.check()
-        script = guest.script
-        if not guest.done.is_set() or script is None:
+        script = given.script
+        if not given.done.is_set():
             await life.pause(host.dice.uniform(0, 60))
             raise SessionLost(f"{self._callee.vm} cannot be reached any more")
         failed = script.does == "error"
@@ -96,8 +98,11 @@ class SimulatedSession:
 
     async def cancel(self, job_id: JobId, reason: str) -> None:
         """See the port."""
-        del job_id, reason
+        del reason
         await self._life.pause(0.01)
+        given = None if self._guest is None else self._guest.given.get(job_id)
+        if given is not None:
+            given.cancelled = True
 
     async def confirm(self) -> None:
         """See the port."""
@@ -112,6 +117,19 @@ class SimulatedSession:
         self._life.check()
         self._host.laws.forgets(self._life.node, result.job_id, result.attempt)
 
+    async def lost(self) -> Exception:
+        """See the port: noticed some time after the guest is gone."""
+        waits = [self._closed.wait()] + ([] if self._guest is None else [self._guest.gone.wait()])
+        tasks = [asyncio.ensure_future(each) for each in waits]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+        if not self._closed.is_set():
+            await self._life.pause(self._host.dice.uniform(0, 60))
+        return SessionLost(f"{self._callee.vm} cannot be reached any more")
+
     def close(self) -> None:
         """See the port."""
         self._closed.set()
@@ -122,8 +140,8 @@ class SimulatedSession:
             raise SessionLost(f"{self._callee.vm} cannot be reached")
         return found
 
-    async def _until_over(self, guest: Guest) -> None:
-        waits = [asyncio.ensure_future(each.wait()) for each in (guest.done, guest.gone, self._closed)]
+    async def _until_over(self, guest: Guest, given: Given) -> None:
+        waits = [asyncio.ensure_future(each.wait()) for each in (given.done, guest.gone, self._closed)]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:

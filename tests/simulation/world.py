@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
+import zlib
 from collections import Counter
+from collections.abc import Callable, Collection
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+
+from tests.simulation.virtual import passing
 
 
 class Dead(BaseException):
@@ -26,6 +30,7 @@ class Life:
         self.frozen_until = 0.0
         self.grants: set[str] = set()
         self.root: asyncio.Task[object] | None = None
+        self.stored_in_slots: Callable[[], Collection[str]] = tuple
 
     def check(self) -> None:
         """Raise Dead once it is over."""
@@ -41,9 +46,9 @@ class Life:
 
     async def pause(self, seconds: float) -> None:
         """Time that a call takes; longer while the process is stopped (SIGSTOP)."""
-        await asyncio.sleep(seconds)
+        await passing(seconds)
         while self.alive and (left := self.frozen_until - asyncio.get_running_loop().time()) > 0:
-            await asyncio.sleep(left)
+            await passing(left)
         self.check()
 
 
@@ -69,14 +74,16 @@ class Book:
 
     counts: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
+    broken: Counter[str] = field(default_factory=Counter)
     tail: list[str] = field(default_factory=list)
     keep: int = 0
+    until: str | None = None
     _digest: int = 0
 
     def note(self, what: str) -> None:
         """An event; the digest of all of them is what a replay must repeat."""
         line = f"{asyncio.get_running_loop().time():.3f} {what}"
-        self._digest = (self._digest * 1_000_003 + _text_hash(line)) & 0xFFFFFFFFFFFFFFFF
+        self._digest = (self._digest * 1_000_003 + zlib.crc32(line.encode())) & 0xFFFFFFFFFFFFFFFF
         if self.keep:
             self.tail.append(line)
             del self.tail[: -self.keep]
@@ -84,16 +91,14 @@ class Book:
     def violated(self, law: str, what: str) -> None:
         """A law was broken."""
         self.note(f"VIOLATION {law}: {what}")
-        self.violations.append(f"t={asyncio.get_running_loop().time():.1f} {law}: {what}")
+        self.found(law, what, f"t={asyncio.get_running_loop().time():.1f} ")
+
+    def found(self, law: str, what: str, when: str = "") -> None:
+        """A law was broken, at the end of everything or while nothing runs."""
+        self.broken[law] += 1
+        self.violations.append(f"{when}{law}: {what}")
 
     @property
     def digest(self) -> str:
         """Of all events so far."""
         return f"{self._digest:016x}"
-
-
-def _text_hash(line: str) -> int:
-    value = 0
-    for byte in line.encode():
-        value = (value * 31 + byte) & 0xFFFFFFFF
-    return value

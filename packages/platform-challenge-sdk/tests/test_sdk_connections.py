@@ -12,6 +12,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from platform_challenge_sdk import Challenge, Context
+from platform_challenge_sdk.held_jobs import HeldJobs
 from platform_challenge_sdk.serve import ChallengeServer
 from platform_challenge_sdk.testing_validator import CHALLENGE, TestingValidator
 from platform_protocol.ids import ChallengeId, JobId, VmName
@@ -52,11 +53,60 @@ class TestOneJob:
 
     async def test_a_shared_vm_takes_one_after_the_other(self, serve: Serve, challenge: Challenge) -> None:
         challenge.on_job(lambda ctx, payload: ctx.job.attempt)
-        _, validator = await serve(challenge, per_job=False)
+        _, validator = await serve(challenge, jobs=HeldJobs(per_job=False))
         await validator.start()
         for attempt in (1, 2):
             await validator.execute(attempt=attempt)
-            assert (await validator.expect(JobResult)).result == {"score": attempt}
+            result = await validator.expect(JobResult)
+            assert (result.result, result.attempt) == ({"score": attempt}, attempt)
+
+    async def test_a_shared_vm_runs_so_many_at_once_and_refuses_the_next_by_its_id(
+        self, serve: Serve, challenge: Challenge
+    ) -> None:
+        go_on = asyncio.Event()
+
+        @challenge.on_job()
+        async def job(ctx: Context, payload: dict[str, Any]) -> int:
+            await go_on.wait()
+            return 1
+
+        server, validator = await serve(challenge, jobs=HeldJobs(per_job=False, concurrency=2))
+        await validator.start()
+        first, second, third = [await validator.execute() for _ in range(3)]
+        refused = await validator.expect(GuestError)
+        assert (refused.code, refused.request_id) == ("busy", third)
+        state = server.jobs.state(configured=True)
+        assert state.jobs is not None
+        assert [(each.job_id, each.job) for each in state.jobs] == [(first, "running"), (second, "running")]
+        await validator.send(JobCancel(job_id=first, reason="not wanted"))
+        cancelled = await validator.expect(JobResult)
+        assert cancelled.error is not None
+        assert (cancelled.job_id, cancelled.error.code) == (first, "cancelled")
+        fourth = await validator.execute()
+        go_on.set()
+        ended = {(await validator.expect(JobResult)).job_id for _ in range(2)}
+        assert ended == {second, fourth}
+
+    async def test_a_later_attempt_waits_for_the_end_of_the_one_before(
+        self, serve: Serve, challenge: Challenge
+    ) -> None:
+        @challenge.on_job()
+        async def job(ctx: Context, payload: dict[str, Any]) -> int:
+            if ctx.job.attempt == 1:
+                await asyncio.Event().wait()
+            return ctx.job.attempt
+
+        _, validator = await serve(challenge, jobs=HeldJobs(per_job=False, concurrency=2))
+        await validator.start()
+        order = JobExecute(job_id=JOB, attempt=1, challenge_id=CHALLENGE, payload={})
+        again = order.model_copy(update={"attempt": 2})
+        await validator.send(order)
+        await validator.send(again)
+        assert (await validator.expect(GuestError)).code == "busy"
+        await validator.send(JobCancel(job_id=JOB, reason="lease_lost"))
+        await validator.send(again)
+        results = [await validator.expect(JobResult) for _ in range(2)]
+        assert [(each.attempt, each.result) for each in results] == [(1, None), (2, {"score": 2})]
 
     async def test_the_same_order_twice_runs_once(self, serve: Serve, challenge: Challenge) -> None:
         runs: list[int] = []

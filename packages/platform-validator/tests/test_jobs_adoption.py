@@ -21,6 +21,7 @@ from platform_validator.clock import SystemClock
 from platform_validator.cvm.session import GuestResult, JobOrder
 from platform_validator.jobs import executor
 from platform_validator.jobs.inherited import inherited_job
+from platform_validator.jobs.left_cvm import LeftCvm
 from platform_validator.jobs.recovery import Fate, Inheritance, left_behind, recover
 from platform_validator.store.records import JobOutcome, JobRecord, Purpose, Stage, VmPhase, VmRecord
 
@@ -115,7 +116,7 @@ async def killed(house: House, guest: Guest) -> AsyncIterator[House]:
         second = House(house.folder, platform=house.platform, store=copy.deepcopy(house.store))
         second.work = guest.work
         second.fleet.alive = dict(house.fleet.alive)
-        second.fleet._numbers = itertools.count(1000)
+        second.fleet.numbers = itertools.count(1000)
         _silence(house)
     found = await recover(store=second.store, fleet=second.fleet, clock=SystemClock())
     second.jobs.inherit(found)
@@ -177,7 +178,7 @@ async def test_after_a_restart_only_an_answered_renewal_lets_a_job_go_on(house: 
             await tick()
         second = House(house.folder, platform=house.platform, store=copy.deepcopy(house.store))
         second.fleet.alive = dict(house.fleet.alive)
-        second.fleet._numbers = itertools.count(1000)
+        second.fleet.numbers = itertools.count(1000)
         _silence(house)
     house.platform.lapse(job_id)
     await house.platform.client().claim(job_id, ClaimId("somebody-else"))
@@ -228,9 +229,10 @@ async def journaled_run(house: House, guest: Guest) -> tuple[JobRecord, VmRecord
 async def test_the_time_that_a_job_ran_before_is_counted_on_the_boot_clock(house: House) -> None:
     """A wall clock that jumped uses nothing up, and a reboot gives it all of its time again."""
     record, vm = await journaled_run(house, Guest({"score": 1.0}))
-    ran = inherited_job(record_that_ran(5000.0, record, 4700.0), vm, boottime=5000.0).ran
+    left = LeftCvm(vm.name, house.fleet)
+    ran = inherited_job(record_that_ran(5000.0, record, 4700.0), vm, left, boottime=5000.0).ran
     assert ran == timedelta(seconds=300)
-    rebooted = inherited_job(record_that_ran(5000.0, record, 4700.0), vm, boottime=20.0).ran
+    rebooted = inherited_job(record_that_ran(5000.0, record, 4700.0), vm, left, boottime=20.0).ran
     assert rebooted == timedelta(0)
 
 

@@ -15,22 +15,25 @@ from starlette.types import ASGIApp
 
 from platform_protocol.ids import ChallengeId, JobId, VmName
 from platform_protocol.values import ValueInvalid
+from platform_validator.attestation.os_image import Shape
 from platform_validator.cvm.vmm import VmmUnavailable
 from platform_validator.store.port import StoreUnavailable
 from platform_validator.values.commands import GetValue, ValueCommand
 from platform_validator.values.errors import ValueKeysUnusable, ValueRefused, ValueUnreadable
-from platform_validator.web.control import Cancelling, Draining, NotStarted, Reloaded
+from platform_validator.web.control import Cancelling, Draining, NotStarted, PinBusy, Reloaded
 from platform_validator.web.operators import TokenGuard, operators_app
 from platform_validator.web.server import WebServer
 from platform_validator.web.views import Health
 
 JOB = JobId("00000000-0000-4000-8000-00000000000b")
 TOKEN = {"Authorization": "Bearer t0ken"}
+PIN = "/api/v1/attestation/pin"
 POSTS = [
     "/api/v1/drain",
     f"/api/v1/jobs/{JOB}/cancel",
     "/api/v1/cvms/reclaim",
     "/api/v1/values",
+    PIN,
     "/api/v1/reload",
 ]
 
@@ -44,6 +47,7 @@ class Controlled:
         self.reloaded: Reloaded | Exception = Reloaded()
         self.reclaimed: list[VmName] | Exception = [VmName("pv-stray")]
         self.valued: dict[str, Any] | Exception = {"challenges": []}
+        self.pinned: dict[str, Any] | Exception = {"state": "booting"}
 
     def drain(self, reason: str, *, hurry: bool = False) -> Draining:
         self.asked.append((reason, hurry))
@@ -66,6 +70,15 @@ class Controlled:
         if isinstance(self.valued, Exception):
             raise self.valued
         return self.valued
+
+    def pinning(self) -> dict[str, Any]:
+        if isinstance(self.pinned, Exception):
+            raise self.pinned
+        return self.pinned
+
+    def pin(self, image: str, shape: Shape) -> dict[str, Any]:
+        self.asked.append((image, shape))
+        return self.pinning()
 
     def reload(self) -> Reloaded:
         self.asked.append("reload")
@@ -177,6 +190,39 @@ async def test_a_cancellation_is_answered_by_what_the_job_does(
     assert controlled.asked == [JOB]
 
 
+async def test_an_image_is_measured_at_a_shape_and_looked_at_by_get(controlled: Controlled) -> None:
+    async with served(operators_app(controlled, controlled)) as client:
+        body = b'{"image": "dstack-0.6.0", "cpu": 2, "memory_mb": 2048}'
+        async with client.post("/api/v1/attestation/pin", data=body) as answer:
+            assert (answer.status, await answer.json()) == (202, {"state": "booting"})
+        async with client.get("/api/v1/attestation/pin") as answer:
+            assert (answer.status, await answer.json()) == (200, {"state": "booting"})
+    assert controlled.asked == [("dstack-0.6.0", Shape(2, 2048, 0))]
+
+
+@pytest.mark.parametrize(
+    ("body", "answered", "status", "code"),
+    [
+        (b"[]", None, 400, "bad_body"),
+        (b'{"image": "i"}', None, 400, "bad_body"),
+        (b'{"image": "", "cpu": 1, "memory_mb": 1}', None, 400, "bad_body"),
+        (b'{"image": "i", "cpu": true, "memory_mb": 1}', None, 400, "bad_body"),
+        (b'{"image": "i", "cpu": 1, "memory_mb": 1, "gpus": -1}', None, 400, "bad_body"),
+        (b'{"image": "i", "cpu": 1, "memory_mb": 1}', PinBusy("another"), 409, "busy"),
+        (b'{"image": "i", "cpu": 1, "memory_mb": 1}', NotStarted("starting"), 409, "not_started"),
+    ],
+)
+async def test_a_pin_that_cannot_be_begun_says_why(
+    controlled: Controlled, body: bytes, answered: Exception | None, status: int, code: str
+) -> None:
+    controlled.pinned = answered or controlled.pinned
+    async with (
+        served(operators_app(controlled, controlled)) as client,
+        client.post("/api/v1/attestation/pin", data=body) as answer,
+    ):
+        assert (answer.status, (await answer.json())["code"]) == (status, code)
+
+
 async def test_a_reload_tells_what_applies_and_what_waits(controlled: Controlled) -> None:
     controlled.reloaded = Reloaded(
         applied=[{"setting": "jobs.max_concurrent", "old": 4, "new": 2}],
@@ -212,7 +258,7 @@ async def test_a_reload_that_changes_nothing_says_why(
         assert (await answer.json()).get("faults") == told
 
 
-@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize("path", [path for path in POSTS if path != PIN])
 async def test_reading_changes_nothing(controlled: Controlled, path: str) -> None:
     """What a link, an image or a prefetch can send is GET."""
     async with served(over_tcp(controlled)) as client, client.get(path, headers=TOKEN) as answer:
@@ -253,7 +299,12 @@ async def test_a_tool_with_the_token_can_ask(controlled: Controlled, own_page: b
         if own_page:
             headers |= {"Origin": str(client._base_url).rstrip("/"), "Sec-Fetch-Site": "same-origin"}
         for path in POSTS:
-            body = {"reclaim": {"names": []}, "values": {"do": "scopes"}}.get(path.rsplit("/")[-1], {})
+            bodies = {
+                "reclaim": {"names": []},
+                "values": {"do": "scopes"},
+                "pin": {"image": "i", "cpu": 1, "memory_mb": 1},
+            }
+            body = bodies.get(path.rsplit("/")[-1], {})
             async with client.post(path, json=body, headers=headers) as answer:
                 assert answer.status in (200, 202)
     assert len(controlled.asked) == len(POSTS)

@@ -14,6 +14,7 @@ import pytest
 from starlette.types import ASGIApp
 
 from platform_protocol.ids import JobId, VmName
+from platform_validator.attestation.os_image import Shape
 from platform_validator.values.commands import ValueCommand
 from platform_validator.web.control import Cancelling, Draining, Reloaded
 from platform_validator.web.guests import guests_app
@@ -70,6 +71,12 @@ class Uncontrolled:
         raise NotImplementedError
 
     async def values(self, command: ValueCommand) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def pinning(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def pin(self, image: str, shape: Shape) -> dict[str, Any]:
         raise NotImplementedError
 
     def reload(self) -> Reloaded:

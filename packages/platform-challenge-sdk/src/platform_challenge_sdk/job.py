@@ -126,7 +126,13 @@ class JobRun:
             return
         self.phase = "done"
         self._ended.set()
-        self.result = JobResult(job_id=self.order.job_id, result=result, error=error, evidence=evidence)
+        self.result = JobResult(
+            job_id=self.order.job_id,
+            attempt=self.order.attempt,
+            result=result,
+            error=error,
+            evidence=evidence,
+        )
         self._send(self.result)
 
     def _error(self, failure: BaseException) -> JobError:

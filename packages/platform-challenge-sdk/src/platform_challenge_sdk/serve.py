@@ -21,6 +21,7 @@ from websockets.http11 import Request, Response
 from platform_challenge_sdk.agent import Agent
 from platform_challenge_sdk.challenge import Challenge
 from platform_challenge_sdk.health import Health
+from platform_challenge_sdk.held_jobs import HeldJobs
 from platform_challenge_sdk.job import JobRun
 from platform_challenge_sdk.lifetime import Lifetime
 from platform_challenge_sdk.values import Values
@@ -34,7 +35,6 @@ from platform_protocol.session.messages import (
     Configure,
     GuestError,
     GuestMessage,
-    GuestState,
     JobCancel,
     JobError,
     JobExecute,
@@ -65,6 +65,7 @@ _MAX_QUEUE = 1000
 _MAX_MESSAGE = _MAX_FRAME - 1024
 _AUTH_REFUSED, _HANDSHAKE_INVALID, _FRAME_INVALID, _BUSY, _REPLACED = 4403, 4400, 4401, 1013, 4409
 _MAX_ERROR = 4000
+_MAX_ID = 64
 
 
 def _boottime() -> float:
@@ -73,10 +74,10 @@ def _boottime() -> float:
 
 @dataclass(slots=True)
 class ChallengeServer:
-    """One challenge, one validator, one live connection; at most one job at a time.
+    """One challenge, one validator, one live connection.
 
-    `config` None: what it should say could not be read, and only health is served. `per_job`: a VM that
-    takes one job in its life. `clock`: seconds, counted while the machine sleeps too.
+    `config` None: what it should say could not be read, and only health is served. `jobs`: what it holds, and
+    how many it may hold. `clock`: seconds, counted while the machine sleeps too.
     """
 
     challenge: Challenge
@@ -84,7 +85,7 @@ class ChallengeServer:
     health: Health
     agent: Agent = field(default_factory=Agent)
     max_result: int = 1024 * 1024
-    per_job: bool = True
+    jobs: HeldJobs = field(default_factory=HeldJobs)
     scratch: Path = Path(tempfile.gettempdir())
     clock: Callable[[], float] = _boottime
     _seen: set[bytes] = field(default_factory=set)
@@ -94,10 +95,8 @@ class ChallengeServer:
     _validator: Hotkey | None = None
     _values: Values | None = None
     _challenge_id: ChallengeId | None = None
-    _job: JobRun | None = None
     _started_up: bool = False
     _dropped: int = 0
-    _job_task: asyncio.Task[None] | None = None
     _tasks: asyncio.TaskGroup | None = None
     _outgoing: asyncio.Queue[tuple[ServerConnection, bytes]] = field(default_factory=asyncio.Queue)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
@@ -111,8 +110,7 @@ class ChallengeServer:
             sender = tasks.create_task(self._send_all())
             why = await self._watch(stop)
             sender.cancel()
-            if self._job_task is not None:
-                self._job_task.cancel()
+            self.jobs.end()
             with contextlib.suppress(Exception, SystemExit):
                 async with asyncio.timeout(_CLEANUP):
                     await self.challenge.call("cleanup")
@@ -153,7 +151,7 @@ class ChallengeServer:
             pause = _TICK
             if lifetime is not None:
                 left, why = lifetime.left(
-                    last_frame=self._last_frame, holds_job=self._holds_job(), now=self.clock()
+                    last_frame=self._last_frame, holds_job=self.jobs.in_charge, now=self.clock()
                 )
                 if left <= 0:
                     return why
@@ -162,9 +160,6 @@ class ChallengeServer:
                 async with asyncio.timeout(pause):
                     await stop.wait()
         return "stopped"
-
-    def _holds_job(self) -> bool:
-        return self._job is not None and (self.per_job or self._job.phase != "done")
 
     async def _connected(self, connection: ServerConnection) -> None:
         if self._handshaking:
@@ -203,7 +198,8 @@ class ChallengeServer:
     ) -> ChallengeSession:
         known = self._session is not None and self._session.session_id == begin.session_id
         session = self._session if known and self._session else ChallengeSession(begin.session_id)
-        await connection.send(session.greet(channel, known=known, state=self._state()))
+        state = self.jobs.state(configured=self._challenge_id is not None)
+        await connection.send(session.greet(channel, known=known, state=state))
         session.connected(channel, _bytes(await connection.recv()))
         old, self._live = self._live, connection
         self._session, self._validator = session, begin.validator
@@ -223,8 +219,8 @@ class ChallengeServer:
             return
         if self._started_up:
             self._send_here(Ready(handlers=self.challenge.handlers))
-        if self._job is not None and self._job.result is not None:
-            self._send_here(self._job.result)
+        for result in self.jobs.results():
+            self._send_here(result)
 
     async def _converse(self, connection: ServerConnection, session: ChallengeSession) -> None:
         try:
@@ -251,10 +247,9 @@ class ChallengeServer:
         elif isinstance(message, JobExecute):
             self._execute(message)
         elif isinstance(message, SubmissionChunk):
-            if self._job is not None and self._job.order.job_id == message.job_id:
-                self._job.chunk(message)
+            self.jobs.chunk(message)
         elif isinstance(message, JobCancel):
-            self._cancel(message)
+            self.jobs.cancel(message)
         elif isinstance(message, ValuesResult):
             if self._values is not None:
                 self._values.answered(message)
@@ -284,17 +279,16 @@ class ChallengeServer:
         self._send(Ready(handlers=self.challenge.handlers))
 
     def _execute(self, order: JobExecute) -> None:
-        job = self._job
-        if job is not None and (job.order.job_id, job.order.attempt) == (order.job_id, order.attempt):
+        if self.jobs.knows(order):
             return
         if self._validator is None or self._values is None or not self._started_up:
-            self._send(GuestError(code="not_ready", message="a job before configure and ready"))
-        elif self._holds_job():
-            self._send(GuestError(code="busy", message="this VM has its job"))
+            self._refuse(order, "not_ready", "a job before configure and ready")
+        elif self.jobs.busy or self.jobs.outruns(order):
+            self._refuse(order, "busy", "this VM has its job, or as many as it runs at once")
         elif order.challenge_id != self._challenge_id:
-            self._send(GuestError(code="wrong_challenge", message=f"this VM runs {self._challenge_id}"))
+            self._refuse(order, "wrong_challenge", f"this VM runs {self._challenge_id}")
         else:
-            self._job = JobRun(
+            run = JobRun(
                 order,
                 challenge=self.challenge,
                 agent=self.agent,
@@ -304,14 +298,10 @@ class ChallengeServer:
                 max_result=min(self.max_result, _MAX_RESULT),
                 scratch=self.scratch,
             )
-            self._job_task = self._spawn(self._job.run())
+            self.jobs.begin(run, self._spawn)
 
-    def _cancel(self, message: JobCancel) -> None:
-        job = self._job
-        if job is None or job.order.job_id != message.job_id or self._job_task is None:
-            return
-        if job.cancel(message.reason):
-            self._job_task.cancel()
+    def _refuse(self, order: JobExecute, code: str, message: str) -> None:
+        self._send(GuestError(code=code, message=message, request_id=order.job_id[:_MAX_ID]))
 
     async def _answer_weights(self, message: WeightsRequest) -> None:
         try:
@@ -324,15 +314,6 @@ class ChallengeServer:
             told = wire_text(f"{type(error).__name__}: {error}", _MAX_ERROR)
             refused = JobError(code="weights_failed", message=told)
             self._send(WeightsResponse(request_id=message.request_id, error=refused))
-
-    def _state(self) -> GuestState:
-        job = self._job
-        return GuestState(
-            configured=self._challenge_id is not None,
-            job_id=None if job is None else job.order.job_id,
-            job="none" if job is None else job.phase,
-            submission_bytes=0 if job is None else job.received,
-        )
 
     def _send(self, message: GuestMessage) -> None:
         """Send, from the loop or from a handler's thread."""
@@ -359,7 +340,7 @@ class ChallengeServer:
                 )
         if isinstance(message, JobResult) and len(encode_message(message)) > _MAX_MESSAGE:
             error = JobError(code="result_too_large", message="the result and its evidence are no frame")
-            message = JobResult(job_id=message.job_id, error=error)
+            message = JobResult(job_id=message.job_id, attempt=message.attempt, error=error)
         frame = self._session.send(message)
         if frame is not None and self._live is not None:
             self._outgoing.put_nowait((self._live, frame))

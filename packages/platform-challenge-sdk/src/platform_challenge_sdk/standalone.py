@@ -75,7 +75,8 @@ def read_config() -> UserConfig:
 def apply_spec(spec: ChallengeSpec, server: ChallengeServer) -> None:
     """What platform.toml says of jobs and results."""
     server.max_result = spec.result.max_bytes
-    server.per_job = spec.execution.cvm == "per_job"
+    server.jobs.per_job = spec.execution.cvm == "per_job"
+    server.jobs.concurrency = spec.execution.concurrency
 
 
 def say(line: str) -> None:

@@ -31,7 +31,11 @@ POINTS = (
     "destroy_sent",
     "destroyed",
     "instance_created",
+    "instance_fetched",
+    "instance_booted",
+    "instance_draining",
     "instance_switched",
+    "instance_failed",
     "instance_recycled",
 )
 """Every name, in the order in which a job and then a challenge's update passes them."""

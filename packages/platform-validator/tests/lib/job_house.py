@@ -16,10 +16,10 @@ from platform_protocol.ids import ChallengeId, JobId
 from platform_protocol.platform_messages import ActiveChallenge, IsolationLevel
 from platform_protocol.resources import Resources
 from platform_protocol.session.messages import JobError
-from platform_validator.challenges.git_source import GitSource
 from platform_validator.challenges.manager import ChallengeManager
 from platform_validator.challenges.memory import MemoryFleet, MemorySession
 from platform_validator.challenges.resolve import HostRules
+from platform_validator.challenges.source import GitSource
 from platform_validator.clock import SystemClock
 from platform_validator.cvm.quota import Limits, Quota
 from platform_validator.cvm.session import GuestResult, JobOrder
@@ -58,10 +58,11 @@ class QuickClock(SystemClock):
 class Images:
     """A VMM that is asked for its images alone."""
 
+    runtime = "d" * 64
+
     async def facts(self) -> VmmFacts:
-        image = VmmImage(
-            "local-sandbox", IsolationLevel.CONTAINER, {"platform-runtime": f"sha256:{'d' * 64}"}, local=True
-        )
+        runtimes = {"platform-runtime": f"sha256:{self.runtime}"}
+        image = VmmImage("local-sandbox", IsolationLevel.CONTAINER, runtimes, local=True)
         return VmmFacts("test", (image,))
 
 
@@ -100,6 +101,7 @@ class House:
     def __post_init__(self) -> None:
         clock, rng = QuickClock(), random.Random(7)  # noqa: S311 - jitter
         self.client = self.platform.client()
+        self.images = Images()
         self.quota = Quota(Limits(resources=self.limits, max_cvms=16))
         self.work: Callable[[MemorySession, JobOrder, Path | None], Awaitable[GuestResult]] = good
 
@@ -111,7 +113,7 @@ class House:
             client=self.client,
             store=self.store,
             source=GitSource(cache=self.folder / "cache", allow=frozenset({"file"})),
-            vmm=Images(),  # type: ignore[arg-type] # images are all that challenges ask of a VMM
+            vmm=self.images,  # type: ignore[arg-type] # images are all that challenges ask of a VMM
             fleet=self.fleet,
             quota=self.quota,
             rules=HostRules(level=IsolationLevel.CONTAINER, limits=self.limits),

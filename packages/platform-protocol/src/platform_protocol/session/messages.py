@@ -48,13 +48,32 @@ class _Sequenced(_Message):
     seq: Seq = 0
 
 
+class GuestJob(_Message):
+    """One job that the SDK holds."""
+
+    job_id: JobId
+    attempt: Annotated[int, Field(ge=1)]
+    job: JobPhase
+    submission_bytes: Seq = 0
+
+
 class GuestState(_Message):
-    """What the SDK is doing, told in its hello."""
+    """What the SDK is doing, told in its hello: of its newest job, and in `shared` mode of all (`jobs`)."""
 
     configured: bool = False
     job_id: JobId | None = None
     job: JobPhase = "none"
     submission_bytes: Seq = 0
+    jobs: list[GuestJob] | None = None
+
+    def of(self, job_id: JobId, attempt: int) -> GuestJob | None:
+        """What it says of one job."""
+        if self.jobs is not None:
+            named = (each for each in self.jobs if (each.job_id, each.attempt) == (job_id, attempt))
+            return next(named, None)
+        if self.job_id != job_id:
+            return None
+        return GuestJob(job_id=job_id, attempt=attempt, job=self.job, submission_bytes=self.submission_bytes)
 
 
 class GuestHello(_Message):
@@ -88,10 +107,14 @@ class JobError(_Message):
 
 
 class JobResult(_Sequenced):
-    """The end of a job. A failure is the presence of `error`, even an empty one."""
+    """The end of a job. A failure is the presence of `error`, even an empty one.
+
+    `attempt` tells a late result of an earlier attempt apart, where one CVM may have been given both.
+    """
 
     type: Literal["job_result"] = "job_result"
     job_id: JobId
+    attempt: Annotated[int, Field(ge=1)] | None = None
     result: dict[str, Any] | None = None
     error: JobError | None = None
     evidence: dict[str, Any] | None = None
@@ -178,7 +201,7 @@ class WeightsResponse(_Sequenced):
 
 
 class GuestError(_Sequenced):
-    """Something that V sent could not be used."""
+    """Something that V sent could not be used. `request_id`: which request, or which job (its id)."""
 
     type: Literal["error"] = "error"
     code: Annotated[str, Field(max_length=64)]
@@ -298,9 +321,11 @@ _FROM_VALIDATOR: TypeAdapter[ValidatorMessage] = TypeAdapter(
 def encode_message(message: GuestMessage | ValidatorMessage) -> bytes:
     """The plaintext of a message; optional members that are None are left out."""
     data = message.model_dump(mode="json")
-    for key in ("result", "error", "keys", "version"):
+    for key in ("result", "error", "keys", "version", "attempt"):
         if key in data and data[key] is None:
             del data[key]
+    if isinstance(message, GuestHello) and message.state.jobs is None:
+        del data["state"]["jobs"]
     return json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 

@@ -116,7 +116,7 @@ class _Reading:
         root_crl = self._crl("root_ca_crl", "root_crl", root)
         self._crl("pck_crl", "pck_crl", pck_ca)
         tcb = self._signed("tcb_info", root_crl)
-        self._signed("qe_identity", root_crl)
+        identity = self._signed("qe_identity", root_crl)
         _require(
             root_crl.get_revoked_certificate_by_serial_number(pck_ca.serial_number) is None,
             "signer",
@@ -126,6 +126,11 @@ class _Reading:
             str(tcb.get("fmspc", "")).lower() == fmspc.lower() and tcb.get("id") == "TDX",
             "platform",
             f"expected TCB info of TDX platform {fmspc}, got {tcb.get('id')} {tcb.get('fmspc')}",
+        )
+        _require(
+            identity.get("id") == "TD_QE",
+            "qe_identity",
+            f"expected that of TDX's quoting enclave (TD_QE), got {str(identity.get('id'))[:32]}",
         )
         word = f"{authority} ca"
         _require(

@@ -1,10 +1,11 @@
-"""One instance of a challenge while the daemon lives: its record, plan, idle ready CVMs and users."""
+"""One instance of a challenge while the daemon lives: its record, plan, CVMs and users."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Protocol
 
 from platform_protocol.canonical import canonical_json, sha256_hex
 from platform_protocol.ids import ChallengeId
@@ -14,8 +15,11 @@ from platform_protocol.spec import ChallengeSpec
 from platform_validator.challenges.kit import instance_part, pack
 from platform_validator.challenges.lifecycle import Aside, Fact, transition
 from platform_validator.challenges.room import Guest
+from platform_validator.challenges.source import FetchedTree
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.store.records import InstanceRecord, InstanceState
+
+_COLONS_WITH_GENERATION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,7 @@ class InstanceView:
     failures: int
     ready: int
     jobs: int
+    mode: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +54,36 @@ class ChallengeView:
     old: tuple[InstanceView, ...]
 
 
-def instance_key(wanted: ActiveChallenge) -> tuple[str, str]:
-    """The key of an instance and the digest of its specification, as the API lists it."""
+def instance_key(wanted: ActiveChallenge, generation: int = 0) -> tuple[str, str]:
+    """The key of an instance and the digest of its specification, as the API lists it.
+
+    `generation` tells instances apart that differ in what the API does not list: image, environment, limits.
+    """
     specification = {
         "github_repo": wanted.github_repo,
         "compose_hash": wanted.compose_hash,
         "resources": wanted.resources.model_dump(mode="json"),
     }
     digest = sha256_hex(canonical_json(specification))
-    return f"{wanted.id}:{wanted.github_commit[:64]}:{digest[:16]}", digest
+    again = f":{generation}" if generation else ""
+    return f"{wanted.id}:{wanted.github_commit[:64]}:{digest[:16]}{again}", digest
+
+
+def generation_of(key: str) -> int:
+    """The generation in an instance's key."""
+    last = key.rpartition(":")[2]
+    return int(last) if key.count(":") == _COLONS_WITH_GENERATION and last.isdigit() else 0
+
+
+@dataclass(slots=True, eq=False)
+class Resident:
+    """The one CVM of a `shared` instance: jobs take seats in it. Retired, it goes with its last job."""
+
+    cvm: Guest
+    since: float
+    idle_since: float
+    seats: int = 0
+    retired: bool = False
 
 
 class Instance:
@@ -74,10 +100,19 @@ class Instance:
         self.plan: CvmPlan | None = None
         self.spec: ChallengeSpec | None = None
         self.ready: list[tuple[float, Guest]] = []
+        self.resident: Resident | None = None
+        self.generation = 0
+        self.restoring = False
         self.users = 0
         self.boot_failures = 0
         self.lasting = False
         self.refused_under: str | None = None
+        self.tree: FetchedTree | None = None
+        self.compose_file: str | None = None
+        self.waits: str | None = None
+        self.drained_for: str | None = None
+        self.leaving: list[Resident] = []
+        self.leaves_at = 0.0
         self._kit: str | None = None
 
     def __repr__(self) -> str:
@@ -95,6 +130,24 @@ class Instance:
     def state(self) -> InstanceState:
         """Its state."""
         return self.record.state
+
+    @property
+    def shared(self) -> bool:
+        """Whether one CVM runs its jobs."""
+        return self.spec is not None and self.spec.execution.cvm == "shared"
+
+    @property
+    def free_seat(self) -> Resident | None:
+        """The CVM of a shared instance, while it takes one more job."""
+        resident, spec = self.resident, self.spec
+        if resident is None or spec is None or resident.seats >= spec.execution.concurrency:
+            return None
+        return resident
+
+    @property
+    def holds_cvms(self) -> bool:
+        """Whether draining it would make room."""
+        return bool(self.users or self.ready or self.resident)
 
     def kit(self, plan: CvmPlan, spec: ChallengeSpec) -> str:
         """The instance's part of its jobs' kits; made once."""
@@ -130,13 +183,30 @@ class Instance:
             commit=record.commit,
             state=record.state,
             since=record.since,
-            reason=record.reason,
+            reason=record.reason or self.waits,
             compose_hash=record.compose_hash,
             superseded_by=record.superseded_by,
             failures=record.failures,
-            ready=len(self.ready),
+            ready=len(self.ready) if self.resident is None else 1,
             jobs=self.users,
+            mode=self.spec.execution.cvm if self.spec else None,
         )
+
+
+class Landlord(Protocol):
+    """Keeps the CVMs that references take and give back."""
+
+    def changed(self) -> None:
+        """Somebody took or gave back."""
+
+    def claimed(self) -> None:
+        """A job was claimed."""
+
+    def vacated(self, resident: Resident) -> None:
+        """A retired CVM has lost its last job."""
+
+    def condemn(self, instance: Instance, resident: Resident, reason: str) -> None:
+        """The CVM of a shared instance did not serve a job to its end: no other job is given to it."""
 
 
 class InstanceRef:
@@ -147,13 +217,14 @@ class InstanceRef:
         instance: Instance,
         plan: CvmPlan,
         spec: ChallengeSpec,
-        changed: Callable[[], None],
+        landlord: Landlord,
         clock: Callable[[], float],
     ) -> None:
         self._instance = instance
-        self._changed = changed
+        self._landlord = landlord
         self._clock = clock
         self._released = False
+        self._seat: Resident | None = None
         self.plan = plan
         self.spec = spec
         instance.users += 1
@@ -172,26 +243,57 @@ class InstanceRef:
         """What a later process needs to finish a job that runs since then."""
         return pack(running_since, self._instance.kit(self.plan, self.spec))
 
+    @property
+    def shared(self) -> bool:
+        """Whether its job runs beside others in one CVM, which outlives it."""
+        return self.spec.execution.cvm == "shared"
+
     def ready_size(self) -> Resources | None:
-        """The size of the idle ready CVM that `take_ready` would give, or None."""
+        """The size of the CVM that `take_ready` would give, or None."""
+        if self.shared:
+            resident = self._instance.free_seat
+            return None if resident is None else resident.cvm.plan.resources
         return self._instance.ready[0][1].plan.resources if self._instance.ready else None
 
     def take_ready(self) -> Guest | None:
-        """Take an idle ready CVM, the oldest first: it belongs to the caller from now on."""
+        """Take an idle ready CVM, the oldest first: it belongs to the caller; or a seat in the shared one."""
+        if self.shared:
+            self._seat = resident = self._instance.free_seat
+            if resident is None:
+                return None
+            resident.seats += 1
+            return resident.cvm
         if not self._instance.ready:
             return None
         _, cvm = self._instance.ready.pop(0)
-        self._changed()
+        self._landlord.changed()
         return cvm
 
     def give_back(self, cvm: Guest) -> None:
-        """Give back a ready CVM that nothing was sent to."""
-        self._instance.ready.insert(0, (self._clock(), cvm))
-        self._changed()
+        """Give back a ready CVM that nothing was sent to. A seat is given up by `release`."""
+        if not self.shared:
+            self._instance.ready.insert(0, (self._clock(), cvm))
+            self._landlord.changed()
+
+    def claimed(self) -> None:
+        """Its job was granted."""
+        self._landlord.claimed()
+
+    def condemn(self, reason: str) -> None:
+        """The shared CVM did not serve the job to its end."""
+        if self._seat is not None:
+            self._landlord.condemn(self._instance, self._seat, reason)
 
     def release(self) -> None:
         """Let go, once; more calls change nothing."""
-        if not self._released:
-            self._released = True
-            self._instance.users -= 1
-            self._changed()
+        if self._released:
+            return
+        self._released = True
+        self._instance.users -= 1
+        seat, self._seat = self._seat, None
+        if seat is not None:
+            seat.seats -= 1
+            seat.idle_since = self._clock()
+            if seat.retired and seat.seats == 0:
+                self._landlord.vacated(seat)
+        self._landlord.changed()

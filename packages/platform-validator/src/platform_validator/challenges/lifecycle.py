@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from enum import StrEnum
 from types import MappingProxyType
 
+from platform_validator.platform_client.backoff import Backoff
 from platform_validator.store.records import InstanceState
 
 
@@ -39,7 +41,7 @@ _CREATED, _PROVISIONING, _PROBING, _ACTIVE, _FAILED, _RECYCLING = (
 
 TABLE: MappingProxyType[InstanceState, MappingProxyType[Fact, InstanceState | Aside]] = MappingProxyType(
     {
-        # Seen in the list: its code is fetched and its platform.toml read.
+        # Seen in the list: its code is fetched, its platform.toml read, and room is found for its CVM.
         _CREATED: MappingProxyType(
             {
                 Fact.FETCHED: _PROVISIONING,
@@ -48,7 +50,7 @@ TABLE: MappingProxyType[InstanceState, MappingProxyType[Fact, InstanceState | As
                 Fact.REMOVED: Aside.FORGOTTEN,
             }
         ),
-        # A CVM is being made.
+        # Its CVM is made and boots, until the SDK inside says that the challenge is imported.
         _PROVISIONING: MappingProxyType(
             {
                 Fact.BOOTED: _PROBING,
@@ -57,7 +59,7 @@ TABLE: MappingProxyType[InstanceState, MappingProxyType[Fact, InstanceState | As
                 Fact.REMOVED: _RECYCLING,
             }
         ),
-        # The CVM answers; health, attestation and `ready` are awaited.
+        # Attestation, `ready`, and so many answers in a row are awaited.
         _PROBING: MappingProxyType(
             {
                 Fact.PROVED: _ACTIVE,
@@ -90,6 +92,21 @@ TABLE: MappingProxyType[InstanceState, MappingProxyType[Fact, InstanceState | As
         ),
     }
 )
+
+RETRY = Backoff(timedelta(seconds=10), timedelta(minutes=10))
+"""Between two tries of a Failed instance, with jitter; three steps further when trying alone cannot help."""
+
+DEADLINES: MappingProxyType[InstanceState, timedelta | None] = MappingProxyType(
+    {
+        _CREATED: timedelta(minutes=10),  # the time that it waits for room is not counted
+        _PROVISIONING: timedelta(minutes=30),  # five tries for a free host port, five minutes each, at most
+        _PROBING: timedelta(minutes=10),
+        _ACTIVE: None,  # its CVMs are watched instead
+        _FAILED: RETRY.cap,
+        _RECYCLING: timedelta(hours=2),  # beyond the challenge's longest job
+    }
+)
+"""How long an instance may be in a state. Over it: Failed; a Recycling one is forgotten with its CVM."""
 
 
 def transition(state: InstanceState, fact: Fact) -> InstanceState | Aside:

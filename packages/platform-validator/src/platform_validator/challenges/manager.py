@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from datetime import timedelta
 
@@ -27,8 +27,10 @@ from platform_validator.cvm.vmm import VmmClient
 from platform_validator.platform_client.port import PlatformClient, PlatformError
 from platform_validator.platform_client.retries import TABLE, Kind
 from platform_validator.store.port import Store, StoreUnavailable
+from platform_validator.store.records import InstanceRecord, InstanceState
 
 MONITOR_EVERY = timedelta(seconds=60)
+RESTARTED = "the validator was restarted"
 RETRY_AFTER = TABLE[Kind.LIST].pause.first
 _YIELDING = 10.0
 
@@ -50,6 +52,7 @@ class ChallengeManager:
         rng: Jitter.
         on_active: Called when a challenge became Active or a ready CVM came: jobs may be claimable.
         policy: A fingerprint of the attestation policy in force.
+        on_state: Called with each state that an instance enters.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class ChallengeManager:
         rng: random.Random,
         on_active: Callable[[], None] = lambda: None,
         policy: Callable[[], str] = lambda: "",
+        on_state: Callable[[ChallengeId, str], None] = lambda _challenge_id, _state: None,
     ) -> None:
         self._client = client
         self._store = store
@@ -75,6 +79,7 @@ class ChallengeManager:
         self._yielding_until = 0.0
         self._yielded_at: int | None = None
         self._last_error: str | None = "not listed yet"
+        self._before: dict[ChallengeId, InstanceRecord] = {}
         self.on_active = on_active
         self.beat: Callable[[], None] = lambda: None
         self._parts = RunnerParts(
@@ -89,6 +94,7 @@ class ChallengeManager:
             room=self,
             on_ready=self._ready,
             standing=Standing(policy, vmm),
+            on_state=on_state,
         )
 
     @property
@@ -106,7 +112,7 @@ class ChallengeManager:
 
     async def run(self) -> None:
         """Follow the list until cancelled; ready CVMs are handed to destruction at the end."""
-        await self._forget()
+        await self._take_over()
         async with asyncio.TaskGroup() as group:
             while True:
                 self.beat()
@@ -125,10 +131,6 @@ class ChallengeManager:
         """A counted reference on a challenge's Active instance; None when there is none."""
         runner = self._runners.get(challenge_id)
         return runner.acquire() if runner is not None else None
-
-    def bundles_in_use(self) -> set[str]:
-        """Hashes of the bundles that a CVM of an instance may ask for."""
-        return {sha256 for runner in self._runners.values() for sha256 in runner.bundles_in_use()}
 
     def make_room(self, *, beside: ChallengeId | None) -> bool:
         """Have the oldest idle ready CVM of another challenge yield; refills pause until room is taken.
@@ -171,20 +173,41 @@ class ChallengeManager:
     def _ready(self) -> None:
         self.on_active()
 
-    async def _forget(self) -> None:
-        """Instances of an earlier process: their CVMs are gone or being destroyed, so they start anew."""
+    async def _take_over(self) -> None:
+        """After an earlier process: what served is brought up again, everything else starts anew.
+
+        Their CVMs are gone or being destroyed. In the journal what served stays Active, with a reason that
+        says that it takes no jobs, so that another crash meanwhile does not lose sight of it.
+        """
         while True:
             try:
-                for record in await self._store.instances():
-                    await self._store.remove_instance(
-                        record.key, at=self._clock.now(), reason="the validator was restarted"
-                    )
+                for record in reversed(await self._store.instances()):
+                    await self._take_over_one(record)
             except StoreUnavailable as error:
-                _log.error("instances_not_forgotten", error=str(error))
+                _log.error("instances_not_taken_over", error=str(error))
                 self.beat()
                 await self._clock.sleep(RETRY_AFTER.total_seconds())
             else:
                 return
+
+    async def _take_over_one(self, record: InstanceRecord) -> None:
+        now = self._clock.now()
+        known = self._before.get(record.challenge_id)
+        active = record.state is InstanceState.ACTIVE
+        # What served, broke, and waited to be brought back has a successor named.
+        served = active or (record.state is InstanceState.FAILED and record.superseded_by is not None)
+        if served and (known is None or known.key == record.key):
+            self._before[record.challenge_id] = record
+            if active:
+                await self._store.put_instance(replace(record, reason=RESTARTED, since=now))
+        else:
+            await self._store.remove_instance(record.key, at=now, reason=RESTARTED)
+
+    async def _forget_unlisted(self, wanted: Collection[ChallengeId]) -> None:
+        """What served before and is not listed any more."""
+        for record in [each for each in self._before.values() if each.challenge_id not in wanted]:
+            await self._store.remove_instance(record.key, at=self._clock.now(), reason="no longer listed")
+            del self._before[record.challenge_id]
 
     async def _look(self, group: asyncio.TaskGroup) -> bool:
         try:
@@ -196,15 +219,21 @@ class ChallengeManager:
         self._last_error = None
         wanted = {challenge.id: challenge for challenge in listed.challenges}
         for challenge_id, challenge in wanted.items():
-            self._runner(challenge_id, group).want(challenge)
+            runner = self._runner(challenge_id, group)
+            runner.want(challenge)
+            runner.look_closer()
         for challenge_id, runner in self._runners.items():
             if challenge_id not in wanted:
                 runner.want(None)
+        try:
+            await self._forget_unlisted(wanted)
+        except StoreUnavailable as error:
+            _log.error("instances_not_forgotten", error=str(error))
         return True
 
     def _runner(self, challenge_id: ChallengeId, group: asyncio.TaskGroup) -> ChallengeRunner:
         if challenge_id not in self._runners:
-            runner = ChallengeRunner(challenge_id, self._parts)
+            runner = ChallengeRunner(challenge_id, self._parts, self._before.pop(challenge_id, None))
             self._runners[challenge_id] = runner
             group.create_task(self._supervise(challenge_id, runner))
         return self._runners[challenge_id]

@@ -34,6 +34,9 @@ class MemorySession:
         self.progress: Callable[[float, str], None] = lambda _percent, _message: None
         self.log: Callable[[str, str], None] = lambda _level, _message: None
         self.dead = False
+        self.ended = asyncio.Event()
+        self.answers: int | None = None
+        """How many more times it answers; None: as long as it lives."""
         self.cancelled: list[tuple[JobId, str]] = []
         self.acknowledged: list[GuestResult] = []
 
@@ -56,12 +59,24 @@ class MemorySession:
 
     async def confirm(self) -> None:
         """It lives, unless told otherwise."""
-        if self.dead:
+        if self.dead or self.answers == 0:
             raise SessionLost("the guest is dead")
+        if self.answers is not None:
+            self.answers -= 1
 
     async def acknowledge(self, result: GuestResult) -> None:
         """Note it."""
         self.acknowledged.append(result)
+
+    async def lost(self) -> Exception:
+        """Wait until it has ended: by `die`, or because its CVM is destroyed."""
+        await self.ended.wait()
+        return SessionLost("the guest is dead")
+
+    def die(self) -> None:
+        """The CVM ends by itself."""
+        self.dead = True
+        self.ended.set()
 
 
 @dataclass(slots=True)
@@ -79,6 +94,7 @@ class MemoryCvm:
 class _Boot:
     error: CvmError | None = None
     until: asyncio.Event | None = None
+    answers: int | None = None
 
 
 @dataclass(slots=True)
@@ -90,6 +106,7 @@ class MemoryFleet:
         quota: Gets reservations back when their CVM is gone.
         clock: For the journal.
         work: What every guest does with a job.
+        numbers: In the names of its CVMs; a later process on the same journal begins with another.
     """
 
     store: Store
@@ -100,13 +117,19 @@ class MemoryFleet:
     alive: dict[VmName, MemoryCvm] = field(default_factory=dict)
     destroyed: list[VmName] = field(default_factory=list)
     booted: list[MemoryCvm] = field(default_factory=list)
+    numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _held: dict[VmName, Reservation] = field(default_factory=dict)
-    _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _work_to_do: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def next_boot(self, *, error: CvmError | None = None, until: asyncio.Event | None = None) -> None:
-        """The next boot fails, or waits for an event."""
-        self.boots.append(_Boot(error, until))
+    def next_boot(
+        self,
+        *,
+        error: CvmError | None = None,
+        until: asyncio.Event | None = None,
+        answers: int | None = None,
+    ) -> None:
+        """The next boot fails, or waits for an event; or its guest answers only so many times."""
+        self.boots.append(_Boot(error, until, answers))
 
     async def boot(
         self,
@@ -118,7 +141,7 @@ class MemoryFleet:
         on_stage: Callable[[str], None],
     ) -> MemoryCvm:
         """Journal, boot, attest."""
-        name = VmName(f"pv-0123456789-{next(self._numbers):08d}")
+        name = VmName(f"pv-0123456789-{next(self.numbers):08d}")
         self._held[name] = reservation
         cvm = MemoryCvm(name, plan, MemorySession(self.work))
         self.alive[name] = cvm
@@ -127,7 +150,7 @@ class MemoryFleet:
             on_stage("creating")
             await self.store.vm_created(name, VmId(f"id-{name}"))
             on_stage("booting")
-            await self._told()
+            await self._told(cvm)
             on_stage("attesting")
             await self.store.vm_attested(name, attestation="none", vm_instance=None)
             await self.store.vm_phase(name, VmPhase.READY, at=self.clock.now())
@@ -151,7 +174,10 @@ class MemoryFleet:
 
     def destroy(self, name: VmName) -> None:
         """Hand it to `run`; more calls change nothing."""
-        if self.alive.pop(name, None) is not None or name not in self.destroyed:
+        cvm = self.alive.pop(name, None)
+        if cvm is not None:
+            cvm.session.ended.set()
+        if cvm is not None or name not in self.destroyed:
             self.destroyed.append(name)
             self._work_to_do.set()
 
@@ -174,8 +200,9 @@ class MemoryFleet:
         if reservation is not None:
             self.quota.release(reservation)
 
-    async def _told(self) -> None:
+    async def _told(self, cvm: MemoryCvm) -> None:
         told = self.boots.pop(0) if self.boots else _Boot()
+        cvm.session.answers = told.answers
         if told.until is not None:
             await told.until.wait()
         if told.error is not None:

@@ -43,3 +43,4 @@ class RunnerParts:
     room: RoomMaker
     on_ready: Callable[[], None]
     standing: Standing
+    on_state: Callable[[ChallengeId, str], None]

@@ -43,6 +43,9 @@ class GuestSession(Protocol):
     async def acknowledge(self, result: GuestResult) -> None:
         """Tell the SDK that the result is durable here."""
 
+    async def lost(self) -> Exception:
+        """Wait until the session can go on no more; why."""
+
 
 class Guest(Protocol):
     """A booted, attested and configured CVM."""

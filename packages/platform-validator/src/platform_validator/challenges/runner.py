@@ -14,48 +14,63 @@ import structlog
 
 from platform_protocol.ids import ChallengeId
 from platform_protocol.platform_messages import ActiveChallenge
-from platform_protocol.spec import SpecInvalid, parse_platform_toml
-from platform_validator.challenges.instance import ChallengeView, Instance, InstanceRef, instance_key
-from platform_validator.challenges.lifecycle import Aside, Fact
+from platform_protocol.spec import SpecInvalid
+from platform_validator.challenges.aim import Aim, Target
+from platform_validator.challenges.instance import (
+    ChallengeView,
+    Instance,
+    InstanceRef,
+    Resident,
+    generation_of,
+    instance_key,
+)
+from platform_validator.challenges.lifecycle import DEADLINES, RETRY, Aside, Fact
 from platform_validator.challenges.parts import RunnerParts
-from platform_validator.challenges.resolve import Unfit, resolve
-from platform_validator.challenges.room import Guest
-from platform_validator.challenges.source import FetchedTree, SourceError
+from platform_validator.challenges.pool import REFILL_RETRY, Pool
+from platform_validator.challenges.provision import Provisioner, told
+from platform_validator.challenges.resolve import Unfit
+from platform_validator.challenges.source import SourceError
 from platform_validator.crashpoint import crashpoint
-from platform_validator.cvm.errors import AttestationRefused, CvmError, NoCapacity
-from platform_validator.cvm.quota import Refusal, Reservation
+from platform_validator.cvm.errors import AttestationRefused, CvmError
+from platform_validator.cvm.quota import Use
 from platform_validator.cvm.vmm import VmmError
-from platform_validator.platform_client.backoff import Backoff
 from platform_validator.store.port import StoreUnavailable
-from platform_validator.store.records import InstanceRecord, InstanceState, Purpose
+from platform_validator.store.records import InstanceRecord, InstanceState
 
-BOOTS_TO_FAIL = 3
+_LOOK = 60.0
+_MAX_REASON, _KEPT_HEAD = 2000, 500
+_LASTING_STEPS = 3
 LOOK_AGAIN = timedelta(seconds=15)
-RETRY = Backoff(timedelta(seconds=10), timedelta(minutes=10))
-REFILL_RETRY = timedelta(seconds=2)
-READY_FOR = timedelta(hours=12)  # half of what an idle CVM lives at most
 
 _log = structlog.get_logger(__name__)
 
 
 class ChallengeRunner:
-    """One challenge: at most one serving instance, one candidate, and old ones that finish their jobs."""
+    """One challenge: at most one serving instance, one candidate, and old ones that finish their jobs.
 
-    def __init__(self, challenge_id: ChallengeId, parts: RunnerParts) -> None:
+    Args:
+        challenge_id: Which.
+        parts: Shared by all challenges.
+        before: The instance that served when an earlier process ended.
+    """
+
+    def __init__(
+        self, challenge_id: ChallengeId, parts: RunnerParts, before: InstanceRecord | None = None
+    ) -> None:
         self._id = challenge_id
         self._parts = parts
-        self._wanted: ActiveChallenge | None = None
+        self._aim = Aim(before)
         self._name = ""
         self._serving: Instance | None = None
         self._candidate: Instance | None = None
         self._old: list[Instance] = []
         self._changed = asyncio.Event()
         self._bringing: asyncio.Task[None] | None = None
-        self._refilling: asyncio.Task[None] | None = None
         self._retry_at = 0.0
-        self._refill_at = 0.0
-        self._keyed: tuple[ActiveChallenge, tuple[str, str]] | None = None
+        self._look_closer = False
         self._refusal: tuple[str, AttestationRefused] | None = None
+        self._provisioner = Provisioner(parts)
+        self._pool = Pool(challenge_id, parts, broke=self._broke, refused=self._is_refused, wake=self.wake)
 
     # What others ask
 
@@ -63,8 +78,7 @@ class ChallengeRunner:
         """The API's list names it so now, or no longer."""
         if wanted is not None:
             self._name = wanted.name
-        if wanted != self._wanted:
-            self._wanted = wanted
+        if self._aim.lists(wanted, self._parts.clock.monotonic()):
             self.wake()
 
     def refused(self, key: str, error: AttestationRefused) -> None:
@@ -73,6 +87,11 @@ class ChallengeRunner:
             self._refusal = key, error
             self.wake()
 
+    def look_closer(self) -> None:
+        """Look whether what the list does not name has changed: image, environment, limits."""
+        self._look_closer = True
+        self.wake()
+
     def wake(self) -> None:
         """Look again."""
         self._changed.set()
@@ -80,38 +99,23 @@ class ChallengeRunner:
     @property
     def active(self) -> bool:
         """Whether jobs may be claimed for it."""
-        return self._serving is not None and self._serving.state is InstanceState.ACTIVE
-
-    @property
-    def ever_active(self) -> bool:
-        """Whether an instance has ever served in this process."""
-        return self._serving is not None
+        serving = self._serving
+        return serving is not None and serving.state is InstanceState.ACTIVE and serving.drained_for is None
 
     def acquire(self) -> InstanceRef | None:
         """A counted reference on the Active instance."""
         serving = self._serving
         if serving is None or not self.active or serving.plan is None or serving.spec is None:
             return None
-        return InstanceRef(serving, serving.plan, serving.spec, self.wake, self._parts.clock.monotonic)
-
-    def bundles_in_use(self) -> set[str]:
-        """Hashes of the bundles that its instances boot CVMs from."""
-        instances = (self._serving, self._candidate, *self._old)
-        return {each.plan.bundle_sha256 for each in instances if each is not None and each.plan is not None}
+        return InstanceRef(serving, serving.plan, serving.spec, self, self._parts.clock.monotonic)
 
     def oldest_ready(self) -> float | None:
         """Since when (monotonic) the oldest idle ready CVM waits."""
-        if self._serving is None or not self._serving.ready:
-            return None
-        return self._serving.ready[0][0]
+        return self._pool.oldest()
 
     def yield_ready(self) -> None:
         """Destroy the oldest idle ready CVM."""
-        if self._serving is not None and self._serving.ready:
-            _, cvm = self._serving.ready.pop(0)
-            _log.info("ready_cvm_yields", challenge_id=self._id, vm=cvm.name)
-            self._parts.fleet.destroy(cvm.name)
-            self.wake()
+        self._pool.yield_oldest()
 
     def view(self) -> ChallengeView:
         """As shown."""
@@ -125,26 +129,50 @@ class ChallengeRunner:
             old=tuple(each.view() for each in self._old),
         )
 
+    # What references tell
+
+    def changed(self) -> None:
+        """Somebody took or gave back."""
+        self.wake()
+
+    def claimed(self) -> None:
+        """A job was claimed."""
+        self._pool.taken()
+
+    def vacated(self, resident: Resident) -> None:
+        """A retired CVM has lost its last job."""
+        self._parts.fleet.destroy(resident.cvm.name)
+
+    def condemn(self, instance: Instance, resident: Resident, reason: str) -> None:
+        """A shared CVM did not serve a job to its end."""
+        if instance.resident is resident and self._pool.tasks is not None:
+            self._pool.tasks.create_task(self._broke(instance, f"its CVM failed a job: {reason}"))
+
     # The task
 
     async def run(self) -> None:
         """Until the challenge has left the list and its last job has ended."""
         try:
             async with asyncio.TaskGroup() as group:
+                self._pool.tasks = group
                 while not await self._step(group):
                     await self._wait()
+                self._pool.end()
         finally:
-            self._drop_ready()
+            self._pool.tasks = None
+            for instance in (self._serving, self._candidate, *self._old):
+                if instance is not None:
+                    self._pool.clear(instance)
 
     async def _step(self, group: asyncio.TaskGroup) -> bool:
         try:
             await self._retire()
             await self._take_refusal()
-            if self._wanted is None:
+            if self._aim.listed is None:
                 await self._withdraw()
                 return not self._old and self._candidate is None and self._serving is None
-            await self._follow(self._wanted, group)
-            self._refill(group)
+            await self._follow(self._aim.listed, group)
+            self._pool.refill(group)
         except StoreUnavailable as error:
             _log.error("challenge_not_stored", challenge_id=self._id, error=str(error))
             self._retry_at = self._parts.clock.monotonic() + REFILL_RETRY.total_seconds()
@@ -152,41 +180,36 @@ class ChallengeRunner:
 
     async def _wait(self) -> None:
         now = self._parts.clock.monotonic()
-        waits = [60.0]
+        waits = [_LOOK]
         if self._retry_at > now:
             waits.append(self._retry_at - now)
-        refilling = self._refilling is not None and not self._refilling.done()
-        if self._lacking() > 0 and not refilling:
-            # A refill that is under way wakes us at its end.
-            waits.append(max(self._refill_at - now, 0.05))
+        if self._aim.followed_at > now:
+            waits.append(self._aim.followed_at - now)
+        refill = self._pool.refill_in()
+        if refill is not None:
+            waits.append(refill)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(waits)):
                 await self._changed.wait()
         self._changed.clear()
 
-    async def _follow(self, wanted: ActiveChallenge, group: asyncio.TaskGroup) -> None:
-        key, digest = self._key_of(wanted)
-        if self._candidate is not None and self._candidate.key != key:
+    async def _follow(self, listed: ActiveChallenge, group: asyncio.TaskGroup) -> None:
+        await self._compare(listed)
+        await self._bring_back()
+        target = self._aim.target(listed)
+        if self._candidate is not None and self._candidate.key != target.key:
             await self._drop_candidate(Fact.SUPERSEDED)
-        if self._serving is not None and self._serving.key == key:
-            if self._serving.state is InstanceState.FAILED and self._candidate is None:
-                # A serving instance that broke is brought up again as its own candidate.
-                self._candidate, self._serving = self._serving, None
-                self._retry_at = self._parts.clock.monotonic() + RETRY.wait(1, self._parts.rng)
-            else:
-                return
-        if self._candidate is None:
-            self._candidate = Instance(self._record(wanted, key, digest), wanted)
-            self._retry_at = 0.0
-            await self._parts.store.put_instance(self._candidate.record)
-            crashpoint("instance_created")
-            if self._serving is not None:
-                self._serving.record = replace(self._serving.record, superseded_by=key)
-                await self._parts.store.put_instance(self._serving.record)
-        candidate = self._candidate
-        if self._bringing is not None and not self._bringing.done():
+        if self._serving is not None and self._serving.key == target.key:
             return
-        if self._parts.clock.monotonic() < self._retry_at:
+        now = self._parts.clock.monotonic()
+        if self._candidate is None:
+            if now < self._aim.followed_at:
+                return
+            await self._begin(Instance(self._record(target), target.wanted))
+        candidate = self._candidate
+        if candidate is None or (self._bringing is not None and not self._bringing.done()):
+            return
+        if now < self._retry_at:
             return
         if candidate.state is InstanceState.FAILED:
             await self._retry(candidate)
@@ -204,107 +227,127 @@ class ChallengeRunner:
         candidate.refused_under = None
         await self._tell(candidate, Fact.RETRIED)
 
-    def _key_of(self, wanted: ActiveChallenge) -> tuple[str, str]:
-        if self._keyed is None or self._keyed[0] is not wanted:
-            self._keyed = wanted, instance_key(wanted)
-        return self._keyed[1]
+    async def _bring_back(self) -> None:
+        """What served and broke is its own candidate, before anything newer that has failed (I8)."""
+        serving, candidate = self._serving, self._candidate
+        if serving is None or serving.state is not InstanceState.FAILED:
+            return
+        if candidate is not None and candidate.state is not InstanceState.FAILED:
+            # It may be about to serve.
+            return
+        await self._drop_candidate(Fact.SUPERSEDED)
+        self._candidate, self._serving = serving, None
+        self._pool.serving = None
+        self._aim.broke(serving.record)
+        self._retry_at = self._parts.clock.monotonic() + RETRY.wait(1, self._parts.rng)
 
-    def _record(self, wanted: ActiveChallenge, key: str, digest: str) -> InstanceRecord:
+    async def _compare(self, listed: ActiveChallenge) -> None:
+        """Another image, environment or limit is another instance, of the same commit."""
+        serving = self._serving
+        if not self._look_closer or serving is None:
+            return
+        self._look_closer = False
+        if serving.key != instance_key(listed, serving.generation)[0]:
+            return
+        differ = await self._provisioner.differs(serving)
+        if self._aim.surroundings(serving.generation, differ=differ):
+            _log.info("challenge_surroundings_changed", challenge_id=self._id, commit=serving.record.commit)
+
+    async def _begin(self, candidate: Instance) -> None:
+        candidate.generation = generation_of(candidate.key)
+        self._candidate = candidate
+        if not self._aim.failures(candidate.key):
+            # What has not failed yet is tried at once.
+            self._retry_at = 0.0
+        before = self._aim.restores(candidate.key)
+        candidate.restoring = before is not None
+        if before is not None:
+            candidate.record = replace(candidate.record, superseded_by=before.superseded_by)
+            return
+        await self._parts.store.put_instance(candidate.record)
+        crashpoint("instance_created")
+        self._said(candidate)
+        if self._serving is not None:
+            self._serving.record = replace(self._serving.record, superseded_by=candidate.key)
+            await self._parts.store.put_instance(self._serving.record)
+
+    def _record(self, target: Target) -> InstanceRecord:
         return InstanceRecord(
-            key=key,
+            key=target.key,
             challenge_id=self._id,
-            name=wanted.name,
-            repository=wanted.github_repo,
-            commit=wanted.github_commit,
-            spec_digest=digest,
+            name=target.wanted.name,
+            repository=target.wanted.github_repo,
+            commit=target.wanted.github_commit,
+            spec_digest=target.digest,
             state=InstanceState.CREATED,
             since=self._parts.clock.now(),
+            failures=self._aim.failures(target.key),
         )
 
     async def _bring_up(self, candidate: Instance) -> None:
         """Created to Active, or to Failed with the reason."""
         try:
             await self._provision(candidate)
-        except (SourceError, Unfit) as error:
-            candidate.lasting = error.lasting
-            await self._broke(candidate, f"{error.reason}: {error}")
-        except SpecInvalid as error:
-            candidate.lasting = True
-            await self._broke(candidate, f"platform_toml_invalid: {error}")
         except AttestationRefused as error:
             await self._is_refused(candidate, error)
-        except (CvmError, VmmError) as error:
-            await self._broke(candidate, str(error))
-        except StoreUnavailable as error:
-            await self._broke(candidate, f"store_unavailable: {error}")
+        except (SourceError, Unfit, SpecInvalid, CvmError, VmmError, StoreUnavailable) as error:
+            reason, candidate.lasting = told(error)
+            await self._broke(candidate, reason)
         finally:
+            candidate.waits = None
             self.wake()
 
     async def _provision(self, candidate: Instance) -> None:
-        parts, wanted = self._parts, candidate.wanted
-        tree = await parts.source.fetch(wanted.github_repo, wanted.github_commit)
-        spec = parse_platform_toml(tree.platform_toml)
-        candidate.plan = resolve(
-            wanted,
-            spec,
-            key=candidate.key,
-            bundle_sha256=tree.bundle_sha256,
-            compose_file=await self._compose_file(tree, spec.cvm.compose),
-            facts=await parts.vmm.facts(),
-            rules=parts.rules,
-        )
-        candidate.spec = spec
-        candidate.record = replace(
-            candidate.record, bundle_sha256=tree.bundle_sha256, compose_hash=candidate.plan.compose_hash
-        )
-        await self._tell(candidate, Fact.FETCHED)
-        if spec.execution.cvm == "shared":
-            _log.warning("shared_runs_per_job", challenge_id=self._id)
-        cvm = await self._boot(candidate, await self._reserve(candidate))
+        provisioner, fleet = self._provisioner, self._parts.fleet
+        await provisioner.prepare(candidate)
+        reservation = await provisioner.find_room(candidate, self)
+        candidate.waits = None
+        began = self._parts.clock.monotonic()
         try:
-            # Booted, attested, configured and `ready`: a CVM for one job has thereby been probed.
-            await self._tell(candidate, Fact.BOOTED)
+            await self._tell(candidate, Fact.FETCHED)
+        except BaseException:
+            self._parts.quota.release(reservation)
+            raise
+        crashpoint("instance_fetched")
+        cvm = await provisioner.boot(candidate, reservation, lambda: self._note(candidate, Fact.BOOTED))
+        try:
+            self._pool.demand.booted(self._parts.clock.monotonic() - began)
+            await self._store(candidate)
+            crashpoint("instance_booted")
+            await provisioner.probe(cvm)
             await self._switch(candidate)
         except BaseException:
-            parts.fleet.destroy(cvm.name)
+            fleet.destroy(cvm.name)
             raise
-        if spec.execution.ready > 0:
-            candidate.ready.append((parts.clock.monotonic(), cvm))
-        else:
-            parts.fleet.destroy(cvm.name)
-        parts.on_ready()
+        if not candidate.shared:
+            self._parts.quota.reassign(reservation, Use.READY)
+        self._pool.keep(candidate, cvm)
+        self._parts.on_ready()
 
-    async def _compose_file(self, tree: FetchedTree, path: str | None) -> str | None:
-        if path is None:
-            return None
-        data = await asyncio.to_thread(self._parts.source.file_of, tree, path)
-        try:
-            return data.decode()
-        except UnicodeDecodeError as error:
-            raise SourceError("tree_refused", f"{path} is no UTF-8", lasting=True) from error
+    @property
+    def serving(self) -> Instance | None:
+        """The instance that a candidate waits beside."""
+        return self._serving
 
-    async def _reserve(self, instance: Instance) -> Reservation:
-        """A candidate's or first probe's share; idle ready CVMs of others yield to it."""
-        if instance.plan is None:
-            raise AssertionError("reserved before it was resolved")
-        while True:
-            answer = self._parts.quota.reserve(instance.plan.resources, owner=instance.key)
-            if not isinstance(answer, Refusal):
-                return answer
-            if self._parts.room.make_room(beside=self._id):
-                _log.info("candidate_waits_for_room", challenge_id=self._id, lacking=answer.reason)
-            await self._parts.clock.sleep(0.5)
+    async def drain_serving(self, reason: str) -> None:
+        """It takes no more jobs, and gives its room to the candidate as those that run end."""
+        serving = self._serving
+        if serving is not None and self.active:
+            await self._drained_for(serving, reason)
+            self._pool.clear(serving)
+            crashpoint("instance_draining")
 
-    async def _boot(self, instance: Instance, reservation: Reservation) -> Guest:
-        if instance.plan is None:
-            raise AssertionError("booted before it was resolved")
-        return await self._parts.fleet.boot(
-            instance.plan,
-            purpose=Purpose.READY,
-            reservation=reservation,
-            claim_id=None,
-            on_stage=lambda stage: _log.debug("ready_cvm_stage", challenge_id=self._id, stage=stage),
-        )
+    async def _take_jobs_again(self) -> None:
+        """The candidate that the serving instance was drained for is no more."""
+        if self._serving is not None and self._serving.drained_for is not None:
+            await self._drained_for(self._serving, None)
+
+    async def _drained_for(self, serving: Instance, reason: str | None) -> None:
+        serving.drained_for = reason
+        serving.record = replace(serving.record, reason=reason, since=self._parts.clock.now())
+        self._said(serving)
+        with contextlib.suppress(StoreUnavailable):
+            await self._parts.store.put_instance(serving.record)
 
     async def _switch(self, candidate: Instance) -> None:
         """The candidate serves and the old one recycles: one store transaction, then both in memory."""
@@ -322,88 +365,31 @@ class ChallengeRunner:
             if old is not None and old_before is not None:
                 old.record = old_before
             raise
-        self._serving, self._candidate = candidate, None
-        candidate.boot_failures = 0
+        self._serving = self._pool.serving = candidate
+        self._candidate = None
+        self._aim.served()
+        candidate.boot_failures, candidate.restoring = 0, False
         if old is not None:
-            self._old.append(old)
-            self._destroy_ready(old)
-        _log.info("challenge_active", challenge_id=self._id, commit=candidate.record.commit)
-
-    # Ready CVMs
-
-    def _lacking(self) -> int:
-        serving = self._serving
-        if serving is None or serving.spec is None or serving.state is not InstanceState.ACTIVE:
-            return 0
-        return max(serving.spec.execution.ready - len(serving.ready), 0)
-
-    def _refill(self, group: asyncio.TaskGroup) -> None:
-        parts, serving = self._parts, self._serving
-        if serving is None or serving.plan is None:
-            return
-        oldest = self.oldest_ready()
-        if oldest is not None and parts.clock.monotonic() - oldest > READY_FOR.total_seconds():
-            self.yield_ready()
-        if self._lacking() == 0:
-            return
-        if self._refilling is not None and not self._refilling.done():
-            return
-        now = parts.clock.monotonic()
-        if now < self._refill_at:
-            return
-        self._refill_at = now + REFILL_RETRY.total_seconds()
-        if not parts.room.may_refill():
-            return
-        reservation = parts.quota.reserve(serving.plan.resources, owner=serving.key)
-        if not isinstance(reservation, Refusal):
-            self._refilling = group.create_task(self._boot_another(serving, reservation))
-
-    async def _boot_another(self, instance: Instance, reservation: Reservation) -> None:
-        try:
-            cvm = await self._boot(instance, reservation)
-        except NoCapacity as error:
-            _log.info("ready_cvm_has_no_room", challenge_id=self._id, error=str(error))
-        except AttestationRefused as error:
-            await self._is_refused(instance, error)
-        except (CvmError, VmmError, StoreUnavailable) as error:
-            instance.boot_failures += 1
-            _log.warning(
-                "ready_cvm_failed", challenge_id=self._id, error=str(error), in_a_row=instance.boot_failures
-            )
-            if instance.boot_failures >= BOOTS_TO_FAIL:
-                await self._broke(instance, f"{BOOTS_TO_FAIL} failed boots in a row: {error}")
-        else:
-            instance.boot_failures = 0
-            self._refill_at = 0.0
-            if instance is self._serving and instance.state is InstanceState.ACTIVE:
-                instance.ready.append((self._parts.clock.monotonic(), cvm))
-                self._parts.on_ready()
-            else:
-                self._parts.fleet.destroy(cvm.name)
-        finally:
-            self.wake()
-
-    def _destroy_ready(self, instance: Instance) -> None:
-        while instance.ready:
-            _, cvm = instance.ready.pop()
-            self._parts.fleet.destroy(cvm.name)
-
-    def _drop_ready(self) -> None:
-        for instance in (self._serving, self._candidate, *self._old):
-            if instance is not None:
-                self._destroy_ready(instance)
+            self._leaves(old)
+            self._said(old)
+        self._said(candidate)
 
     # Ends
 
     async def _broke(self, instance: Instance, reason: str) -> None:
-        instance.told(Fact.BROKE, at=self._parts.clock.now(), reason=reason[:2000])
-        self._destroy_ready(instance)
-        _log.warning("challenge_failed", challenge_id=self._id, commit=instance.record.commit, reason=reason)
-        self._retry_at = self._parts.clock.monotonic() + max(
-            1.0, RETRY.wait(instance.record.failures + (3 if instance.lasting else 0), self._parts.rng)
-        )
+        if instance.told(Fact.BROKE, at=self._parts.clock.now(), reason=_shortened(reason)) is Aside.IGNORED:
+            return
+        self._pool.clear(instance)
+        self._said(instance)
+        failures = instance.record.failures + (_LASTING_STEPS if instance.lasting else 0)
+        self._retry_at = self._parts.clock.monotonic() + max(1.0, RETRY.wait(failures, self._parts.rng))
         with contextlib.suppress(StoreUnavailable):
             await self._parts.store.put_instance(instance.record)
+            crashpoint("instance_failed")
+        if instance is self._candidate:
+            self._aim.failed(instance.record)
+            await self._take_jobs_again()
+        self.wake()
 
     async def _is_refused(self, instance: Instance, error: AttestationRefused) -> None:
         """Failed by attestation: not tried again before policy, images or commit change."""
@@ -418,9 +404,32 @@ class ChallengeRunner:
         if refusal is not None and serving is not None and serving.key == refusal[0]:
             await self._is_refused(serving, refusal[1])
 
-    async def _tell(self, instance: Instance, fact: Fact) -> None:
+    def _note(self, instance: Instance, fact: Fact) -> None:
         instance.told(fact, at=self._parts.clock.now())
-        await self._parts.store.put_instance(instance.record)
+        self._said(instance)
+
+    async def _tell(self, instance: Instance, fact: Fact) -> None:
+        self._note(instance, fact)
+        await self._store(instance)
+
+    async def _store(self, instance: Instance) -> None:
+        """What is being restored stays in the journal as what served, until it serves or has failed."""
+        if not instance.restoring:
+            await self._parts.store.put_instance(instance.record)
+
+    def _said(self, instance: Instance) -> None:
+        record = instance.record
+        log = _log.warning if record.state is InstanceState.FAILED else _log.info
+        log(
+            "challenge_state",
+            challenge_id=self._id,
+            name=record.name,
+            commit=record.commit,
+            state=record.state.value,
+            reason=record.reason,
+            failures=record.failures,
+        )
+        self._parts.on_state(self._id, record.state.value)
 
     async def _drop_candidate(self, fact: Fact) -> None:
         candidate, self._candidate = self._candidate, None
@@ -429,28 +438,49 @@ class ChallengeRunner:
         if self._bringing is not None:
             self._bringing.cancel()
             self._bringing = None
-        if candidate.told(fact, at=self._parts.clock.now()) is Aside.FORGOTTEN:
-            now = self._parts.clock.now()
+        now = self._parts.clock.now()
+        if candidate.told(fact, at=now) is Aside.FORGOTTEN:
             await self._parts.store.remove_instance(candidate.key, at=now, reason=fact.value)
         else:
-            self._old.append(candidate)
+            self._leaves(candidate)
             await self._parts.store.put_instance(candidate.record)
-        self._destroy_ready(candidate)
+        self._pool.clear(candidate)
+        await self._take_jobs_again()
 
     async def _withdraw(self) -> None:
         await self._drop_candidate(Fact.REMOVED)
         serving, self._serving = self._serving, None
+        self._pool.serving = None
         if serving is not None:
             serving.told(Fact.REMOVED, at=self._parts.clock.now())
-            self._old.append(serving)
-            self._destroy_ready(serving)
+            self._leaves(serving)
+            self._said(serving)
             await self._parts.store.put_instance(serving.record)
         await self._retire()
 
+    def _leaves(self, instance: Instance) -> None:
+        """It finishes its jobs, as long as the longest of them may take."""
+        longest = instance.plan.timeout if instance.plan is not None else timedelta(0)
+        patience = longest + (DEADLINES[InstanceState.RECYCLING] or timedelta(0))
+        instance.leaves_at = self._parts.clock.monotonic() + patience.total_seconds()
+        instance.drained_for = None
+        self._old.append(instance)
+        self._pool.clear(instance)
+
     async def _retire(self) -> None:
-        for instance in [each for each in self._old if each.users == 0]:
+        now = self._parts.clock.monotonic()
+        for instance in [each for each in self._old if each.users == 0 or now >= each.leaves_at]:
             instance.told(Fact.DRAINED, at=self._parts.clock.now())
             crashpoint("instance_recycled")
             await self._parts.store.remove_instance(instance.key, at=self._parts.clock.now())
             self._old.remove(instance)
+            for resident in instance.leaving:
+                self._parts.fleet.destroy(resident.cvm.name)
             _log.info("instance_gone", challenge_id=self._id, commit=instance.record.commit)
+
+
+def _shortened(reason: str) -> str:
+    """Its head and its end: an import error says what happened in its last line."""
+    if len(reason) <= _MAX_REASON:
+        return reason
+    return f"{reason[:_KEPT_HEAD]} … {reason[_KEPT_HEAD - _MAX_REASON :]}"

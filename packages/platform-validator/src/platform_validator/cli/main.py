@@ -14,6 +14,7 @@ from rich.console import Console
 
 from platform_protocol.signing import Keypair
 from platform_validator.cli import show, tell
+from platform_validator.cli.attestation import attestation
 from platform_validator.cli.challenges import challenges
 from platform_validator.cli.command import (
     FAILED,
@@ -40,6 +41,7 @@ app.add_typer(jobs, name="jobs")
 app.add_typer(cvms, name="cvms")
 app.add_typer(challenges, name="challenges")
 app.add_typer(values, name="values")
+app.add_typer(attestation, name="attestation")
 
 _GRACE = 30.0
 

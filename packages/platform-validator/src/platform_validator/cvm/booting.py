@@ -145,7 +145,8 @@ class Booter:
         await self._until_ready(member, session, found, deadline)
         await self._store.vm_phase(name, VmPhase.READY, at=self._clock.now())
         member.stage = "ready"
-        return Cvm(name, vm_id, plan, found[0].kind, await self._level_of(plan.image), session)
+        level = await self._level_of(plan.image)
+        return Cvm(name, vm_id, plan, found[0].kind, level, session, found[0].quote)
 
     async def adopt(self, member: Member, plan: CvmPlan, secret: bytes, *, tasks: asyncio.TaskGroup) -> Cvm:
         """See `Fleet.adopt`: the CVM was made, attested and configured by an earlier process."""
@@ -300,6 +301,7 @@ class Booter:
             image=plan.image,
             shape=Shape.of(plan.resources),
             vm_config=offer.vm_config,
+            pins=plan.pins,
         )
         return await self._policy.judge(offer.quote, offer.event_log, expected)
 

@@ -125,6 +125,11 @@ class Fleet:
         self.strays: tuple[VmName, ...] = ()
         self.last_error: str | None = None
 
+    @property
+    def running(self) -> bool:
+        """Whether CVMs can be booted: `run` has begun."""
+        return self._tasks is not None
+
     async def restore(self) -> None:
         """At start: hold quota and ports for every CVM of the journal that is not confirmed gone.
 

@@ -7,6 +7,7 @@ from datetime import datetime
 
 from platform_protocol.ids import ChallengeId, VmId, VmName
 from platform_protocol.platform_messages import AttestationKind, IsolationLevel
+from platform_validator.attestation.quote import VerifiedQuote
 from platform_validator.cvm.destroyer import Doomed
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.sessions import Session
@@ -15,7 +16,7 @@ from platform_validator.store.records import Purpose, VmRecord
 
 @dataclass(frozen=True, slots=True)
 class Cvm:
-    """A booted, attested and configured CVM."""
+    """A booted, attested and configured CVM. `quote` None: it showed none."""
 
     name: VmName
     vm_id: VmId
@@ -23,6 +24,7 @@ class Cvm:
     attestation: AttestationKind
     isolation_level: IsolationLevel
     session: Session
+    quote: VerifiedQuote | None = None
 
     @property
     def compose_hash(self) -> str:

@@ -148,10 +148,10 @@ class MemoryVmm:
         _switch_off(machine)
         del self._machines[machine.id]
 
-    def finish_removals(self) -> None:
-        """What is `removing` is gone now."""
+    def finish_removals(self, vm_id: VmId | None = None) -> None:
+        """What is `removing` is gone now: everything, or the one that is named."""
         for machine in self.machines():
-            if machine.state is VmState.REMOVING:
+            if machine.state is VmState.REMOVING and vm_id in (None, machine.id):
                 del self._machines[machine.id]
 
     # The port

@@ -107,7 +107,9 @@ def placement(
     refused = [decide(totals, (share.resources for share in held), wish.resources)]
     rooms = {host.name: _on(host, held) for host in able}
     answers = {
-        host.name: decide(host.limits or totals, rooms[host.name], wish.resources, host.name) for host in able
+        # One without limits of its own has what the totals have.
+        host.name: decide(host.limits, rooms[host.name], wish.resources, host.name) if host.limits else None
+        for host in able
     }
     fitting = [host for host in able if answers[host.name] is None]
     if not fitting:
@@ -141,13 +143,20 @@ def decide(
     limits: Limits, held: Iterable[Resources], request: Resources, host: HostName | None = None
 ) -> Refusal | None:
     """None when one more CVM of this size fits, else the first reason in the guide's order."""
-    shares = list(held)
-    free = subtract(limits.resources, shares)
-    for reason, name in KINDS:
-        wanted, left = getattr(request, name), getattr(free, name)
+    total = limits.resources
+    free = [total.cpu_cores, total.memory_mb, total.disk_mb, total.gpu_count]
+    count = 0
+    for share in held:
+        free[0] -= share.cpu_cores
+        free[1] -= share.memory_mb
+        free[2] -= share.disk_mb
+        free[3] -= share.gpu_count
+        count += 1
+    wants = request.cpu_cores, request.memory_mb, request.disk_mb, request.gpu_count
+    for (reason, _), wanted, left in zip(KINDS, wants, free, strict=True):
         if wanted > left:
-            return Refusal(reason, wanted, left, host)
-    if len(shares) >= limits.max_cvms:
+            return Refusal(reason, wanted, max(left, 0), host)
+    if count >= limits.max_cvms:
         return Refusal("cvms", 1, 0, host)
     return None
 

@@ -14,7 +14,8 @@ from platform_protocol.resources import Resources
 class CvmPlan:
     """A CVM of one instance. `compose` are the exact app-compose bytes; `compose_hash` their SHA-256, hex.
 
-    `timeout` is the longest run of a job; `env` the operator's values, sent only in `configure`.
+    `timeout` is the longest run of a job; `env` the operator's values, sent only in `configure`. `pins`: it
+    is booted to see what its image measures, so that an image which is not known is no fault.
     """
 
     challenge_id: ChallengeId
@@ -27,3 +28,4 @@ class CvmPlan:
     resources: Resources
     timeout: timedelta
     env: Mapping[str, str] = field(default_factory=dict)
+    pins: bool = False

@@ -109,11 +109,12 @@ class Quota:
         self._held: dict[int, tuple[Reservation, Use]] = {}
         self._refused: dict[str, int] = {}
         self._seen: QuotaView | None = None
+        self._shares: list[Share] | None = None
 
     def resize(self, limits: Limits) -> None:
         """Other totals; what is over them keeps its share until it is gone."""
         self._limits = limits
-        self._seen = None
+        self._changed()
 
     def would(self, wish: Wish, *, kept: Share | None = None) -> Refusal | None:
         """Why there is no room for a CVM now, or None. `kept` is room that is left to another."""
@@ -138,7 +139,7 @@ class Quota:
         answer = placement(self._limits, self._hosts(), self._all(kept), Wish(request, image))
         if isinstance(answer, Refusal):
             self._refused[answer.reason] = self._refused.get(answer.reason, 0) + 1
-            self._seen = None
+            self._changed()
             return answer
         return self._hold(Reservation(owner, request, answer.host, use, answer.probe))
 
@@ -150,13 +151,13 @@ class Quota:
         """
         if self._held.pop(id(reservation), None) is None:
             raise ReservationSpent(f"the reservation of {reservation.owner} was released twice")
-        self._seen = None
+        self._changed()
 
     def reassign(self, reservation: Reservation, use: Use) -> None:
         """A share is for something else now: a ready CVM was given a job. Spent ones are passed over."""
         if id(reservation) in self._held:
             self._held[id(reservation)] = reservation, use
-            self._seen = None
+            self._changed()
 
     def rebuild(
         self, running: Iterable[tuple[str, Resources]], *, host: HostName = DEFAULT_HOST, use: Use = Use.JOB
@@ -193,10 +194,14 @@ class Quota:
         return HostView(add(shares), len(shares), host.limits)
 
     def _all(self, kept: Share | None) -> list[Share]:
-        shares = [Share(each.host, each.resources, each.probe) for each, _ in self._held.values()]
-        return shares if kept is None else [*shares, kept]
+        if self._shares is None:
+            self._shares = [Share(each.host, each.resources, each.probe) for each, _ in self._held.values()]
+        return self._shares if kept is None else [*self._shares, kept]
+
+    def _changed(self) -> None:
+        self._seen = self._shares = None
 
     def _hold(self, reservation: Reservation) -> Reservation:
         self._held[id(reservation)] = reservation, reservation.use
-        self._seen = None
+        self._changed()
         return reservation

@@ -1,4 +1,4 @@
-"""The one job that a session carries: who is told of it, and when it began."""
+"""A job that a session carries: who is told of it, and when it began."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The attested session with the SDK in one CVM: dials, resumes after a break, carries one job at a time.
+"""The attested session with the SDK in one CVM: dials, resumes after a break, carries its jobs.
 
 Reading, pinging and answering values happen in `run`, a task of the fleet; whoever calls `execute` waits.
 """
@@ -113,11 +113,12 @@ class CvmSession:
         self._first = not resume
         self._adopted = resume
         self._state = GuestState(configured=True)
-        self._early: JobResult | None = None
+        self._early: dict[JobId, JobResult] = {}
         self._result_bytes: int | None = None
         self._unreadable = 0
         self._closing = False
-        self._running: RunningJob | None = None
+        self._running: dict[JobId, RunningJob] = {}
+        self._left: set[JobId] = set()
         self._unanswered = 0
         self._tasks: asyncio.TaskGroup | None = None
         self._due: list[int] = []
@@ -155,17 +156,21 @@ class CvmSession:
             SessionLost: The session cannot be resumed.
         """
         result: asyncio.Future[GuestResult] = asyncio.get_running_loop().create_future()
-        self._running = running = RunningJob(order, submission, on_started, on_progress, on_log, result)
+        if order.job_id in self._running or (self._old is not None and self._running):
+            raise SessionRefused(f"{self._vm} is given a job beside another that it cannot run at once")
+        running = RunningJob(order, submission, on_started, on_progress, on_log, result)
+        self._running[order.job_id] = running
+        self._left.discard(order.job_id)
         try:
             if self._old is not None:
                 await self._over_v1(self._old, running)
-            elif self._early is not None and self._early.job_id == order.job_id:
-                self._finished(self._early)
+            elif (early := self._early.pop(order.job_id, None)) is not None:
+                self._finished(early)
             elif self._picked_up:
-                await self._give_job(self._state)
+                await self._give_job(running, self._state)
             return await self._or_lost(result)
         finally:
-            self._running = None
+            del self._running[order.job_id]
 
     async def weights(self, results: list[dict[str, Any]]) -> dict[str, float]:
         """Ask the challenge for weights over results.
@@ -217,6 +222,10 @@ class CvmSession:
         """The result is durable here: the SDK may forget it."""
         if result.seq:
             await self._ack(result.seq)
+
+    async def lost(self) -> Exception:
+        """Wait until the session can go on no more; why."""
+        return await asyncio.shield(self._lost)
 
     def close(self) -> None:
         """End `run`; the CVM is about to be destroyed."""
@@ -278,6 +287,8 @@ class CvmSession:
             await abandon(socket)
             raise SessionLost(f"{self._vm} was never configured")
         self._adopted = False
+        held = [each.job_id for each in hello.state.jobs or ()]
+        self._left = {*held, *([hello.state.job_id] if hello.state.job_id else [])}
         if not self._ready.done():
             self._ready.set_result(None)
 
@@ -365,19 +376,20 @@ class CvmSession:
             await self._ack(seq)
         # From here on `execute` gives its job itself; one that is waiting already is given now.
         self._picked_up = True
-        if self._running is not None:
-            await self._give_job(state)
+        for running in list(self._running.values()):
+            await self._give_job(running, state)
+        for held in state.jobs or ():
+            # A cancellation that was lost with its connection.
+            if held.job != "done" and held.job_id not in self._running and held.job_id not in self._left:
+                await self.cancel(held.job_id, "nobody waits for it")
 
-    async def _give_job(self, state: GuestState) -> None:
-        running, socket = self._running, self._socket
-        if running is None:
-            return
-        order = running.order
-        ours = state.job_id == order.job_id
-        if ours and state.job in ("running", "done"):
+    async def _give_job(self, running: RunningJob, state: GuestState) -> None:
+        socket, order = self._socket, running.order
+        there = state.of(order.job_id, order.attempt)
+        if there is not None and there.job in ("running", "done"):
             running.started()
             return
-        if not ours:
+        if there is None:
             running.given = True
             await self._send(
                 JobExecute(
@@ -389,7 +401,7 @@ class CvmSession:
                     submission_sha256=order.submission_sha256,
                 )
             )
-        offset, last = state.submission_bytes if ours else 0, running.submission is None
+        offset, last = 0 if there is None else there.submission_bytes, running.submission is None
         # A new connection picks up by itself, at the offset that the SDK tells.
         while not last and self._socket is socket:
             data, last = await running.chunk(offset)
@@ -421,23 +433,26 @@ class CvmSession:
                 self._do(self._answer(message))
 
     def _told(self, message: JobProgress | Log) -> None:
-        running = self._running
-        if running is None:
-            return
-        if message.job_id == running.order.job_id:
-            running.started()
-        if isinstance(message, Log):
-            running.on_log(message.level, message.message)
-        elif message.job_id == running.order.job_id:
-            running.on_progress(message.percent, message.message)
+        named = self._running.get(message.job_id) if message.job_id is not None else None
+        if named is not None:
+            named.started()
+        if isinstance(message, JobProgress):
+            if named is not None:
+                named.on_progress(message.percent, message.message)
+        elif named is not None:
+            named.on_log(message.level, message.message)
+        elif len(self._running) == 1:
+            # What the challenge says by itself belongs to the one job that runs.
+            next(iter(self._running.values())).on_log(message.level, message.message)
 
     def _finished(self, message: JobResult) -> None:
-        running = self._running
-        if running is None and self._state.job_id == message.job_id and self._early is None:
+        running = self._running.get(message.job_id)
+        if running is None and message.job_id in self._left:
             # Of a job that an earlier process gave: whoever adopts it will ask for it.
-            self._early = message
+            self._early[message.job_id] = message
             return
-        if running is None or message.job_id != running.order.job_id or running.result.done():
+        other = running is not None and message.attempt not in {None, running.order.attempt}
+        if running is None or other or running.result.done():
             # Nobody waits for it (cancelled, timed out, a second one): it must not hold up the others.
             _log.info("result_unwanted", vm=self._vm, job_id=message.job_id)
             self._do(self._ack(message.seq))
@@ -454,8 +469,10 @@ class CvmSession:
         error = SessionRefused(f"the SDK in {self._vm} says {message.code}: {message.message}"[:1000])
         if not self._ready.done():
             self._ready.set_exception(error)
-        elif self._running is not None:
-            self._running.fail(error)
+            return
+        named = self._running.get(JobId(message.request_id or ""))
+        for running in self._running.values() if named is None else (named,):
+            running.fail(error)
 
     def _weighed(self, message: WeightsResponse) -> None:
         _, answer = self._asked.get(message.request_id, (None, None))

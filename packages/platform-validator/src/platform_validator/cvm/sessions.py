@@ -63,6 +63,9 @@ class Session(Protocol):
     async def acknowledge(self, result: GuestResult) -> None:
         """The result is durable here: the SDK may forget it."""
 
+    async def lost(self) -> Exception:
+        """Wait until the session can go on no more, also because it was closed; why."""
+
     def close(self) -> None:
         """End `run`; the CVM is about to be destroyed."""
 

@@ -10,10 +10,12 @@ from typing import Any
 import structlog
 
 from platform_protocol.ids import JobId, VmName
+from platform_validator.attestation.os_image import Shape
 from platform_validator.config import ConfigFaults, Settings
 from platform_validator.cvm.quota import Limits
 from platform_validator.daemon.board import Board, plain
 from platform_validator.daemon.engine import Engine
+from platform_validator.daemon.pinning import Pinner
 from platform_validator.daemon.reload import plan_reload
 from platform_validator.daemon.systemd import Systemd
 from platform_validator.jobs.lease import LeaseRules, Renewer
@@ -33,11 +35,12 @@ _JOURNAL = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """What there is to control once the components are made."""
+    """What there is to control once the components are made. `pinner` None: no image can be measured."""
 
     engine: Engine
     store: Store
     renewer: Renewer
+    pinner: Pinner | None = None
 
 
 class DaemonControl:
@@ -122,6 +125,21 @@ class DaemonControl:
         if self._started is None:
             raise NotStarted("the daemon is starting: ask again when it is running")
         return await perform(self._started.engine.parts.values, command)
+
+    def pinning(self) -> dict[str, Any]:
+        """See the port."""
+        found: dict[str, Any] = plain(self._pinner().now)
+        return found
+
+    def pin(self, image: str, shape: Shape) -> dict[str, Any]:
+        """See the port."""
+        found: dict[str, Any] = plain(self._pinner().ask(image, shape))
+        return found
+
+    def _pinner(self) -> Pinner:
+        if self._started is None or self._started.pinner is None:
+            raise NotStarted("the daemon is starting: ask again when it is running")
+        return self._started.pinner
 
     def reload(self) -> Reloaded:
         """See the port."""

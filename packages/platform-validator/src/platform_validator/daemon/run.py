@@ -33,6 +33,7 @@ from platform_validator.daemon.parts import (
     make_values,
     value_key_source,
 )
+from platform_validator.daemon.pinning import Pinner
 from platform_validator.daemon.systemd import Systemd
 from platform_validator.daemon.watchdog import Watchdog
 from platform_validator.keyring import Keyring, KeyringBroken
@@ -171,7 +172,17 @@ class Daemon:
                 metrics=self._metrics,
                 cache=cache,
             )
-            source.in_use = parts.challenges.bundles_in_use
+            pinner = Pinner(
+                fleet=parts.fleet,
+                quota=parts.quota,
+                vmm=outside.vmm,
+                policy=outside.policy,
+                level=settings.level,
+                runtime=settings["cvm.runtime"],
+                keep_bundle=source.keep,
+                clock=connections.clock,
+                where=settings["dstack.vmm_url"],
+            )
             # 3. The WebSocket begins to connect, nobody waits for it; 4. components, recovery; 5. the loops.
             engine = Engine(
                 parts=parts,
@@ -185,16 +196,17 @@ class Daemon:
                     "vmm_watch": lambda: self._watch_vmm(connections),
                     "loop_lag": self._lag.run,
                     "attestation": outside.policy.run,
+                    "pinning": pinner.run,
                 },
             )
-            outside.policy.beat = engine.pulse.of("attestation")
+            outside.policy.beat, pinner.beat = engine.pulse.of("attestation"), engine.pulse.of("pinning")
             engine.on_phase = self._entered
             self._lag.beat, self._vmm_watched = engine.pulse.of("loop_lag"), engine.pulse.of("vmm_watch")
             board = self._board
             board.components, board.notifications = parts, engine.notifications
             board.attestation = outside.policy.trouble
             board.journal, board.silent = lambda: engine.store_error or store.trouble.now, engine.pulse.silent
-            self._control.start(Started(engine, store, outside.renewer))
+            self._control.start(Started(engine, store, outside.renewer, pinner))
             watchdog = Watchdog(self._systemd, silent=engine.pulse.silent, status=board.line)
             feeding = asyncio.create_task(watchdog.run())
             try:

@@ -24,6 +24,7 @@ class NoCapacity(StrEnum):
     MEMORY = "memory"
     DISK = "disk"
     GPU = "gpu"
+    SHARED = "shared_cvm"
     JOBS = "active_jobs"
     CVMS = "cvm_quota"
 
@@ -42,7 +43,8 @@ class CapacityFacts:
     """What the decision looks at.
 
     `room` is why the quota has none for another CVM of this size, or None; `ready` the size of an idle CVM
-    of this challenge, whose resources are reserved already.
+    of this challenge, whose resources are reserved already; `shared`: the job runs in that CVM and in no
+    other (one that is too large for it has its own).
     """
 
     claiming: bool
@@ -54,6 +56,7 @@ class CapacityFacts:
     ready: Resources | None
     active_jobs: int
     max_jobs: int
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,8 @@ def covers(have: Resources, need: Resources) -> bool:
 
 def largest(first: Resources, second: Resources) -> Resources:
     """The smallest size that covers both."""
+    if covers(first, second):
+        return first
     return Resources(
         cpu_cores=max(first.cpu_cores, second.cpu_cores),
         memory_mb=max(first.memory_mb, second.memory_mb),
@@ -114,6 +119,8 @@ def has_capacity(need: Need, facts: CapacityFacts) -> Capacity:
     if admission is not None:
         return Capacity(admission)
     uses_ready = facts.ready is not None and covers(facts.ready, need.resources)
+    if facts.shared and not uses_ready:
+        return Capacity(NoCapacity.SHARED, detail="every seat in it is taken, or it is not up")
     # 1. Resource availability, on a host that is open; a ready CVM has its share reserved already.
     room = None if uses_ready else facts.room
     if room is not None and room.reason != "cvms":

@@ -94,6 +94,7 @@ class Claimer:
             raise
         crashpoint("claim_stored")
         self._granted(slot, claim)
+        ref.claimed()
         return ClaimedJob(
             claim_id=slot.claim_id,
             claim=claim,
@@ -105,6 +106,7 @@ class Claimer:
             cvm=slot.cvm,
             reservation=slot.reservation,
             vm=slot.cvm.name if slot.cvm is not None else None,
+            shared=ref.shared and slot.cvm is not None,
         )
 
     def _granted(self, slot: Slot, claim: Claim) -> None:

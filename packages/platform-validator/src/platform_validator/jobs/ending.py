@@ -25,6 +25,12 @@ class Ending:
     stage: Stage = Stage.DONE
 
 
+def died(ending: Ending) -> bool:
+    """Whether the job's CVM did not serve it to its end: one that is shared is not trusted with another."""
+    broken = ending.outcome in {JobOutcome.SANDBOX_DIED, JobOutcome.INFRA_ERROR}
+    return broken and ending.stage in {Stage.RUNNING, Stage.COLLECTING}
+
+
 def lease_ended(code: str | None, stage: Stage) -> Ending:
     """A renewal was refused, or the lease given up: the token is dead, or soon will be."""
     reason = code or "lease_lost"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +27,7 @@ from platform_validator.jobs.diary import Diary
 from platform_validator.jobs.ending import Ending, blame
 from platform_validator.jobs.ends import JobEnds
 from platform_validator.jobs.giving_back import GivingBack
+from platform_validator.jobs.left_cvm import LeftCvm
 from platform_validator.jobs.observe import JobMetrics
 from platform_validator.jobs.recovery import RESTARTED
 from platform_validator.jobs.result import Finding, judge, result_body
@@ -34,7 +35,7 @@ from platform_validator.jobs.submissions import Submissions
 from platform_validator.jobs.tenure import Tenure
 from platform_validator.jobs.work import ClaimedJob
 from platform_validator.platform_client.port import PlatformError
-from platform_validator.scoring import ScoringRule
+from platform_validator.scoring import ScoringRule, UnknownScoring
 from platform_validator.store.port import Store, StoreUnavailable
 from platform_validator.store.records import JobOutcome, JobRecord, Purpose, Stage
 
@@ -140,16 +141,18 @@ class JobExecutor:
     async def create_vm(self, job: ClaimedJob) -> Guest:
         """A CVM for this job alone: the ready one that was set aside for it, or one that boots now.
 
-        A job that ran under an earlier process goes on in the CVM that it ran in.
+        In `shared` mode it is a seat in the challenge's CVM. A job that ran under an earlier process goes on
+        in the CVM that it ran in.
         """
         if job.adopts is not None:
-            job.cvm = adopted = await self._fleet.adopt(job.adopts, job.plan)
+            job.cvm = adopted = await job.adopts.adopt(job.plan)
             return adopted
         await self._diary.enter(job, Stage.CREATING)
         if job.cvm is not None:
             job.vm = job.cvm.name
-            await self._store.vm_assigned(job.cvm.name, job.claim_id)
-            self._fleet.assigned(job.cvm.name)
+            if not job.shared:
+                await self._store.vm_assigned(job.cvm.name, job.claim_id)
+                self._fleet.assigned(job.cvm.name)
             return job.cvm
         reservation, job.reservation = job.reservation, None
         if reservation is None:
@@ -236,12 +239,16 @@ class JobExecutor:
         return Ending(outcome, finding.error)
 
     def destroy_vm(self, job: ClaimedJob) -> None:
-        """Hand its CVM to destruction, which never waits; give back a reservation that no CVM used."""
+        """Hand its CVM to destruction, which never waits; give back a reservation that no CVM used.
+
+        A shared CVM stays: the job's seat in it is given up with its reference on the instance.
+        """
         cvm, job.cvm = job.cvm, None
         adopts, job.adopts = job.adopts, None
-        name = cvm.name if cvm is not None else adopts
-        if name is not None:
-            self._fleet.destroy(name)
+        if adopts is not None:
+            adopts.let_go()
+        elif cvm is not None and not job.shared:
+            self._fleet.destroy(cvm.name)
         reservation, job.reservation = job.reservation, None
         if reservation is not None:
             self._quota.release(reservation)
@@ -256,13 +263,23 @@ class JobExecutor:
             result.result,
             error,
             max_bytes=job.spec.result.max_bytes,
-            rule=self._scoring.overridden(job.spec),
+            rule=self._rule(job),
             size=result.result_bytes,
         )
 
+    def _rule(self, job: ClaimedJob) -> ScoringRule:
+        spec = job.spec
+        try:
+            return self._scoring.overridden(
+                spec.scoring, low=spec.result.score_min, high=spec.result.score_max
+            )
+        except UnknownScoring as error:
+            _log.warning("challenge_scoring_ignored", error=str(error))
+            return self._scoring
+
     async def _take_leave(self, job: ClaimedJob, cvm: Guest) -> None:
         """Cancelled while it runs: the SDK is told, and given a moment to end it in order."""
-        if not job.started:
+        if not job.started and not job.shared:
             return
         why = job.ending.reason if job.ending is not None else None
         with contextlib.suppress(CvmError, TimeoutError):
@@ -294,9 +311,12 @@ class JobExecutor:
             await self._giving_back.release(job.job_id, job.token, ReleaseReason.INFRA, patience=None)
         await self._ends.end(job.claim_id, JobOutcome.INFRA_ERROR, RESTARTED)
 
-    def abandon(self, name: VmName) -> None:
-        """Hand a CVM to destruction that no job can go on in."""
-        self._fleet.destroy(name)
+    def left_cvms(self, names: Iterable[VmName]) -> dict[VmName, LeftCvm]:
+        """CVMs that jobs go on in, each held once for each time that it is named."""
+        left: dict[VmName, LeftCvm] = {}
+        for name in names:
+            left.setdefault(name, LeftCvm(name, self._fleet)).hold()
+        return left
 
 
 _OUTCOMES = {

@@ -6,11 +6,12 @@ from datetime import timedelta
 
 from platform_protocol.platform_messages import Claim
 from platform_validator.challenges.kit import KitUnreadable, unpack
+from platform_validator.jobs.left_cvm import LeftCvm
 from platform_validator.jobs.work import ClaimedJob
 from platform_validator.store.records import JobRecord, VmRecord
 
 
-def inherited_job(record: JobRecord, vm: VmRecord, *, boottime: float) -> ClaimedJob:
+def inherited_job(record: JobRecord, vm: VmRecord, left: LeftCvm, *, boottime: float) -> ClaimedJob:
     """The job, to be run on in its CVM.
 
     Raises:
@@ -27,7 +28,7 @@ def inherited_job(record: JobRecord, vm: VmRecord, *, boottime: float) -> Claime
         spec=kit.spec,
         asked_at=0.0,
         claimed_at=record.claimed_at,
-        adopts=vm.name,
+        adopts=left,
         ran=timedelta(seconds=max(boottime - kit.running_since, 0.0)),
         stage=record.stage,
         vm=vm.name,

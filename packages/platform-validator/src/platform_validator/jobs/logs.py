@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import structlog
 
 from platform_protocol.ids import JobId, LeaseToken
@@ -33,6 +35,7 @@ class LogStream:
         self._token = token
         self._clock = clock
         self._waiting: list[str] = []
+        self._some = asyncio.Event()
         self._seq = 0
         self._sent = 0
 
@@ -41,12 +44,14 @@ class LogStream:
         if self._sent > MAX_JOB:
             return
         self._waiting.append(line)
+        self._some.set()
         if len(self._waiting) > MAX_WAITING:
             del self._waiting[: MAX_WAITING // 10]
 
     async def run(self) -> None:
         """Send what waits, until cancelled."""
         while True:
+            await self._some.wait()
             await self._clock.sleep(EVERY)
             await self.flush()
 
@@ -55,6 +60,7 @@ class LogStream:
         if not self._waiting:
             return
         lines, self._waiting = last_lines(self._waiting, MAX_BATCH), []
+        self._some.clear()
         self._sent += sum(len(line) for line in lines)
         seq, self._seq = self._seq, self._seq + 1
         try:

@@ -20,13 +20,14 @@ from platform_validator.challenges.manager import ChallengeManager
 from platform_validator.clock import Clock
 from platform_validator.cvm.placement import Wish
 from platform_validator.cvm.quota import Quota, Refusal
-from platform_validator.jobs.capacity import Capacity, CapacityFacts, Need, NoCapacity, has_capacity
+from platform_validator.jobs.capacity import Capacity, CapacityFacts, Need, NoCapacity, covers, has_capacity
 from platform_validator.jobs.claiming import Claimer
-from platform_validator.jobs.ending import Ending
+from platform_validator.jobs.ending import Ending, died
 from platform_validator.jobs.ends import JobEnds
 from platform_validator.jobs.executor import JobExecutor
 from platform_validator.jobs.gate import ClaimGate
 from platform_validator.jobs.inherited import inherited_job
+from platform_validator.jobs.left_cvm import LeftCvm
 from platform_validator.jobs.observe import JobMetrics
 from platform_validator.jobs.passed_over import PassedOver
 from platform_validator.jobs.recovery import Inheritance
@@ -120,7 +121,7 @@ class JobManager:
         self._idle.set()
         self._source = "poll"
         self._claiming = True
-        self._lacking_room = False
+        self._lacking_room = self._asked_room = False
         self._hold_off = 0.0
         self.last_error: str | None = None
 
@@ -212,6 +213,7 @@ class JobManager:
                 gate_open=self._gate(job.challenge_id).admits(self._clock.monotonic()),
                 room=self._quota.would(wish, kept=self._passed_over.kept_from(job)),
                 ready=ref.ready_size() if ref is not None else None,
+                shared=ref is not None and ref.shared and covers(ref.plan.resources, wish.resources),
                 active_jobs=len(self._slots),
                 max_jobs=self._max,
             ),
@@ -226,8 +228,9 @@ class JobManager:
         """Until cancelled, which releases the jobs that run."""
         async with asyncio.TaskGroup() as group:
             inherited, self._inherited = self._inherited, Inheritance()
+            left = self._executor.left_cvms(vm.name for _, vm in inherited.adopt)
             for record, vm in inherited.adopt:
-                group.create_task(self._go_on(record, vm))
+                group.create_task(self._go_on(record, vm, left[vm.name]))
             for record in inherited.release:
                 group.create_task(self._executor.release_inherited(record))
             while True:
@@ -260,7 +263,7 @@ class JobManager:
         self._wake.clear()
 
     async def _pass(self, group: asyncio.TaskGroup, source: str) -> None:
-        self._lacking_room = False
+        self._lacking_room = self._asked_room = False
         now = self._clock.monotonic()
         self._declined = {job_id: until for job_id, until in self._declined.items() if until > now}
         await self._ends.retry()
@@ -320,8 +323,9 @@ class JobManager:
             self._passed_over.forget(job.id)
             return
         self._passed_over.noted(job, wish, self._clock.monotonic())
-        if not self._lacking_room:
+        if not self._asked_room:
             # An idle ready CVM yields, one a pass: the next pass sees whether its room was enough.
+            self._asked_room = True
             self._lacking_room = self._challenges.make_room(beside=None)
 
     def _set_aside(
@@ -354,14 +358,14 @@ class JobManager:
         finally:
             self._vacate(slot)
 
-    async def _go_on(self, record: JobRecord, vm: VmRecord) -> None:
+    async def _go_on(self, record: JobRecord, vm: VmRecord, left: LeftCvm) -> None:
         """A job that runs in a CVM which an earlier process left."""
         slot = self._slots[record.job_id]
         try:
-            job = inherited_job(record, vm, boottime=self._clock.boottime())
+            job = inherited_job(record, vm, left, boottime=self._clock.boottime())
         except (KitUnreadable, ValidationError) as error:
             _log.error("job_not_adoptable", job_id=record.job_id, error=str(error))
-            self._executor.abandon(vm.name)
+            left.let_go()
             await self._executor.release_inherited(record)
         else:
             await self._execute(slot, job)
@@ -371,6 +375,8 @@ class JobManager:
     async def _execute(self, slot: Slot, job: ClaimedJob) -> None:
         slot.claimed = job
         ending = await self._executor.execute_job(job)
+        if slot.ref is not None and died(ending):
+            slot.ref.condemn(ending.reason or ending.outcome.value)
         self._set_gate(slot.challenge_id, self._after(self._gate(slot.challenge_id), ending))
 
     def _occupy(self, slot: Slot) -> None:

@@ -16,6 +16,7 @@ from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.quota import Reservation
 from platform_validator.jobs.ending import Ending
 from platform_validator.jobs.lease import HeldLease
+from platform_validator.jobs.left_cvm import LeftCvm
 from platform_validator.jobs.logs import LogStream
 from platform_validator.store.records import JobOutcome, JobRecord, Stage
 
@@ -61,8 +62,9 @@ class ClaimedJob:
     """A granted claim and what was set aside for it: a ready CVM, a reservation, or a CVM to adopt.
 
     `asked_at` is CLOCK_BOOTTIME from before the claim was sent: the lease counts from there. `ran` is how
-    long it ran under an earlier process, and `adopts` the CVM that it ran in. `kit` makes what is
-    journaled when it begins to run, given since when (CLOCK_BOOTTIME, seconds).
+    long it ran under an earlier process, and `adopts` the CVM that it ran in. `shared`: others run in its
+    CVM too, which outlives it. `kit` makes what is journaled when it begins to run, given since when
+    (CLOCK_BOOTTIME, seconds).
     """
 
     claim_id: ClaimId
@@ -74,7 +76,8 @@ class ClaimedJob:
     kit: Callable[[float], bytes] | None = None
     cvm: Guest | None = None
     reservation: Reservation | None = None
-    adopts: VmName | None = None
+    adopts: LeftCvm | None = None
+    shared: bool = False
     ran: timedelta = timedelta(0)
     stage: Stage = Stage.CLAIMED
     stage_since: float = 0.0

@@ -103,6 +103,7 @@ class MemoryPlatform:
         self._now = now
         self._challenges: dict[ChallengeId, ActiveChallenge] = {}
         self.jobs: dict[JobId, MemoryJob] = {}
+        self._listed: dict[JobId, PendingJob] = {}
         self._ids = itertools.count(1)
         self._version = 0
         self._stream = 1
@@ -248,7 +249,7 @@ class MemoryPlatform:
         for job in rows:
             turn = turns[job.priority, job.challenge_id] = turns.get((job.priority, job.challenge_id), 0) + 1
             ranked.append((-job.priority, turn, job.created_at, job.id, job))
-        return [_pending(each[-1]) for each in sorted(ranked, key=lambda each: each[:-1])[:limit]]
+        return [self._pending(each[-1]) for each in sorted(ranked, key=lambda each: each[:-1])[:limit]]
 
     def claim(self, job_id: JobId, claim_id: ClaimId, hotkey: str) -> Claim:
         """A new token, or the same lease again for the same hotkey and claim id."""
@@ -293,10 +294,11 @@ class MemoryPlatform:
         """Accept one result; the same body again is accepted again and changes nothing."""
         job = self._job(job_id)
         try:
-            result = ResultBody.model_validate(read_json(body))
+            value = read_json(body)
+            result = ResultBody.model_validate(value)
         except (ValidationError, PlatformUnavailable) as error:
             raise ResultRefused(f"422 {error}", code="invalid_result", status=422) from error
-        canonical = canonical_json(read_json(body))
+        canonical = canonical_json(value)
         if job.body == canonical:
             return
         self._held(job_id, result.lease_token)
@@ -333,6 +335,19 @@ class MemoryPlatform:
     def _push(self, make: Any) -> None:
         self._seq += 1
         self.push_hint(make(self._seq))
+
+    def _pending(self, job: MemoryJob) -> PendingJob:
+        """As it is listed, which never changes while it waits."""
+        if job.id not in self._listed:
+            self._listed[job.id] = PendingJob(
+                id=job.id,
+                challenge_id=job.challenge_id,
+                created_at=job.created_at,
+                priority=job.priority,
+                resources=job.resources,
+                timeout_s=job.timeout_s,
+            )
+        return self._listed[job.id]
 
     def _job(self, job_id: JobId) -> MemoryJob:
         job = self.jobs.get(job_id)
@@ -386,14 +401,3 @@ class MemoryPlatform:
             timeout_s=job.timeout_s,
             resources=job.resources,
         )
-
-
-def _pending(job: MemoryJob) -> PendingJob:
-    return PendingJob(
-        id=job.id,
-        challenge_id=job.challenge_id,
-        created_at=job.created_at,
-        priority=job.priority,
-        resources=job.resources,
-        timeout_s=job.timeout_s,
-    )

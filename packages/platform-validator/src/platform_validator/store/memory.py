@@ -322,7 +322,11 @@ class MemoryStore:
     async def challenge_history(self, challenge_id: ChallengeId, limit: int) -> Sequence[InstanceEvent]:
         """See the port."""
         self._check("challenge_history")
-        return [each for each in reversed(self._history) if each.challenge_id == challenge_id][:limit]
+        return self.now_history(challenge_id)[:limit]
+
+    def now_history(self, challenge_id: ChallengeId) -> list[InstanceEvent]:
+        """What became of a challenge's instances, newest first; at once, for whoever looks on."""
+        return [each for each in reversed(self._history) if each.challenge_id == challenge_id]
 
     # Values
 

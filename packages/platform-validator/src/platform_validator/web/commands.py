@@ -11,9 +11,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from platform_protocol.ids import JobId, VmName
+from platform_validator.attestation.os_image import Shape
 from platform_validator.cvm.vmm import VmmError
 from platform_validator.store.port import StoreUnavailable
-from platform_validator.web.control import Cancelling, Control, NotStarted
+from platform_validator.web.control import Cancelling, Control, NotStarted, PinBusy
 
 _MAX_BODY = 65_536
 _MAX_ID = 200
@@ -26,7 +27,7 @@ _CANCELLED = {
 
 
 def command_routes(control: Control) -> list[Route]:
-    """Routes below `/api/v1`: drain, a job's cancel, reclaim of strays, reload.
+    """Routes below `/api/v1`: drain, a job's cancel, reclaim of strays, pinning of an image, reload.
 
     A refusal is `{"error", "code"}`.
     """
@@ -35,6 +36,8 @@ def command_routes(control: Control) -> list[Route]:
         Route("/api/v1/drain", commands.drain, methods=["POST"]),
         Route("/api/v1/jobs/{job_id:path}/cancel", commands.cancel, methods=["POST"]),
         Route("/api/v1/cvms/reclaim", commands.reclaim, methods=["POST"]),
+        Route("/api/v1/attestation/pin", commands.pinning),
+        Route("/api/v1/attestation/pin", commands.pin, methods=["POST"]),
         Route("/api/v1/reload", commands.reload, methods=["POST"]),
     ]
 
@@ -75,6 +78,24 @@ class _Commands:
             return refused(503, "vmm_unavailable", str(error))
         return JSONResponse({"reclaiming": begun}, status_code=202)
 
+    async def pinning(self, _: Request) -> Response:
+        try:
+            return JSONResponse(self._control.pinning())
+        except NotStarted as error:
+            return refused(409, "not_started", str(error))
+
+    async def pin(self, request: Request) -> Response:
+        asked = await _asked(request) or {}
+        image, shape = asked.get("image"), _shape(asked)
+        if not isinstance(image, str) or not image or shape is None:
+            return refused(400, "bad_body", 'expected {"image", "cpu", "memory_mb", "gpus"}')
+        try:
+            return JSONResponse(self._control.pin(image[:_MAX_ID], shape), status_code=202)
+        except NotStarted as error:
+            return refused(409, "not_started", str(error))
+        except PinBusy as error:
+            return refused(409, "busy", str(error))
+
     async def reload(self, _: Request) -> Response:
         try:
             done = self._control.reload()
@@ -84,6 +105,14 @@ class _Commands:
             why = "the configuration is invalid: nothing was changed"
             return JSONResponse({"error": why, "code": "invalid", "faults": done.faults}, status_code=422)
         return JSONResponse({"applied": done.applied, "restart": done.restart})
+
+
+def _shape(asked: dict[str, Any]) -> Shape | None:
+    cpu, memory, gpus = asked.get("cpu"), asked.get("memory_mb"), asked.get("gpus", 0)
+    for number, least in ((cpu, 1), (memory, 1), (gpus, 0)):
+        if not isinstance(number, int) or isinstance(number, bool) or number < least:
+            return None
+    return Shape(int(cpu or 0), int(memory or 0), int(gpus))
 
 
 async def _asked(request: Request) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from platform_protocol.ids import JobId, VmName
+from platform_validator.attestation.os_image import Shape
 from platform_validator.values.commands import ValueCommand
 
 
@@ -51,6 +52,10 @@ class NotStarted(Exception):
     """The daemon is not as far yet: ask again when it is running."""
 
 
+class PinBusy(Exception):
+    """The measurements of another image or shape are being taken."""
+
+
 class Control(Protocol):
     """Carried out at once, on the daemon's loop."""
 
@@ -79,6 +84,21 @@ class Control(Protocol):
         Raises:
             NotStarted: They are not open yet.
             ValueRefused: Or what else `values.commands.perform` names.
+        """
+
+    def pinning(self) -> dict[str, Any]:
+        """How far the last `pin` is.
+
+        Raises:
+            NotStarted: CVMs are not known yet.
+        """
+
+    def pin(self, image: str, shape: Shape) -> dict[str, Any]:
+        """Have a CVM of an image booted at a shape, to see what it measures.
+
+        Raises:
+            NotStarted: CVMs are not known yet.
+            PinBusy: Another one is under way.
         """
 
     def reload(self) -> Reloaded:

@@ -24,7 +24,7 @@ def operators_app(views: Views, control: Control) -> Starlette:
     """`/api/v1`: whoever reaches it may read everything, and control the daemon.
 
     GET `/status` `/jobs` `/cvms` `/challenges`;
-    POST `/drain` `/jobs/{id}/cancel` `/cvms/reclaim` `/values` `/reload`.
+    POST `/drain` `/jobs/{id}/cancel` `/cvms/reclaim` `/attestation/pin` `/values` `/reload`.
     """
 
     async def status(_: Request) -> Response:
