@@ -3,54 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-import subprocess
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from author import Author
+from git_server import GitServer
+from processes import processes_about
 
 from platform_protocol.bundle import unpack
 from platform_protocol.canonical import sha256_hex
-from platform_validator.challenges.source import GitSource, SourceError
-
-
-def git(folder: Path, *arguments: str) -> str:
-    """Run git as an author of a challenge."""
-    env = {
-        "PATH": os.environ["PATH"],
-        "HOME": str(folder),
-        "GIT_CONFIG_NOSYSTEM": "1",
-        "GIT_AUTHOR_NAME": "a",
-        "GIT_AUTHOR_EMAIL": "a@example.invalid",
-        "GIT_COMMITTER_NAME": "a",
-        "GIT_COMMITTER_EMAIL": "a@example.invalid",
-    }
-    done = subprocess.run(
-        ["git", *arguments], cwd=folder, env=env, check=True, capture_output=True, text=True
-    )
-    return done.stdout.strip()
-
-
-def commit(folder: Path, message: str = "a commit") -> str:
-    """Commit everything; returns the commit."""
-    git(folder, "add", "-A", "-f")
-    git(folder, "commit", "-q", "--allow-empty", "-m", message)
-    return git(folder, "rev-parse", "HEAD")
+from platform_validator.challenges.git import Credentials
+from platform_validator.challenges.git_source import GitSource
+from platform_validator.challenges.repository import repository_url
+from platform_validator.challenges.source import SourceError
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Path:
+def author(tmp_path: Path) -> Author:
     """An author's repository, with nothing committed yet."""
-    folder = tmp_path / "repository"
-    folder.mkdir()
-    git(folder, "init", "-q", "-b", "main")
-    (folder / "platform.toml").write_text('name = "digits"\nversion = "1"\n')
-    (folder / "challenge.py").write_text("x = 1\n")
-    (folder / "run.sh").write_text("#!/bin/sh\n")
-    (folder / "run.sh").chmod(0o755)
-    (folder / "link").symlink_to("challenge.py")
-    return folder
+    author = Author(tmp_path / "served" / "repository")
+    author.write("run.sh", "#!/bin/sh\n")
+    (author.folder / "run.sh").chmod(0o755)
+    (author.folder / "link").symlink_to("challenge.py")
+    return author
 
 
 @pytest.fixture
@@ -66,10 +45,10 @@ async def refused(source: GitSource, repository: str, at: str) -> SourceError:
     return caught.value
 
 
-async def test_a_commit_becomes_a_bundle_named_by_its_hash(repository: Path, source: GitSource) -> None:
+async def test_a_commit_becomes_a_bundle_named_by_its_hash(author: Author, source: GitSource) -> None:
     """A commit becomes a bundle named by its hash."""
-    at = commit(repository)
-    tree = await source.fetch(f"file://{repository}", at)
+    at = author.commit()
+    tree = await source.fetch(f"file://{author}", at)
     data = tree.bundle.read_bytes()
     assert sha256_hex(data) == tree.bundle_sha256
     assert tree.bundle == source.bundle_path(tree.bundle_sha256)
@@ -77,60 +56,60 @@ async def test_a_commit_becomes_a_bundle_named_by_its_hash(repository: Path, sou
     assert sorted(entries) == ["challenge.py", "link", "platform.toml", "run.sh"]
     assert entries["link"].link == "challenge.py"
     assert entries["run.sh"].executable
-    assert tree.platform_toml == (repository / "platform.toml").read_bytes()
+    assert tree.platform_toml == (author.folder / "platform.toml").read_bytes()
     assert source.file_of(tree, "challenge.py") == b"x = 1\n"
 
 
-async def test_an_older_commit_is_fetched_exactly(repository: Path, source: GitSource) -> None:
+async def test_an_older_commit_is_fetched_exactly(author: Author, source: GitSource) -> None:
     """An older commit is fetched exactly."""
-    old = commit(repository)
-    (repository / "challenge.py").write_text("x = 2\n")
-    new = commit(repository)
-    first, second = [await source.fetch(str(repository), at) for at in (old, new)]
+    old = author.commit()
+    (author.folder / "challenge.py").write_text("x = 2\n")
+    new = author.commit()
+    first, second = [await source.fetch(str(author), at) for at in (old, new)]
     assert source.file_of(first, "challenge.py") == b"x = 1\n"
     assert source.file_of(second, "challenge.py") == b"x = 2\n"
 
 
 async def test_the_cache_serves_what_it_has_when_the_repository_is_gone(
-    repository: Path, source: GitSource, tmp_path: Path
+    author: Author, source: GitSource, tmp_path: Path
 ) -> None:
     """The cache serves what it has when the repository is gone."""
-    at = commit(repository)
-    first = await source.fetch(str(repository), at)
-    await asyncio.to_thread(repository.rename, tmp_path / "elsewhere")
-    assert await source.fetch(str(repository), at) == first
+    at = author.commit()
+    first = await source.fetch(str(author), at)
+    await asyncio.to_thread(author.folder.rename, tmp_path / "elsewhere")
+    assert await source.fetch(str(author), at) == first
 
 
 async def test_nothing_but_bundles_and_their_index_stays_in_the_cache(
-    repository: Path, source: GitSource, tmp_path: Path
+    author: Author, source: GitSource, tmp_path: Path
 ) -> None:
     """Nothing but bundles and their index stays in the cache."""
-    await source.fetch(str(repository), commit(repository))
+    await source.fetch(str(author), author.commit())
     assert sorted(each.name for each in (tmp_path / "cache").iterdir()) == ["bundles", "commits"]
 
 
-async def test_a_damaged_bundle_is_fetched_again(repository: Path, source: GitSource) -> None:
+async def test_a_damaged_bundle_is_fetched_again(author: Author, source: GitSource) -> None:
     """A damaged bundle is fetched again."""
-    at = commit(repository)
-    tree = await source.fetch(str(repository), at)
+    at = author.commit()
+    tree = await source.fetch(str(author), at)
     tree.bundle.write_bytes(b"damaged")
-    assert await source.fetch(str(repository), at) == tree
+    assert await source.fetch(str(author), at) == tree
     assert sha256_hex(tree.bundle.read_bytes()) == tree.bundle_sha256
 
 
 @pytest.mark.parametrize("name", ["main", "v1.0", "abc123", "A" * 40, "a" * 41, "--upload-pack=x"])
-async def test_a_branch_name_is_not_a_commit(repository: Path, source: GitSource, name: str) -> None:
+async def test_a_branch_name_is_not_a_commit(author: Author, source: GitSource, name: str) -> None:
     """A branch name is not a commit."""
-    commit(repository)
-    error = await refused(source, str(repository), name)
+    author.commit()
+    error = await refused(source, str(author), name)
     assert error.reason == "not_a_commit"
     assert error.lasting
 
 
-async def test_a_commit_that_is_not_there_is_said_so(repository: Path, source: GitSource) -> None:
+async def test_a_commit_that_is_not_there_is_said_so(author: Author, source: GitSource) -> None:
     """A commit that is not there is said so."""
-    commit(repository)
-    assert (await refused(source, str(repository), "1" * 40)).reason == "commit_not_found"
+    author.commit()
+    assert (await refused(source, str(author), "1" * 40)).reason == "commit_not_found"
 
 
 @pytest.mark.parametrize(
@@ -145,6 +124,10 @@ async def test_a_commit_that_is_not_there_is_said_so(repository: Path, source: G
         "file://otherhost/x",
         "../../x",
         "https://",
+        "https://host:99999/x",
+        "https://-oProxyCommand=x/y",
+        "https://host/`x`",
+        "http://127.0.0.1::1/x",
         "owner/name\n",
         "",
     ],
@@ -154,61 +137,275 @@ async def test_other_schemes_than_allowed_are_refused(source: GitSource, reposit
     assert (await refused(source, repository, "1" * 40)).reason == "repository_refused"
 
 
-def test_owner_and_name_is_github_and_files_need_to_be_allowed(tmp_path: Path) -> None:
-    """Owner and name is github and files need to be allowed."""
-    plain = GitSource(cache=tmp_path)
-    assert plain.url_of("owner/name") == "https://github.com/owner/name"
-    assert plain.url_of("http://127.0.0.1:99/x") == "http://127.0.0.1:99/x"
-    with pytest.raises(SourceError, match="allow"):
-        plain.url_of("file:///x")
+def test_owner_and_name_is_github_and_files_and_ssh_need_to_be_allowed() -> None:
+    """Owner and name is GitHub's; files and ssh need to be allowed."""
+    assert repository_url("owner/name", ()) == "https://github.com/owner/name"
+    assert repository_url("http://127.0.0.1:99/x", ()) == "http://127.0.0.1:99/x"
+    assert repository_url("http://[::1]:99/x", ()) == "http://[::1]:99/x"
+    assert repository_url("/srv/x", {"file"}) == "file:///srv/x"
+    assert repository_url("ssh://git@host:22/x", {"ssh"}) == "ssh://git@host:22/x"
+    for refused_without in ("file:///x", "/x", "ssh://git@host/x"):
+        with pytest.raises(SourceError, match=r"sources\.allow"):
+            repository_url(refused_without, ())
 
 
-async def test_a_submodule_is_refused(repository: Path, source: GitSource) -> None:
+async def test_a_submodule_is_refused(author: Author, source: GitSource) -> None:
     """A submodule is refused."""
-    inner = commit(repository)
-    git(repository, "update-index", "--add", "--cacheinfo", f"160000,{inner},inner")
-    git(repository, "commit", "-q", "-m", "with a submodule")
-    error = await refused(source, str(repository), git(repository, "rev-parse", "HEAD"))
+    inner = author.commit()
+    author.git("update-index", "--add", "--cacheinfo", f"160000,{inner},inner")
+    author.git("commit", "-q", "-m", "with a submodule")
+    error = await refused(source, str(author), author.git("rev-parse", "HEAD"))
     assert error.reason == "tree_refused"
     assert "submodule" in str(error)
 
 
-async def test_a_link_out_of_the_tree_is_refused(repository: Path, source: GitSource) -> None:
+async def test_a_link_out_of_the_tree_is_refused(author: Author, source: GitSource) -> None:
     """A link out of the tree is refused."""
-    (repository / "out").symlink_to("../../etc/passwd")
-    assert (await refused(source, str(repository), commit(repository))).reason == "tree_refused"
+    (author.folder / "out").symlink_to("../../etc/passwd")
+    assert (await refused(source, str(author), author.commit())).reason == "tree_refused"
 
 
-async def test_a_tree_over_the_limit_is_refused_before_it_is_read(repository: Path, tmp_path: Path) -> None:
+async def test_a_tree_over_the_limit_is_refused_before_it_is_read(author: Author, tmp_path: Path) -> None:
     """A tree over the limit is refused before it is read."""
-    (repository / "large").write_bytes(bytes(100_000))
+    (author.folder / "large").write_bytes(bytes(100_000))
     small = GitSource(cache=tmp_path / "cache", allow=frozenset({"file"}), max_bytes=50_000)
-    error = await refused(small, str(repository), commit(repository))
+    error = await refused(small, str(author), author.commit())
     assert error.reason == "tree_refused"
     assert "50000" in str(error)
 
 
-async def test_a_tree_without_platform_toml_is_refused(repository: Path, source: GitSource) -> None:
+async def test_a_tree_without_platform_toml_is_refused(author: Author, source: GitSource) -> None:
     """A tree without platform toml is refused."""
-    (repository / "platform.toml").unlink()
-    assert (await refused(source, str(repository), commit(repository))).reason == "no_platform_toml"
+    (author.folder / "platform.toml").unlink()
+    assert (await refused(source, str(author), author.commit())).reason == "no_platform_toml"
 
 
-async def test_attributes_and_filters_of_the_tree_change_nothing(repository: Path, source: GitSource) -> None:
+async def test_attributes_and_filters_of_the_tree_change_nothing(author: Author, source: GitSource) -> None:
     """Attributes and filters of the tree change nothing."""
-    (repository / ".gitattributes").write_text("*.py filter=evil text eol=crlf export-ignore\n")
-    tree = await source.fetch(str(repository), commit(repository))
+    (author.folder / ".gitattributes").write_text("*.py filter=evil text eol=crlf export-ignore\n")
+    tree = await source.fetch(str(author), author.commit())
     assert source.file_of(tree, "challenge.py") == b"x = 1\n"
 
 
-async def test_a_fetch_that_takes_too_long_is_ended(repository: Path, tmp_path: Path) -> None:
+async def test_a_fetch_that_takes_too_long_is_ended(author: Author, tmp_path: Path) -> None:
     """A fetch that takes too long is ended."""
-    hasty = GitSource(cache=tmp_path / "cache", allow=frozenset({"file"}), timeout=timedelta(0))
-    assert (await refused(hasty, str(repository), commit(repository))).reason == "git_timed_out"
-    assert not list((tmp_path / "cache").glob("fetch-*"))
+    at = author.commit()
+    for milliseconds in (0, 1, 3, 10, 20, 30, 50, 80):
+        hasty = GitSource(
+            cache=tmp_path / "cache",
+            allow=frozenset({"file"}),
+            timeout=timedelta(milliseconds=milliseconds),
+        )
+        with contextlib.suppress(SourceError):
+            await hasty.fetch(str(author), at)
+            continue
+        error = await refused(hasty, str(author), at)
+        assert error.reason == "git_timed_out"
+        assert not list((tmp_path / "cache").glob("fetch-*"))
+        assert list(processes_about(str(tmp_path / "cache"))) == []
+
+
+async def test_a_fetch_that_is_cancelled_leaves_nothing(author: Author, tmp_path: Path) -> None:
+    """Cancelled at any moment, its processes are gone and its folder is removed."""
+    at = author.commit()
+    for milliseconds in (0, 2, 10, 25, 40, 60):
+        source = GitSource(cache=tmp_path / str(milliseconds), allow=frozenset({"file"}))
+        fetching = asyncio.ensure_future(source.fetch(str(author), at))
+        await asyncio.wait([fetching], timeout=milliseconds / 1000)
+        fetching.cancel()
+        await asyncio.wait([fetching])
+        assert not list((tmp_path / str(milliseconds)).glob("fetch-*"))
+        assert list(processes_about(str(tmp_path / str(milliseconds)))) == []
 
 
 async def test_terminal_escapes_of_a_server_stay_out_of_the_reason(tmp_path: Path, source: GitSource) -> None:
     """Terminal escapes of a server stay out of the reason."""
     error = await refused(source, str(tmp_path / "no\u001b[31msuch"), "1" * 40)
     assert "\u001b" not in str(error)
+
+
+# Served over HTTP, by git's own server
+
+
+@pytest.fixture
+def server(tmp_path: Path, author: Author) -> Iterator[GitServer]:
+    """Serves the author's repository."""
+    with GitServer(tmp_path / "served") as serving:
+        yield serving
+
+
+def url_of(server: GitServer) -> str:
+    """The author's repository."""
+    return server.url_of("repository/.git")
+
+
+async def test_one_commit_is_fetched_alone(author: Author, server: GitServer, source: GitSource) -> None:
+    """Of a hundred commits one comes, also when no branch points at it."""
+    at = author.commit()
+    for number in range(5):
+        author.write("challenge.py", f"x = {number}\n")
+        author.commit()
+    tree = await source.fetch(url_of(server), at)
+    assert source.file_of(tree, "challenge.py") == b"x = 1\n"
+    assert len([path for path in server.asked if "upload-pack" in path]) <= 3
+
+
+async def test_a_server_that_refuses_single_commits_is_asked_for_its_branches(
+    author: Author, server: GitServer, source: GitSource
+) -> None:
+    """Where only branches and tags may be asked for, these are, and the commit is looked up in them."""
+    server.exact = False
+    old = author.commit()
+    author.git("checkout", "-q", "-b", "aside")
+    author.write("challenge.py", "x = 2\n")
+    tagged = author.commit()
+    author.git("tag", "v2")
+    author.git("checkout", "-q", "main")
+    author.git("branch", "-q", "-D", "aside")
+    author.write("challenge.py", "x = 3\n")
+    author.commit()
+    assert source.file_of(await source.fetch(url_of(server), old), "challenge.py") == b"x = 1\n"
+    assert source.file_of(await source.fetch(url_of(server), tagged), "challenge.py") == b"x = 2\n"
+    assert (await refused(source, url_of(server), "1" * 40)).reason == "commit_not_found"
+
+
+async def test_a_forced_push_takes_a_commit_away(
+    author: Author, server: GitServer, source: GitSource
+) -> None:
+    """A commit that a forced push removed is said to be gone; what was fetched before stays usable."""
+    kept = author.commit()
+    author.write("challenge.py", "x = 2\n")
+    gone = author.commit()
+    before = await source.fetch(url_of(server), kept)
+    author.git("reset", "-q", "--hard", kept)
+    author.git("commit", "-q", "--amend", "--allow-empty", "-m", "another")
+    author.git("reflog", "expire", "--expire=now", "--all")
+    author.git("gc", "-q", "--prune=now")
+    error = await refused(source, url_of(server), gone)
+    assert error.reason == "commit_not_found"
+    assert "forced push" in str(error)
+    assert not error.lasting
+    assert await source.fetch(url_of(server), kept) == before
+
+
+async def test_a_server_that_is_down(author: Author, tmp_path: Path, source: GitSource) -> None:
+    """The cache serves what it has, another process's too; the rest is said to be unreachable."""
+    with GitServer(tmp_path / "served") as server:
+        at, url = author.commit(), url_of(server)
+        tree = await source.fetch(url, at)
+    again = GitSource(cache=tmp_path / "cache")
+    assert await again.fetch(url, at) == tree
+    error = await refused(again, url, "1" * 40)
+    assert error.reason == "git_unreachable"
+
+
+async def test_a_repository_that_is_not_there(server: GitServer, source: GitSource) -> None:
+    """It is said to be missing, or to want credentials."""
+    assert (await refused(source, server.url_of("none/.git"), "1" * 40)).reason == "repository_not_found"
+    server.password = "user:token-of-the-operator"
+    assert (await refused(source, url_of(server), "1" * 40)).reason == "repository_not_found"
+
+
+async def test_credentials_come_from_a_file_and_go_nowhere_else(
+    author: Author, server: GitServer, tmp_path: Path
+) -> None:
+    """The token is sent to its host, and is in no argument, no environment and no message."""
+    server.password = "user:token-of-the-operator"
+    at, file = author.commit(), tmp_path / "credentials"
+    host = url_of(server).removeprefix("http://").split("/")[0]
+    file.write_text(f"http://user:token-of-the-operator@{host}\n")
+    file.chmod(0o600)
+    shown: list[bytes] = []
+
+    def look(_: object) -> bool:
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                names = ("cmdline", "environ") if entry.name.isdigit() else ()
+                shown.extend((entry / name).read_bytes() for name in names)
+        return False
+
+    server.instead = look
+    source = GitSource(cache=tmp_path / "cache", credentials=Credentials(https=file))
+    await source.fetch(url_of(server), at)
+    assert any(b"credential-store --file=" in each for each in shown)
+    assert not any(b"token-of-the-operator" in each for each in shown)
+    # A refused one stays in the operator's file, and out of the message.
+    server.password = "user:another"
+    error = await refused(source, url_of(server), "1" * 40)
+    assert error.reason == "repository_not_found"
+    assert "token-of-the-operator" not in str(error)
+    assert "token-of-the-operator" in file.read_text()
+    # Another host does not get it.
+    elsewhere = url_of(server).replace("127.0.0.1", "localhost")
+    server.password = "user:token-of-the-operator"
+    assert (await refused(source, elsewhere, at)).reason == "repository_not_found"
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, None])
+async def test_a_credentials_file_that_others_can_read_is_refused(
+    author: Author, server: GitServer, tmp_path: Path, mode: int | None
+) -> None:
+    """So is one that is not there."""
+    file = tmp_path / "credentials"
+    if mode is not None:
+        file.write_text("http://user:token@127.0.0.1\n")
+        file.chmod(mode)
+    source = GitSource(cache=tmp_path / "cache", credentials=Credentials(https=file))
+    assert (await refused(source, url_of(server), author.commit())).reason == "credentials_refused"
+
+
+async def test_ssh_is_asked_nothing_and_told_whom_to_trust(
+    author: Author, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Git's own ssh transport, with a program in ssh's place that notes its options."""
+    at, key = author.commit(), tmp_path / "key"
+    key.write_text("a key")
+    key.chmod(0o600)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "ssh").write_text(
+        f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/options\nexec git upload-pack {author.folder}/.git\n'
+    )
+    (programs / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    source = GitSource(
+        cache=tmp_path / "cache",
+        allow=frozenset({"ssh"}),
+        credentials=Credentials(ssh_key=key, known_hosts=tmp_path / "known hosts"),
+    )
+    tree = await source.fetch("ssh://git@host.invalid:2222/x", at)
+    assert source.file_of(tree, "challenge.py") == b"x = 1\n"
+    options = (tmp_path / "options").read_text().splitlines()
+    for option in (
+        "BatchMode=yes",
+        "StrictHostKeyChecking=yes",
+        "IdentitiesOnly=yes",
+        f"IdentityFile={key}",
+        f'UserKnownHostsFile="{tmp_path}/known hosts"',
+        "git@host.invalid",
+        "2222",
+    ):
+        assert option in options
+
+
+async def test_the_cache_is_limited_and_what_is_in_use_stays(author: Author, tmp_path: Path) -> None:
+    """A bundle that an instance boots from is not evicted by what others fetch."""
+    source = GitSource(cache=tmp_path / "cache", allow=frozenset({"file"}), max_cache=1)
+    trees = []
+    for number in range(3):
+        author.write("challenge.py", f"x = {number}\n")
+        trees.append(await source.fetch(str(author), author.commit()))
+        source.in_use = lambda: {trees[0].bundle_sha256}
+    # A process later nothing is fresh.
+    later = GitSource(cache=tmp_path / "cache", allow=frozenset({"file"}), max_cache=1)
+    later.in_use = source.in_use
+    author.write("challenge.py", "x = 9\n")
+    trees.append(await later.fetch(str(author), author.commit()))
+    assert [tree.bundle.exists() for tree in trees] == [True, False, False, True]
+
+
+async def test_a_cache_that_cannot_be_written_is_said_so(author: Author, tmp_path: Path) -> None:
+    """A full or read-only disk, here a file in the folder's place, fails the fetch and not the process."""
+    (tmp_path / "cache").write_text("in the way")
+    source = GitSource(cache=tmp_path / "cache", allow=frozenset({"file"}))
+    assert (await refused(source, str(author), author.commit())).reason == "cache_failed"

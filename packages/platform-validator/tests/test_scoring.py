@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from platform_protocol.spec import ChallengeSpec, SpecInvalid, parse_platform_toml
 from platform_validator.scoring import (
     Algorithm,
     Normalization,
@@ -75,19 +79,141 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         ScoringRule.named("Linear", "Max")
 
 
+def spec(**tables: dict[str, object]) -> ChallengeSpec:
+    """A platform.toml's content."""
+    return ChallengeSpec.model_validate({"name": "x", "version": "1", **tables})
+
+
 def test_a_challenges_table_wins_over_the_operators_rule() -> None:
-    """A challenges table wins over the operators rule."""
+    """`[scoring]` wins key by key, then `[result]`'s range, then the operator's `[scoring_config]`."""
     mine = ScoringRule.named("Linear", "MinMax")
-    table = {"algorithm": "Exponential", "min": 1, "weights": {"speed": 0.5}}
-    rule = mine.overridden(table, low=5.0, high=20.0)
+    theirs = spec(
+        scoring={"algorithm": "Exponential", "min": 1, "weights": {"speed": 0.5}},
+        result={"score_min": 5.0, "score_max": 20.0},
+    )
+    rule = mine.overridden(theirs)
     assert rule == ScoringRule(Algorithm.EXPONENTIAL, low=1.0, high=20.0, weights={"speed": 0.5})
-    assert mine.overridden({}) == mine
+    assert mine.overridden(spec()) == mine
+    robust = spec(scoring={"normalization": "Robust", "centre": 3, "spread": 2})
+    assert mine.overridden(robust) == ScoringRule(normalization=Normalization.ROBUST, centre=3.0, spread=2.0)
 
 
 @pytest.mark.parametrize(
-    "table", [{"algo": "x"}, {"algorithm": "x"}, {"min": "0"}, {"weights": 3}, {"weights": {"a": True}}]
+    ("table", "told"),
+    [
+        ({"algo": "x"}, "did you mean 'algorithm'"),
+        ({"algorithm": "linear"}, "'Linear', 'Logarithmic' or 'Exponential'"),
+        ({"normalization": "Max"}, "'None', 'MinMax', 'ZScore' or 'Robust'"),
+        ({"min": "0"}, "number"),
+        ({"min": float("inf")}, "finite"),
+        ({"min": 2}, "below the highest"),
+        ({"spread": 0}, "greater than 0"),
+        ({"weights": 3}, "weights"),
+        ({"weights": {"a": True}}, "weights.a"),
+        ({"weights": {"a": -1}}, "greater than or equal to 0"),
+    ],
 )
-def test_a_wrong_table_is_refused(table: dict[str, object]) -> None:
-    """A wrong table is refused."""
-    with pytest.raises(UnknownScoring):
-        ScoringRule().overridden(table)
+def test_a_wrong_table_is_refused_with_what_is_known(table: dict[str, object], told: str) -> None:
+    """A wrong `[scoring]` is refused when the challenge is, before a job was scored by another rule."""
+    text = platform_toml(table)
+    with pytest.raises(SpecInvalid) as refused:
+        parse_platform_toml(text.encode())
+    assert told in str(refused.value)
+
+
+def platform_toml(table: dict[str, object]) -> str:
+    """A platform.toml with this `[scoring]`."""
+    lines = ['name = "x"', 'version = "1"', "[scoring]"]
+    for key, value in table.items():
+        lines += (
+            [f"[scoring.{key}]", *(f"{name} = {_toml(inner)}" for name, inner in value.items())]
+            if isinstance(value, dict)
+            else [f"{key} = {_toml(value)}"]
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    return json.dumps(value).replace("Infinity", "inf")
+
+
+# Properties
+
+scores = st.floats(-1e6, 1e6)
+named = st.dictionaries(st.sampled_from(["a", "b"]), st.floats(0, 100), max_size=2)
+measured = st.dictionaries(st.sampled_from(["a", "b", "c"]), scores, max_size=3)
+sound = st.builds(
+    ScoringRule,
+    algorithm=st.sampled_from(Algorithm),
+    normalization=st.sampled_from(Normalization),
+    low=st.floats(-100, 0),
+    high=st.floats(1, 100),
+    centre=st.floats(-100, 100),
+    spread=st.floats(0.01, 100),
+    weights=named,
+)
+
+
+def by_the_book(score: float, metrics: dict[str, float], rule: ScoringRule) -> float:
+    """The formulas of docs/challenges.md, written down once more and without care."""
+    normalize: Callable[[float], float] = {
+        "None": lambda x: x,
+        "MinMax": lambda x: max(0, min(1, (x - rule.low) / (rule.high - rule.low))),
+        "ZScore": lambda x: max(-10, min(10, (x - rule.centre) / rule.spread)),
+        "Robust": lambda x: max(-10, min(10, (x - rule.centre) / rule.spread)),
+    }[rule.normalization.value]
+    transform: Callable[[float], float] = {
+        "Linear": lambda s: s,
+        "Logarithmic": lambda s: math.log(1 + max(s, 0)),
+        "Exponential": lambda s: math.exp(min(s, 700)),
+    }[rule.algorithm.value]
+    counted = [(1.0, score)] + [(rule.weights[n], metrics[n]) for n in rule.weights if n in metrics]
+    return sum(w * transform(normalize(x)) for w, x in counted) / sum(w for w, _ in counted)
+
+
+@given(scores, measured, sound)
+def test_it_is_what_the_page_says(score: float, metrics: dict[str, float], rule: ScoringRule) -> None:
+    """Every rule gives what the formulas of the page give."""
+    expected = min(by_the_book(score, metrics, rule), 1e300)
+    assert final_score(score, metrics, rule) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@given(scores, measured, sound)
+def test_it_is_a_mean(score: float, metrics: dict[str, float], rule: ScoringRule) -> None:
+    """It lies between the least and the greatest of what it is the mean of."""
+    alone = replace(rule, weights={})
+    parts = [final_score(x, {}, alone) for x in (score, *(metrics[n] for n in rule.weights if n in metrics))]
+    final = final_score(score, metrics, rule)
+    slack = 1e-9 * max(abs(part) for part in parts)
+    assert min(parts) - slack <= final <= max(parts) + slack
+
+
+@given(scores, measured, sound, st.sampled_from(["score", "a", "b"]), st.floats(0, 1e6))
+def test_more_is_never_worth_less(
+    score: float, metrics: dict[str, float], rule: ScoringRule, what: str, more: float
+) -> None:
+    """A score, or a metric with a weight, that rises never lowers the final score."""
+    better = dict(metrics)
+    if what in better:
+        better[what] += more
+    raised = score + more if what == "score" else score
+    before, after = final_score(score, metrics, rule), final_score(raised, better, rule)
+    assert after >= before - 1e-9 * abs(before)
+
+
+@given(scores, measured, sound, st.dictionaries(st.sampled_from(["x", "y"]), finite))
+def test_what_is_not_named_does_not_count(
+    score: float, metrics: dict[str, float], rule: ScoringRule, others: dict[str, float]
+) -> None:
+    """Metrics without a weight change nothing, and the same is always worth the same."""
+    assert final_score(score, {**metrics, **others}, rule) == final_score(score, metrics, rule)
+
+
+@given(scores, st.sampled_from(Algorithm))
+def test_min_max_is_bounded(score: float, algorithm: Algorithm) -> None:
+    """Under MinMax Linear is within 0 and 1, Logarithmic within 0 and ln 2, Exponential within 1 and e."""
+    final = final_score(score, {}, ScoringRule(algorithm))
+    least, most = {"Linear": (0, 1), "Logarithmic": (0, math.log(2)), "Exponential": (1, math.e)}[
+        algorithm.value
+    ]
+    assert least <= final <= most

@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import posixpath
 import tarfile
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import IO
 
 from platform_protocol.errors import ProtocolError
 
@@ -34,29 +36,76 @@ class TreeEntry:
     executable: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class TreeMember:
+    """The same, with the bytes of a file elsewhere: `size` of them are read from `content` when packed."""
+
+    path: str
+    size: int = 0
+    content: Callable[[], IO[bytes]] = io.BytesIO
+    link: str | None = None
+    executable: bool = False
+
+
 def pack(entries: Iterable[TreeEntry]) -> bytes:
     """The bundle of a tree, in any order of entries.
 
     Raises:
-        BundleInvalid: A path that is absolute, has `..`, is under .git, too long, twice there or also a
-            folder; a link that leaves the tree; more than 100,000 entries or 1 GiB.
+        BundleInvalid: A path that is absolute, has `..` or control characters, is under .git, too long, twice
+            there or also a folder; a link that leaves the tree; more than 100,000 entries or 1 GiB.
     """
-    ordered = sorted(entries, key=lambda entry: entry.path.encode())
-    _check(ordered)
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for entry in ordered:
-            info = tarfile.TarInfo(entry.path)
-            info.mode = 0o755 if entry.executable else 0o644
-            if entry.link is None:
-                info.size = len(entry.data)
-            else:
-                info.type, info.linkname = tarfile.SYMTYPE, entry.link
-            try:
-                tar.addfile(info, io.BytesIO(entry.data))
-            except (ValueError, UnicodeEncodeError) as error:
-                raise BundleInvalid(f"{entry.path!r} does not fit into a ustar header: {error}") from error
+    pack_into(out, [_member(entry) for entry in entries])
     return out.getvalue()
+
+
+def pack_into(out: IO[bytes], members: Iterable[TreeMember]) -> None:
+    """Write the bundle of a tree to a file, one member's bytes at a time.
+
+    Raises:
+        BundleInvalid: As `pack`; nothing was written then, except where a path does not fit into a header.
+        OSError: It cannot be written, or a content ends too soon.
+    """
+    ordered = sorted(members, key=lambda member: member.path.encode())
+    _check(ordered)
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for member in ordered:
+            info = tarfile.TarInfo(member.path)
+            info.mode = 0o755 if member.executable else 0o644
+            if member.link is None:
+                info.size = member.size
+            else:
+                info.type, info.linkname = tarfile.SYMTYPE, member.link
+            try:
+                tar.addfile(info, member.content() if member.link is None else None)
+            except (ValueError, UnicodeEncodeError) as error:
+                raise BundleInvalid(f"{member.path!r} does not fit into a ustar header: {error}") from error
+
+
+def _member(entry: TreeEntry) -> TreeMember:
+    return TreeMember(
+        entry.path, len(entry.data), lambda: io.BytesIO(entry.data), entry.link, entry.executable
+    )
+
+
+def file_in(bundle: IO[bytes], path: str, limit: int) -> bytes | None:
+    """One regular file of a bundle that was checked before, or None; the others are not read.
+
+    Raises:
+        BundleInvalid: Not a tar, or the file is larger than `limit` bytes.
+    """
+    try:
+        with tarfile.open(fileobj=bundle, mode="r:") as tar:
+            for info in tar:
+                content = tar.extractfile(info) if info.name == path and info.isreg() else None
+                if content is None:
+                    continue
+                if info.size > limit:
+                    raise BundleInvalid(f"{path!r}: expected at most {limit} bytes, got {info.size}")
+                return content.read()
+    except (tarfile.TarError, ValueError, OSError) as error:
+        raise BundleInvalid(f"not a ustar archive: {error}") from error
+    return None
 
 
 def unpack(data: bytes) -> list[TreeEntry]:
@@ -76,7 +125,7 @@ def unpack(data: bytes) -> list[TreeEntry]:
                     raise BundleInvalid(f"expected at most {MAX_ENTRIES} entries")
     except (tarfile.TarError, ValueError, OSError) as error:
         raise BundleInvalid(f"not a ustar archive: {error}") from error
-    _check(entries)
+    _check([_member(entry) for entry in entries])
     return entries
 
 
@@ -90,10 +139,10 @@ def _entry(tar: tarfile.TarFile, info: tarfile.TarInfo) -> TreeEntry:
     return TreeEntry(info.name, content.read(), executable=executable)
 
 
-def _check(entries: list[TreeEntry]) -> None:
+def _check(entries: Sequence[TreeMember]) -> None:
     if len(entries) > MAX_ENTRIES:
         raise BundleInvalid(f"expected at most {MAX_ENTRIES} entries, got {len(entries)}")
-    if sum(len(entry.data) for entry in entries) > MAX_BUNDLE_BYTES:
+    if sum(entry.size for entry in entries) > MAX_BUNDLE_BYTES:
         raise BundleInvalid(f"expected at most {MAX_BUNDLE_BYTES} bytes of files")
     seen: set[str] = set()
     for entry in entries:
@@ -115,6 +164,8 @@ def _check_path(path: str) -> None:
     parts = path.split("/")
     if not path or len(path.encode()) > _MAX_PATH or "\0" in path:
         raise BundleInvalid(f"expected a path of 1 to {_MAX_PATH} bytes without NUL, got {path[:80]!r}")
+    if any(unicodedata.category(character) == "Cc" for character in path):
+        raise BundleInvalid(f"expected a path without control characters, got {path!r}")
     if any(part in ("", ".", "..") for part in parts):
         raise BundleInvalid(f"expected a relative path without '.', '..' or empty parts, got {path!r}")
     if ".git" in parts:

@@ -1,7 +1,8 @@
 """The operator's view of a score: `metrics.final_score`, computed from the challenge's raw score.
 
 Every value x is normalized to s, transformed to t by the algorithm, and the t of `score` (weight 1) and of
-the metrics named in `weights` are averaged by weight. The raw score itself is never changed.
+the metrics named in `weights` are averaged by weight. The raw score itself is never changed, and leaderboards
+use it. The formulas are in docs/challenges.md.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from platform_protocol.spec import ChallengeSpec
 from platform_validator.errors import ValidatorError
 
 _CLIP = 10.0
-_KEYS = frozenset({"algorithm", "normalization", "min", "max", "centre", "spread", "weights"})
+_LARGEST = 1e300
 NameT = TypeVar("NameT", bound=StrEnum)
 
 
@@ -68,42 +70,20 @@ class ScoringRule:
             normalization=_known(Normalization, "normalization", normalization),
         )
 
-    def overridden(
-        self, table: Mapping[str, Any], *, low: float | None = None, high: float | None = None
-    ) -> ScoringRule:
-        """This rule under a challenge's `[scoring]`, which wins, and its declared score range.
-
-        Args:
-            table: `algorithm`, `normalization`, `min`, `max`, `centre`, `spread`, `weights`; all optional.
-            low: The declared lowest score, where `[scoring]` has no `min`.
-            high: The declared highest score, where `[scoring]` has no `max`.
-
-        Raises:
-            UnknownScoring: An unknown name or key, or a value that is no finite number.
-        """
-        unknown = sorted(table.keys() - _KEYS)
-        if unknown:
-            raise UnknownScoring(f"unknown [scoring] keys {unknown}: expected {sorted(_KEYS)}")
-        weights = table.get("weights", {})
-        if not isinstance(weights, dict):
-            raise UnknownScoring("[scoring] weights: expected a table of numbers")
+    def overridden(self, spec: ChallengeSpec) -> ScoringRule:
+        """This rule under a challenge's `[scoring]`, which wins key by key, and its range of scores."""
+        scoring, (low, high) = spec.scoring, spec.score_range
         return ScoringRule(
-            algorithm=_known(Algorithm, "algorithm", table.get("algorithm", self.algorithm)),
-            normalization=_known(
-                Normalization, "normalization", table.get("normalization", self.normalization)
+            algorithm=self.algorithm if scoring.algorithm is None else Algorithm(scoring.algorithm),
+            normalization=(
+                self.normalization if scoring.normalization is None else Normalization(scoring.normalization)
             ),
-            low=_number("min", table.get("min", self.low if low is None else low)),
-            high=_number("max", table.get("max", self.high if high is None else high)),
-            centre=_number("centre", table.get("centre", self.centre)),
-            spread=_number("spread", table.get("spread", self.spread)),
-            weights={str(name): _number(f"weights.{name}", share) for name, share in weights.items()},
+            low=self.low if low is None else low,
+            high=self.high if high is None else high,
+            centre=self.centre if scoring.centre is None else scoring.centre,
+            spread=self.spread if scoring.spread is None else scoring.spread,
+            weights={**self.weights, **scoring.weights},
         )
-
-
-def _number(what: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UnknownScoring(f"[scoring] {what}: expected a finite number, got {value!r}")
-    return float(value)
 
 
 def _known(names: type[NameT], what: str, given: str) -> NameT:
@@ -152,4 +132,4 @@ def _transformed(value: float, algorithm: Algorithm) -> float:
 def _finite(value: float) -> float:
     if math.isnan(value):
         return 0.0
-    return min(max(value, -1e300), 1e300)
+    return min(max(value, -_LARGEST), _LARGEST)

@@ -16,10 +16,10 @@ from platform_protocol.ids import ChallengeId, JobId
 from platform_protocol.platform_messages import ActiveChallenge, IsolationLevel
 from platform_protocol.resources import Resources
 from platform_protocol.session.messages import JobError
+from platform_validator.challenges.git_source import GitSource
 from platform_validator.challenges.manager import ChallengeManager
 from platform_validator.challenges.memory import MemoryFleet, MemorySession
 from platform_validator.challenges.resolve import HostRules
-from platform_validator.challenges.source import GitSource
 from platform_validator.clock import SystemClock
 from platform_validator.cvm.quota import Limits, Quota
 from platform_validator.cvm.session import GuestResult, JobOrder

@@ -132,6 +132,10 @@ class ChallengeManager:
         runner = self._runners.get(challenge_id)
         return runner.acquire() if runner is not None else None
 
+    def bundles_in_use(self) -> set[str]:
+        """Hashes of the bundles that a CVM of an instance may ask for."""
+        return {sha256 for runner in self._runners.values() for sha256 in runner.bundles_in_use()}
+
     def make_room(self, *, beside: ChallengeId | None) -> bool:
         """Have the oldest idle ready CVM of another challenge yield; refills pause until room is taken.
 

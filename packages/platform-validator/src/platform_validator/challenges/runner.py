@@ -109,6 +109,11 @@ class ChallengeRunner:
             return None
         return InstanceRef(serving, serving.plan, serving.spec, self, self._parts.clock.monotonic)
 
+    def bundles_in_use(self) -> set[str]:
+        """Hashes of the bundles that its instances boot CVMs from."""
+        instances = (self._serving, self._candidate, *self._old)
+        return {each.plan.bundle_sha256 for each in instances if each is not None and each.plan is not None}
+
     def oldest_ready(self) -> float | None:
         """Since when (monotonic) the oldest idle ready CVM waits."""
         return self._pool.oldest()

@@ -205,6 +205,15 @@ OPTIONS: tuple[Option, ...] = (
         ("https",),
         "how challenges may be fetched: https, ssh, file",
     ),
+    _o("sources.cache_size", parse.size, "10GiB", "challenge bundles kept on disk; those in use count"),
+    _o(
+        "sources.credentials_file",
+        parse.text,
+        None,
+        "for private repositories over https: lines https://user:token@host, 0600",
+    ),
+    _o("sources.ssh_key_file", parse.text, None, "for repositories over ssh: a private key, 0600"),
+    _o("sources.ssh_known_hosts_file", parse.text, None, "the ssh servers that are trusted (known_hosts)"),
     _o("cvm.runtime", parse.text, None, "runtime for dstack images: repository@sha256:…"),
     _o(
         "sandbox_config.isolation_level",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from platform_protocol.resources import Resources
-from platform_validator.challenges.source import GitSource
+from platform_validator.challenges.git_source import GitSource
 from platform_validator.config import Settings
 from platform_validator.cvm.quota import QuotaView
 from platform_validator.daemon.parts import Components

@@ -22,9 +22,11 @@ from platform_validator.attestation.os_image import ImagesFile
 from platform_validator.attestation.policy import AttestationPolicy, AttestationRules
 from platform_validator.attestation.quote import QuoteChecker
 from platform_validator.attestation.tcb import TcbRules
+from platform_validator.challenges.git import Credentials
+from platform_validator.challenges.git_source import GitSource
 from platform_validator.challenges.manager import ChallengeManager
 from platform_validator.challenges.resolve import HostRules
-from platform_validator.challenges.source import GitSource, Source
+from platform_validator.challenges.source import Source
 from platform_validator.clock import Clock, SystemClock
 from platform_validator.config import Settings, ValueKeyOrigin
 from platform_validator.cvm.collateral import from_vmm
@@ -209,6 +211,25 @@ def _allow_session_v1(settings: Settings) -> bool:
     return bool(settings["attestation.allow_simulated"] if given is None else given)
 
 
+def make_source(settings: Settings, cache: Path) -> GitSource:
+    """Where challenges' code comes from."""
+
+    def file(name: str) -> Path | None:
+        given = settings[f"sources.{name}"]
+        return None if given is None else Path(given)
+
+    return GitSource(
+        cache=cache,
+        allow=frozenset(settings["sources.allow"]),
+        credentials=Credentials(
+            https=file("credentials_file"),
+            ssh_key=file("ssh_key_file"),
+            known_hosts=file("ssh_known_hosts_file"),
+        ),
+        max_cache=settings["sources.cache_size"],
+    )
+
+
 def make_outside(settings: Settings, connections: Connections, *, cache: Path) -> tuple[Outside, GitSource]:
     """The real outside, and its source of challenges' code.
 
@@ -220,7 +241,7 @@ def make_outside(settings: Settings, connections: Connections, *, cache: Path) -
         base_url=settings["platform.base_api"], signer=connections.signer, clock=clock
     )
     rules = LeaseRules(outage_grace=settings["jobs.outage_grace"], stall_limit=settings["jobs.stall_limit"])
-    source = GitSource(cache=cache, allow=frozenset(settings["sources.allow"]))
+    source = make_source(settings, cache)
     outside = Outside(
         clock=clock,
         client=connections.client,

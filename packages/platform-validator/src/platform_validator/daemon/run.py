@@ -172,6 +172,7 @@ class Daemon:
                 metrics=self._metrics,
                 cache=cache,
             )
+            source.in_use = parts.challenges.bundles_in_use
             pinner = Pinner(
                 fleet=parts.fleet,
                 quota=parts.quota,

@@ -35,7 +35,7 @@ from platform_validator.jobs.submissions import Submissions
 from platform_validator.jobs.tenure import Tenure
 from platform_validator.jobs.work import ClaimedJob
 from platform_validator.platform_client.port import PlatformError
-from platform_validator.scoring import ScoringRule, UnknownScoring
+from platform_validator.scoring import ScoringRule
 from platform_validator.store.port import Store, StoreUnavailable
 from platform_validator.store.records import JobOutcome, JobRecord, Purpose, Stage
 
@@ -263,19 +263,9 @@ class JobExecutor:
             result.result,
             error,
             max_bytes=job.spec.result.max_bytes,
-            rule=self._rule(job),
+            rule=self._scoring.overridden(job.spec),
             size=result.result_bytes,
         )
-
-    def _rule(self, job: ClaimedJob) -> ScoringRule:
-        spec = job.spec
-        try:
-            return self._scoring.overridden(
-                spec.scoring, low=spec.result.score_min, high=spec.result.score_max
-            )
-        except UnknownScoring as error:
-            _log.warning("challenge_scoring_ignored", error=str(error))
-            return self._scoring
 
     async def _take_leave(self, job: ClaimedJob, cvm: Guest) -> None:
         """Cancelled while it runs: the SDK is told, and given a moment to end it in order."""
