@@ -57,6 +57,7 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
 
 
 @pytest.mark.slow(reason="blocks the event loop for three seconds")
+@pytest.mark.robustness(4, "lag", "watchdog", "exit")
 async def test_a_blocked_event_loop_starves_the_watchdog_shows_as_lag_and_still_ends(
     tmp_path: Path, manager: Manager
 ) -> None:

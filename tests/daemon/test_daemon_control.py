@@ -182,6 +182,7 @@ def platform_api(daemon: Daemon, folder: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow(reason="starts two daemons and a Platform API")
+@pytest.mark.robustness(9, "one-hotkey")
 def test_a_hotkey_that_another_instance_uses_ends_the_older_with_exit_code_5(tmp_path: Path) -> None:
     """Robustness 9: WebSocket close 4409: the older one finishes what it holds; the newer one goes on."""
     older = Daemon.made(tmp_path / "older")

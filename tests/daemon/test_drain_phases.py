@@ -41,6 +41,7 @@ def nothing_is_left(world: World, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("phase", ["booting", "running"])
+@pytest.mark.robustness(2, "booting", "running")
 def test_a_drain_lets_what_was_claimed_finish(tmp_path: Path, phase: str) -> None:
     """Robustness 2: SIGTERM while booting and while running; nothing more is claimed meanwhile."""
 
@@ -62,6 +63,7 @@ def test_a_drain_lets_what_was_claimed_finish(tmp_path: Path, phase: str) -> Non
     play(story, tmp_path)
 
 
+@pytest.mark.robustness(2, "submitting")
 def test_a_drain_delivers_what_is_being_submitted(tmp_path: Path) -> None:
     """Robustness 2: SIGTERM while submitting; the Platform API comes back in time."""
 
@@ -81,6 +83,7 @@ def test_a_drain_delivers_what_is_being_submitted(tmp_path: Path) -> None:
     play(story, tmp_path)
 
 
+@pytest.mark.robustness(2, "submitting")
 def test_a_result_that_a_drain_cannot_deliver_is_kept_for_the_next_start(tmp_path: Path) -> None:
     """Robustness 2: the Platform API stays away: the end does not wait for it for long."""
 
@@ -105,6 +108,7 @@ def test_a_result_that_a_drain_cannot_deliver_is_kept_for_the_next_start(tmp_pat
 
 
 @pytest.mark.parametrize("phase", ["booting", "running"])
+@pytest.mark.robustness(2, "second-signal")
 def test_a_second_signal_cancels_and_gives_back(tmp_path: Path, phase: str) -> None:
     """Robustness 2: at once, whatever the job does; others may claim it."""
 
@@ -123,6 +127,7 @@ def test_a_second_signal_cancels_and_gives_back(tmp_path: Path, phase: str) -> N
     play(story, tmp_path)
 
 
+@pytest.mark.robustness(2, "deadline")
 def test_the_deadline_gives_back_what_has_not_finished(tmp_path: Path) -> None:
     """Robustness 2: a job that does not end in time is another validator's."""
 
@@ -140,6 +145,7 @@ def test_the_deadline_gives_back_what_has_not_finished(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hangs", [False, True])
+@pytest.mark.robustness(2, "deadline")
 def test_a_vm_that_cannot_be_removed_does_not_hold_the_end_up(tmp_path: Path, hangs: bool) -> None:
     """Robustness 2: the deadline passes with a stuck VM: it is left in the journal, for the next start."""
 
@@ -165,6 +171,7 @@ def test_a_vm_that_cannot_be_removed_does_not_hold_the_end_up(tmp_path: Path, ha
     play(story, tmp_path)
 
 
+@pytest.mark.robustness(2, "recovering")
 def test_told_to_end_while_the_journal_cannot_be_read(tmp_path: Path) -> None:
     """Robustness 2: SIGTERM while recovering: it ends, and nothing was begun."""
 
@@ -185,6 +192,7 @@ def test_told_to_end_while_the_journal_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("answers", [True, False])
+@pytest.mark.robustness(2, "recovering")
 def test_told_to_end_before_a_running_job_is_adopted(tmp_path: Path, answers: bool) -> None:
     """Robustness 2: SIGTERM while recovering: what an earlier run left running is finished, or given back.
 
@@ -214,6 +222,7 @@ def test_told_to_end_before_a_running_job_is_adopted(tmp_path: Path, answers: bo
     play(story, tmp_path)
 
 
+@pytest.mark.robustness(17, "before-the-answer")
 def test_the_operator_cancels_a_job_that_waits_for_its_lease(tmp_path: Path) -> None:
     """Robustness 17: after a restart, while the Platform API is away."""
 
@@ -243,6 +252,7 @@ def test_the_operator_cancels_a_job_that_waits_for_its_lease(tmp_path: Path) -> 
     play(story, tmp_path)
 
 
+@pytest.mark.robustness(10, "nothing-answers")
 def test_every_loop_turns_while_nothing_answers(tmp_path: Path) -> None:
     """Robustness 10: hours without the Platform API and the VMM starve no watchdog."""
 
@@ -261,6 +271,7 @@ def test_every_loop_turns_while_nothing_answers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loop", ["jobs", "outbox", "challenges"])
+@pytest.mark.robustness(4, "watchdog")
 def test_a_loop_that_is_stuck_is_noticed(tmp_path: Path, loop: str) -> None:
     """Robustness 4: it does not turn, and says so within minutes."""
 

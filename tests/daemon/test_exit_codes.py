@@ -94,6 +94,7 @@ def test_a_crashpoint_that_is_none_is_2(
     assert "nowhere" in reason
 
 
+@pytest.mark.robustness(7, "second-daemon")
 def test_a_state_directory_in_use_is_3(daemon: Daemon, log: io.StringIO) -> None:
     """Robustness 7: a second daemon on the same state directory."""
     holder = StateDirectory(settings_of(daemon).db_path)
@@ -107,6 +108,7 @@ def test_a_state_directory_in_use_is_3(daemon: Daemon, log: io.StringIO) -> None
 @pytest.mark.parametrize(
     ("file", "content"), [("validator.db", b"no database" * 1000), ("keyring/master.key", b"short")]
 )
+@pytest.mark.robustness(7, "corrupt")
 def test_a_damaged_state_is_4(daemon: Daemon, log: io.StringIO, file: str, content: bytes) -> None:
     """Robustness 7: also when it is found in the middle of the start."""
     path = daemon.folder / "state" / file

@@ -203,6 +203,7 @@ def test_a_wrong_configuration_changes_nothing(tmp_path: Path) -> None:
     play(story, tmp_path)
 
 
+@pytest.mark.robustness(2, "recovering")
 def test_before_it_is_started_only_a_drain_can_be_asked(tmp_path: Path) -> None:
     """Robustness 2: SIGTERM before the components are made: they are made, and end."""
 
@@ -248,6 +249,7 @@ def test_asking_twice_for_a_drain_does_not_hurry_it(tmp_path: Path, by_signal: b
     play(story, tmp_path)
 
 
+@pytest.mark.robustness(17, "after-the-result", "twice", "unknown")
 def test_a_cancellation_knows_what_became_of_the_job(tmp_path: Path) -> None:
     """Robustness 17: running, twice, after the result, after the end, and unknown."""
 

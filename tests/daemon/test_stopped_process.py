@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 from tests.daemon.world import CHALLENGE, World, play, until
 from tests.simulation.virtual import VirtualLoop
 
@@ -37,6 +38,7 @@ async def stopped(world: World) -> AsyncIterator[tuple[Engine, JobId]]:
     await running
 
 
+@pytest.mark.robustness(3, "still-ours")
 def test_a_result_that_comes_out_of_a_gap_waits_until_the_lease_is_renewed(tmp_path: Path) -> None:
     """Robustness 3: nobody claimed it meanwhile: renewed first, then stored and submitted."""
 
@@ -50,6 +52,7 @@ def test_a_result_that_comes_out_of_a_gap_waits_until_the_lease_is_renewed(tmp_p
     play(story, tmp_path)
 
 
+@pytest.mark.robustness(3, "lost")
 def test_after_a_gap_the_loss_is_noticed_before_anything_is_submitted(tmp_path: Path) -> None:
     """Robustness 3: another validator has the job: nothing is stored and nothing submitted for it."""
 
@@ -66,6 +69,7 @@ def test_after_a_gap_the_loss_is_noticed_before_anything_is_submitted(tmp_path: 
     play(story, tmp_path)
 
 
+@pytest.mark.robustness(3, "still-ours")
 def test_after_a_gap_silence_is_no_answer(tmp_path: Path) -> None:
     """The Platform API is away as well: the result waits in the CVM; its first answer lets it go on."""
 

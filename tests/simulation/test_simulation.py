@@ -51,6 +51,7 @@ def _simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.robustness(1, "each-point")
 @pytest.mark.slow(reason="fifty worlds")
 @pytest.mark.timeout(600)
 def test_fifty_seeds_break_no_law() -> None:

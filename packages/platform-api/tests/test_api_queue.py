@@ -36,6 +36,7 @@ async def test_another_claim_is_refused_while_it_is_held(api: Api) -> None:
         assert (other.status, other.body["code"]) == (409, "already_claimed")
 
 
+@pytest.mark.robustness(16, "two-validators")
 async def test_of_fifty_claims_at_once_exactly_one_wins(api: Api) -> None:
     job = await _job(api)
     async with asyncio.TaskGroup() as tasks:

@@ -125,6 +125,7 @@ async def test_the_process_goes_with_whoever_waited_for_it() -> None:
 
 
 @pytest.mark.slow("parses 60 MB that take seconds")
+@pytest.mark.robustness(4, "renewals")
 async def test_renewal_and_the_loop_go_on_while_a_huge_result_is_parsed() -> None:
     """I4: leases are renewed in time, and the event loop turns, while 60 MB of the worst JSON are parsed."""
     text = message(score=1.0, more=[{}] * 15_000_000)

@@ -149,6 +149,7 @@ def house(tmp_path: Path) -> House:
     return made
 
 
+@pytest.mark.robustness(1, "each-point")
 async def test_a_running_job_goes_on_in_its_cvm_after_a_kill(house: House) -> None:
     """The same attempt, the same CVM, no second start; and its result counts."""
     guest = Guest({"score": 0.75})
@@ -226,6 +227,7 @@ async def journaled_run(house: House, guest: Guest) -> tuple[JobRecord, VmRecord
     return record, vm
 
 
+@pytest.mark.robustness(5, "jump")
 async def test_the_time_that_a_job_ran_before_is_counted_on_the_boot_clock(house: House) -> None:
     """A wall clock that jumped uses nothing up, and a reboot gives it all of its time again."""
     record, vm = await journaled_run(house, Guest({"score": 1.0}))

@@ -146,6 +146,7 @@ async def test_a_failing_boot_gives_the_job_back_as_infra(house: House) -> None:
     assert house.quota.view().cvms == 0
 
 
+@pytest.mark.robustness(14, "claim")
 async def test_a_lost_claim_answer_is_asked_for_again_with_the_same_claim_id(house: House) -> None:
     """A lost claim answer is asked for again with the same claim id."""
     job_id = house.platform.add_job(CHALLENGE)
@@ -174,6 +175,7 @@ async def test_a_claim_is_journaled_before_it_is_sent(house: House) -> None:
     assert journaled == [1]
 
 
+@pytest.mark.robustness(16, "two-validators")
 async def test_losing_a_claim_to_another_validator_is_a_normal_event(house: House) -> None:
     """Losing a claim to another validator is a normal event."""
     other = house.platform.client("validator-2")
@@ -249,6 +251,7 @@ async def test_a_cancelled_job_is_stopped_and_its_cvm_destroyed(house: House) ->
     assert house.platform.jobs[job_id].releases == []
 
 
+@pytest.mark.robustness(14, "result")
 async def test_results_outlive_an_outage_and_arrive_once(house: House) -> None:
     """Results outlive an outage and arrive once."""
     async with house.open():
@@ -273,6 +276,7 @@ async def test_results_outlive_an_outage_and_arrive_once(house: House) -> None:
     assert not await house.store.outbox()
 
 
+@pytest.mark.robustness(17, "after-the-result")
 async def test_a_refused_result_is_the_end_of_it(house: House) -> None:
     """A refused result is the end of it."""
 

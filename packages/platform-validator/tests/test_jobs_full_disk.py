@@ -69,6 +69,7 @@ async def test_these_are_the_writes_of_a_job_s_life(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", WRITES)
+@pytest.mark.robustness(6, "full", "claiming-stops", "recovers")
 async def test_a_disk_that_fills_up_stops_the_claiming_and_loses_nothing(tmp_path: Path, at: str) -> None:
     """Robustness 6: at every write; each job is delivered once when there is room, without a restart."""
     house, disk = House(tmp_path), FillingDisk(at)

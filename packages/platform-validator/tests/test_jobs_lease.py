@@ -59,6 +59,7 @@ async def lost_reason(renewer: ThreadRenewer, term: float = TERM.total_seconds()
         return await lost
 
 
+@pytest.mark.robustness(4, "renewals")
 async def test_renewal_goes_on_while_the_event_loop_is_blocked() -> None:
     """Renewal goes on while the event loop is blocked."""
     api = Api(TERM)

@@ -141,6 +141,7 @@ async def test_health_is_not_signed(server: Server, client: HttpPlatformClient) 
     assert "X-Signature" not in server.requests[0].headers
 
 
+@pytest.mark.robustness(5, "jump")
 async def test_a_clock_that_is_off_is_learned_once_and_kept(
     server: Server, client: HttpPlatformClient
 ) -> None:
@@ -193,6 +194,7 @@ async def test_what_is_no_answer_of_the_platform_is_unavailability(
         await client.pending_jobs([CHALLENGE])
 
 
+@pytest.mark.robustness(13, "wrong-types")
 async def test_an_unreadable_entry_does_not_hide_the_others(
     server: Server, client: HttpPlatformClient
 ) -> None:
@@ -208,6 +210,7 @@ async def test_an_unreadable_entry_does_not_hide_the_others(
     assert [job.id for job in await client.pending_jobs([CHALLENGE])] == [JOB]
 
 
+@pytest.mark.robustness(13, "200-mb")
 async def test_an_endless_answer_is_cut_off(server: Server, client: HttpPlatformClient) -> None:
     """An endless answer is cut off."""
 
@@ -225,6 +228,7 @@ async def test_an_endless_answer_is_cut_off(server: Server, client: HttpPlatform
         await client.pending_jobs([CHALLENGE])
 
 
+@pytest.mark.robustness(11, "redirect")
 async def test_no_redirect_is_followed(server: Server, client: HttpPlatformClient) -> None:
     """No redirect is followed."""
     server.says(307, b"", {"Location": "http://127.0.0.1:1/steal"})
@@ -233,6 +237,7 @@ async def test_no_redirect_is_followed(server: Server, client: HttpPlatformClien
     assert len(server.requests) == 1
 
 
+@pytest.mark.robustness(11, "half-open")
 async def test_silence_ends_at_the_deadline(server: Server) -> None:
     """Silence ends at the deadline."""
     release = asyncio.Event()
@@ -305,6 +310,7 @@ def test_which_error_an_answer_is(call: Call, status: int, code: str, kind: type
         ("Fri, 01 Jan 2100 00:00:00 GMT", 3600),
     ],
 )
+@pytest.mark.robustness(12, "retry-after")
 def test_retry_after_in_both_forms(value: str | None, seconds: int | None) -> None:
     """Retry after in both forms."""
     asked = retry_after(value, NOW)
@@ -317,6 +323,7 @@ def test_json_strings_that_look_nested_are_not() -> None:
     assert read_json(text.encode())["b"] == [1]
 
 
+@pytest.mark.robustness(11, "redirect")
 async def test_a_submission_goes_nowhere_but_home(
     server: Server, client: HttpPlatformClient, tmp_path: Path
 ) -> None:
@@ -352,6 +359,7 @@ def names_in(folder: Path) -> list[str]:
     return sorted(each.name for each in folder.iterdir())
 
 
+@pytest.mark.robustness(11, "reset")
 async def test_a_submission_that_breaks_off_leaves_nothing(
     server: Server, client: HttpPlatformClient, tmp_path: Path
 ) -> None:
@@ -390,6 +398,7 @@ async def test_a_blocking_renewal_speaks_as_the_client_does(server: Server) -> N
             await asyncio.to_thread(renewals.renew, JOB, TOKEN)
 
 
+@pytest.mark.robustness(11, "one-byte")
 def test_a_renewal_answered_byte_by_byte_ends_at_its_deadline() -> None:
     """A renewal answered byte by byte ends at its deadline: each byte is in time, all of them are not."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -487,6 +496,7 @@ async def test_refused_upgrades(
     assert len(server.requests) == 1
 
 
+@pytest.mark.robustness(15, "5-mb-frame")
 async def test_a_frame_of_five_megabytes_ends_the_connection_and_nothing_else(
     server: Server, client: HttpPlatformClient
 ) -> None:
@@ -571,6 +581,7 @@ async def heard(
     return listener, clock
 
 
+@pytest.mark.robustness(15, "gap")
 async def test_a_new_stream_or_a_missed_seq_means_poll_now(
     server: Server, client: HttpPlatformClient
 ) -> None:

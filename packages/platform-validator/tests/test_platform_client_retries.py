@@ -83,6 +83,7 @@ def test_which_answers_are_final(kind: Kind, error: PlatformError, code: str | N
 
 
 @pytest.mark.parametrize("kind", [Kind.CLAIM, Kind.RELEASE, Kind.SUBMISSION])
+@pytest.mark.robustness(12, "401", "403")
 def test_a_401_is_borne_three_times(kind: Kind) -> None:
     """Once is an accident; for good, the key or the registration is wrong, and the job is let go."""
     steps = [decide(kind, UNAUTHORIZED, failures=tries, waited=0.0, rng=RNG) for tries in (1, 2, 3, 4)]
@@ -90,6 +91,7 @@ def test_a_401_is_borne_three_times(kind: Kind) -> None:
     assert steps[3] == Over("bad_signature")
 
 
+@pytest.mark.robustness(12, "403")
 def test_a_result_and_a_renewal_bear_any_number() -> None:
     """A stored result outlives a revoked key; a lease its grace."""
     for kind in (Kind.RESULT, Kind.RENEWAL):
@@ -115,6 +117,7 @@ def test_the_caller_s_patience_wins() -> None:
     failures=st.integers(1, 10**6),
     asked=st.one_of(st.none(), st.timedeltas()),
 )
+@pytest.mark.robustness(12, "retry-after")
 def test_no_wait_is_absurd(kind: Kind, failures: int, asked: timedelta | None) -> None:
     """Whatever the server asks for, a wait lies between what it asked and the rule's cap."""
     step = decide(kind, PlatformUnavailable("503", asked), failures=failures, waited=0.0, rng=RNG)

@@ -172,6 +172,7 @@ def filled(folder: Path) -> Callable[[SqliteStore], AbstractContextManager[None]
     return full
 
 
+@pytest.mark.robustness(6, "full", "read-only")
 def test_every_write_is_among_the_cases() -> None:
     """Robustness 6: a method of the port is a read, or it is tried on a full disk."""
     methods = {name for name in vars(Store) if not name.startswith("_")}
@@ -180,18 +181,21 @@ def test_every_write_is_among_the_cases() -> None:
 
 
 @pytest.mark.parametrize("name", WRITES)
+@pytest.mark.robustness(6, "full")
 async def test_a_write_that_the_kernel_refuses_changes_nothing(tmp_path: Path, name: str) -> None:
     """Robustness 6: disk full at every write; the same store works again when there is room."""
     await fails_wholly_and_works_again(tmp_path / "validator.db", name, no_byte_more)
 
 
 @pytest.mark.parametrize("name", WRITES)
+@pytest.mark.robustness(6, "read-only")
 async def test_a_write_on_a_read_only_disk_changes_nothing(tmp_path: Path, name: str) -> None:
     """Robustness 6: read-only at every write; the same store works again when it can be written."""
     await fails_wholly_and_works_again(tmp_path / "validator.db", name, read_only)
 
 
 @pytest.mark.slow(reason="a process in a mount namespace of its own goes through every write")
+@pytest.mark.robustness(6, "full", "recovers")
 def test_every_write_on_a_real_full_file_system(tmp_path: Path) -> None:
     """Robustness 6: a tmpfs without a free byte (ENOSPC); each write works once the space is back."""
     sandbox = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--tmpfs", "/dev/shm"]
@@ -207,6 +211,7 @@ def test_every_write_on_a_real_full_file_system(tmp_path: Path) -> None:
     assert json.loads(ran.stdout) == list(WRITES)
 
 
+@pytest.mark.robustness(6, "full")
 async def test_closing_on_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     """Robustness 6: what cannot be folded into the file stays in its log, and is read at the next start."""
     path = tmp_path / "validator.db"
@@ -219,6 +224,7 @@ async def test_closing_on_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     await again.close()
 
 
+@pytest.mark.robustness(6, "full")
 async def test_a_start_on_a_full_disk_says_so_and_the_next_one_works(tmp_path: Path) -> None:
     """Robustness 6: neither a first start nor a later one leaves anything broken behind."""
     path = tmp_path / "validator.db"

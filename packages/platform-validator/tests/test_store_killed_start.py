@@ -75,6 +75,7 @@ def killed_at(statement: int, path: Path) -> bool:
 
 @pytest.mark.slow(reason="some fifty starts, each killed")
 @pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.robustness(1, "starting")
 def test_a_killed_start_is_made_good_by_the_next(tmp_path: Path, version: int) -> None:
     """Robustness 7: at every statement of creating, checking and migrating; no value is lost or doubled."""
     ran = subprocess.run(

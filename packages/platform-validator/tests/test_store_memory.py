@@ -43,6 +43,7 @@ def _resident() -> int:
 
 
 @pytest.mark.slow(reason="10,000 jobs, 100,000 transactions")
+@pytest.mark.robustness(8, "memory")
 async def test_memory_stays_flat_over_10_000_jobs() -> None:
     """Robustness 8: what Python holds, and what the process does; the file stays small too."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:

@@ -81,11 +81,13 @@ def restored(version: int, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.robustness(7, "older")
 def test_every_version_has_its_golden_journal() -> None:
     """Robustness 7: a migration comes with the journal that it leaves behind (data/store/build_golden.py)."""
     assert sorted(path.name for path in GOLDEN.glob("*.sql")) == [golden_of(v).name for v in VERSIONS]
 
 
+@pytest.mark.robustness(7, "older")
 def test_a_golden_journal_has_rows_in_every_table() -> None:
     """Robustness 7: no table is left out of what the other tests read back."""
     for version in VERSIONS:
@@ -110,6 +112,7 @@ def test_golden_journals_are_what_their_script_builds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.robustness(7, "older")
 def test_an_older_journal_gets_the_newest_schema_and_keeps_every_value(version: int, tmp_path: Path) -> None:
     """Robustness 7: column by column; what came later is empty or computed; opened again, nothing changes."""
     path = restored(version, tmp_path)
@@ -142,6 +145,7 @@ def test_an_older_journal_gets_the_newest_schema_and_keeps_every_value(version: 
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.robustness(7, "older")
 async def test_an_older_journal_is_read_and_written_by_this_version(version: int, tmp_path: Path) -> None:
     """Robustness 7: each record as it was written then; a kit is there from version 2 on."""
     store = await SqliteStore.open(restored(version, tmp_path))

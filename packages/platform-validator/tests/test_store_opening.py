@@ -60,6 +60,7 @@ def test_a_creation_that_was_killed_is_begun_anew(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["validator.db"]
 
 
+@pytest.mark.robustness(1, "starting")
 def test_a_first_start_that_was_killed_is_undone_by_the_next(tmp_path: Path) -> None:
     """Robustness 7: half a transaction in the file, and beside it the rollback journal that undoes it."""
     path, left = tmp_path / "validator.db", tmp_path / "left" / "validator.db"

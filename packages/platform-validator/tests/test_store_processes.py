@@ -80,6 +80,7 @@ def _killed_after(lines: int, path: Path) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("lines", [10, 63, 178, 211, 344])
+@pytest.mark.robustness(1, "each-point")
 async def test_what_was_acknowledged_survives_kill_9(tmp_path: Path, lines: int) -> None:
     """Robustness 7: of claims, CVMs and results nothing is lost, and no step is half there."""
     path = tmp_path / "validator.db"
@@ -195,6 +196,7 @@ def _daemon(environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.slow(reason="starts the daemon four times")
+@pytest.mark.robustness(7, "second-daemon")
 def test_a_second_daemon_on_the_state_directory_exits_3(environment: dict[str, str]) -> None:
     """Robustness 7: also with another database's name; a killed one is in nobody's way."""
     folder = Path(environment["VALIDATOR_DB_PATH"]).parent
@@ -215,6 +217,7 @@ def test_a_second_daemon_on_the_state_directory_exits_3(environment: dict[str, s
 
 @pytest.mark.slow(reason="starts the daemon twice, in mount namespaces")
 @pytest.mark.parametrize("used_before", [False, True], ids=["new", "used"])
+@pytest.mark.robustness(6, "read-only")
 async def test_a_state_directory_that_is_read_only_exits_4(
     environment: dict[str, str], used_before: bool
 ) -> None:
@@ -234,6 +237,7 @@ async def test_a_state_directory_that_is_read_only_exits_4(
 
 
 @pytest.mark.slow(reason="starts the daemon twice, in a mount namespace with a small file system")
+@pytest.mark.robustness(6, "full")
 def test_a_start_on_a_full_disk_exits_4_and_the_next_one_runs(environment: dict[str, str]) -> None:
     """Robustness 6: a first start for which there is no room leaves nothing that the next one minds."""
     folder = Path(environment["VALIDATOR_DB_PATH"]).parent

@@ -144,6 +144,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGES, ids=lambda one: getattr(one, "__name__", None))
+@pytest.mark.robustness(7, "corrupt", "newer")
 async def test_what_cannot_be_trusted_is_refused_and_left_as_it_is(
     tmp_path: Path, damage: Callable[[Path], None], words: str
 ) -> None:
@@ -158,6 +159,7 @@ async def test_what_cannot_be_trusted_is_refused_and_left_as_it_is(
         assert contents(tmp_path) == before
 
 
+@pytest.mark.robustness(7, "truncated")
 def test_no_truncation_goes_unnoticed(tmp_path: Path) -> None:
     """Robustness 7: wherever the file was cut, it does not open with less in it."""
     whole, path = tmp_path / "whole.db", tmp_path / "validator.db"
@@ -169,6 +171,7 @@ def test_no_truncation_goes_unnoticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [emptied, text, cut_by_a_page, a_page_of_noise, newer, of_another_program])
+@pytest.mark.robustness(7, "corrupt", "newer", "truncated")
 def test_the_daemon_ends_with_code_4_and_says_why(state: Path, damage: Callable[[Path], None]) -> None:
     """Robustness 7: state unusable; the message names what mends it, and the files stay as they are."""
     path = state / "validator.db"
@@ -204,6 +207,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert [path.read_bytes(), log.read_bytes()] == before
 
 
+@pytest.mark.robustness(8, "start")
 def test_of_a_long_history_what_is_open_is_checked(tmp_path: Path) -> None:
     """Robustness 8: above a size, the past is not read at each start; what recovery needs is."""
     good, path = tmp_path / "good.db", tmp_path / "validator.db"

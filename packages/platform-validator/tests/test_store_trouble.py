@@ -14,6 +14,7 @@ from platform_validator.store.sqlite import SqliteStore
 from platform_validator.store.trouble import StoreTrouble
 
 
+@pytest.mark.robustness(6, "health")
 async def test_a_full_database_is_shown_until_something_is_written(tmp_path: Path) -> None:
     """Robustness 6: reading meanwhile is no sign that it can be written."""
     large = replace(cvm(), name=VmName("pv-large"), compose=b"x" * 100_000, host_port=10_002)

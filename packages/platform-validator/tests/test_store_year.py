@@ -28,6 +28,7 @@ SCANNED = {
 
 
 @pytest.mark.slow(reason="writes 80 MB, and reads them from the disk")
+@pytest.mark.robustness(8, "start")
 async def test_10_000_finished_jobs_at_start_take_under_2_seconds(tmp_path: Path) -> None:
     """Robustness 8: opened, the fleet restored, recovered, with nothing in the page cache."""
     path = tmp_path / "validator.db"
@@ -42,6 +43,7 @@ async def test_10_000_finished_jobs_at_start_take_under_2_seconds(tmp_path: Path
     assert took < 2.0
 
 
+@pytest.mark.robustness(8, "start")
 def test_no_query_walks_through_the_past(tmp_path: Path) -> None:
     """Robustness 8: each finds its rows by a key or an index, also what is open and what is old."""
     connection = open_database(tmp_path / "validator.db")

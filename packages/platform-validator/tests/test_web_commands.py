@@ -176,6 +176,7 @@ async def test_a_drain_that_is_not_understood_is_none(controlled: Controlled, bo
         (StoreUnavailable("disk full"), 503, "journal_unreadable"),
     ],
 )
+@pytest.mark.robustness(17, "after-the-result", "twice", "unknown")
 async def test_a_cancellation_is_answered_by_what_the_job_does(
     controlled: Controlled, answered: Cancelling | Exception, status: int, code: str | None
 ) -> None:
