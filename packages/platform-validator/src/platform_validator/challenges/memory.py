@@ -172,6 +172,11 @@ class MemoryFleet:
         """Account for it."""
         self.quota.reassign(self._held[name], Use.JOB)
 
+    def reclaim(self, name: VmName, *, where: str) -> None:
+        """One that nobody holds; where it was found is not counted here."""
+        del where
+        self.destroy(name)
+
     def destroy(self, name: VmName) -> None:
         """Hand it to `run`; more calls change nothing."""
         cvm = self.alive.pop(name, None)

@@ -69,7 +69,8 @@ class Fleet:
         sessions: Makes sessions.
         new_id: Makes the random part of names, and session ids (UUIDs).
         random_bytes: Makes launch secrets.
-        on_reclaimed: Called for each CVM that the sweep found without a holder.
+        on_orphan: Told of each CVM that nobody held, and where it was found: `start` or `sweep`.
+        on_reclaimed: The same, once it is gone.
     """
 
     def __init__(
@@ -90,9 +91,12 @@ class Fleet:
         sessions: SessionMaker = CvmSession,
         new_id: Callable[[], str] = lambda: str(uuid.uuid4()),
         random_bytes: Callable[[int], bytes] = secrets.token_bytes,
-        on_reclaimed: Callable[[], None] = lambda: None,
+        on_orphan: Callable[[str], None] = lambda _where: None,
+        on_reclaimed: Callable[[str], None] = lambda _where: None,
     ) -> None:
+        self._on_orphan = on_orphan
         self._on_reclaimed = on_reclaimed
+        self._orphans: dict[VmName, str] = {}
         self._vmm = vmm
         self._new_id = new_id
         self._random_bytes = random_bytes
@@ -245,6 +249,13 @@ class Fleet:
                 member.session.close()
         self.destroyer.give(name, reason)
 
+    def reclaim(self, name: VmName, *, where: str) -> None:
+        """Have a CVM of ours destroyed that nobody holds. Told again, it is the same one."""
+        if name not in self._orphans:
+            self._orphans[name] = where
+            self._on_orphan(where)
+        self.destroy(name, reason=f"reclaimed: {where}")
+
     async def reclaim_strays(self, names: Collection[VmName]) -> list[VmName]:
         """Have VMs destroyed that carry our state id and are not in our journal: the operator names them.
 
@@ -305,8 +316,7 @@ class Fleet:
         )
         for name in plan.destroy:
             _log.warning("cvm_reclaimed", vm=name)
-            self._on_reclaimed()
-            self.destroy(name, reason="reclaimed by the sweep")
+            self.reclaim(name, where="sweep")
         if plan.strays != self.strays:
             _log.warning("vms_not_in_our_journal", vms=plan.strays, remedy="validator cvms reclaim")
             self.strays = plan.strays
@@ -364,6 +374,9 @@ class Fleet:
         self.on_refused(instance_key, error)
 
     def _gone(self, name: VmName) -> None:
+        where = self._orphans.pop(name, None)
+        if where is not None:
+            self._on_reclaimed(where)
         reservation = self._reservations.pop(name, None)
         if reservation is not None:
             self._quota.release(reservation)

@@ -158,9 +158,14 @@ class Board:
     def _measure(self) -> None:
         for name, reason in self._reasons().items():
             self._metrics.degraded(name, fails=reason is not None)
+        if self.notifications is not None:
+            self._metrics.notified(connected=self.notifications.view().connected)
         parts = self.components
         if parts is None:
             return
+        listed = parts.challenges.views()
+        closed = parts.jobs.closed_gates()
+        self._metrics.gates({view.id: closed.get(view.id, False) for view in listed})
         quota = parts.quota.view()
         for kind in _KINDS:
             self._metrics.quota(kind, getattr(quota.used, kind), getattr(quota.limits.resources, kind))
@@ -169,7 +174,7 @@ class Board:
             self._metrics.quota_use(use.value, _counts(part.used, part.cvms))
         self._metrics.cvms(dict(Counter(view.stage for view in parts.fleet.views())))
         self._metrics.strays(len(parts.fleet.strays))
-        self._metrics.challenges(dict(Counter(view.state.value for view in parts.challenges.views())))
+        self._metrics.challenges(dict(Counter(view.state.value for view in listed)))
 
 
 def shown_quota(view: QuotaView) -> dict[str, Any]:

@@ -133,7 +133,6 @@ class Engine:
                 await self._settle_values()
                 found = await recover(store=self._store, fleet=parts.fleet, clock=self._clock)
             except StoreUnavailable as error:
-                self._metrics.store_failed()
                 self.store_error = str(error)
                 _log.error("not_recovered", error=str(error))
                 if self._stop.is_set():
@@ -231,6 +230,7 @@ class Engine:
         if name != "notifications":
             # That one waits for pushes for as long as it takes: the pings of its connection watch it.
             self.pulse.expect(name)
+        self._metrics.watched(name)
         try:
             while True:
                 try:
@@ -254,7 +254,6 @@ class Engine:
                 )
                 _log.info("journal_compacted", rows=removed)
             except StoreUnavailable as error:
-                self._metrics.store_failed()
                 _log.warning("journal_not_compacted", error=str(error))
             for _ in range(_COMPACT_EVERY // _BEAT_EVERY):
                 self.pulse.beat("housekeeping")

@@ -272,6 +272,7 @@ def make_components(
 ) -> Components:
     """Quota, fleet, challenges, outbox, executor, job manager."""
     clock, client, rng = outside.clock, outside.client, outside.rng
+    outside.renewer.heard = metrics.lease_renewed
     quota = Quota(Limits(settings.limits, settings["resource_limits.max_cvms"]))
     fleet = Fleet(
         vmm=outside.vmm,
@@ -294,7 +295,8 @@ def make_components(
         sessions=outside.sessions,
         new_id=outside.new_id,
         random_bytes=outside.random_bytes,
-        on_reclaimed=lambda: metrics.reclaimed("sweep"),
+        on_orphan=metrics.orphan_found,
+        on_reclaimed=metrics.reclaimed,
     )
     challenges = ChallengeManager(
         client=client,

@@ -156,6 +156,8 @@ class Daemon:
         identity = await store.identity()
         # 2. Platform API client.
         connections = make_connections(settings, self._keypair, identity.instance)
+        connections.client.on_answer = self._metrics.platform_contact
+        store.trouble.told = self._metrics.store_failed
         _log.info("step_2_platform_client", platform_api=settings["platform.base_api"])
         try:
             outside, source = make_outside(settings, connections, cache=cache)

@@ -51,6 +51,13 @@ class LeaseState:
     refused: str | None = None
     gap: bool = False
 
+    @property
+    def answer(self) -> str:
+        """What the last renewal brought: `granted`, `refused` or `unanswered`."""
+        if self.refused is not None:
+            return "refused"
+        return "unanswered" if self.unanswered else "granted"
+
     def granted(self, asked_at: float, term: float) -> LeaseState:
         """A renewal was answered with a new term."""
         return LeaseState(term, granted_at=asked_at, asked_at=asked_at)
@@ -126,9 +133,13 @@ class HeldLease(Protocol):
 
 
 class Renewer(Protocol):
-    """Keeps leases, under `rules`: new ones count for the leases that are being kept, too."""
+    """Keeps leases, under `rules`: new ones count for the leases that are being kept, too.
+
+    `heard` is told the answer to each renewal: `granted`, `refused` or `unanswered`; on whatever thread.
+    """
 
     rules: LeaseRules
+    heard: Callable[[str], None]
 
     def keep(
         self,
@@ -157,6 +168,7 @@ class ThreadRenewer:
         self._renew = renew
         self._clock = clock
         self.rules = rules
+        self.heard: Callable[[str], None] = lambda _answer: None
 
     @asynccontextmanager
     async def keep(
@@ -184,7 +196,9 @@ class ThreadRenewer:
             return self._renew(job_id, token)
 
         state = LeaseState(term, granted_at=asked_at, asked_at=asked_at)
-        lease = _LeaseThread(ask=ask, tell=tell, state=state, clock=self._clock, rules=lambda: self.rules)
+        lease = _LeaseThread(
+            ask=ask, tell=tell, state=state, clock=self._clock, rules=lambda: self.rules, heard=self.heard
+        )
         lease.start()
         try:
             yield lease
@@ -202,8 +216,10 @@ class _LeaseThread(threading.Thread):
         state: LeaseState,
         clock: Clock,
         rules: Callable[[], LeaseRules],
+        heard: Callable[[str], None],
     ) -> None:
         super().__init__(name="lease", daemon=True)
+        self._heard = heard
         self._ask = ask
         self._tell = tell
         self._state = state
@@ -238,6 +254,7 @@ class _LeaseThread(threading.Thread):
             if isinstance(step, Renew) or self._urgent:
                 self._urgent = False
                 self._state = _after(self._ask, self._state, now)
+                self._heard(self._state.answer)
                 continue
             # Bounded, so that a suspended machine is noticed soon after it wakes.
             self._wake.wait(min(step.seconds, 5.0))
@@ -264,6 +281,7 @@ class TaskRenewer:
         self._client = client
         self._clock = clock
         self.rules = rules
+        self.heard: Callable[[str], None] = lambda _answer: None
 
     @asynccontextmanager
     async def keep(
@@ -300,6 +318,7 @@ class TaskRenewer:
             if isinstance(step, Renew) or lease.urgent.is_set():
                 lease.urgent.clear()
                 lease.state = await self._ask(lease.state, now, job_id, token)
+                self.heard(lease.state.answer)
                 continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(step.seconds, 5.0)):

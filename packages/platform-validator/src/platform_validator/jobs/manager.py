@@ -188,6 +188,11 @@ class JobManager:
         """Wait until no job occupies a slot."""
         await self._idle.wait()
 
+    def closed_gates(self) -> dict[ChallengeId, bool]:
+        """Of each challenge whose jobs were claimed: whether its gate is closed now."""
+        now = self._clock.monotonic()
+        return {challenge_id: not gate.admits(now) for challenge_id, gate in self._gates.items()}
+
     def views(self) -> list[JobView]:
         """The jobs that occupy slots and are granted, oldest first."""
         return [slot.claimed.view() for slot in self._slots.values() if slot.claimed is not None]
@@ -272,7 +277,6 @@ class JobManager:
             self.waiting = () if reason is NoCapacity.NOT_ACTIVE else (Waiting(reason, None),)
             return
         pending = await self._client.pending_jobs(active)
-        self._metrics.platform_contact()
         self._held = frozenset(record.job_id for record in await self._store.open_jobs())
         self._passed_over.begin({job.id for job in pending}, now, self._quota.keep)
         self._refused.clear()
@@ -352,7 +356,6 @@ class JobManager:
             slot.cvm = slot.reservation = None
             await self._execute(slot, claimed)
         except StoreUnavailable as error:
-            self._metrics.store_failed()
             _log.error("job_not_journaled", job_id=slot.job_id, error=str(error))
             self._set_gate(slot.challenge_id, self._gate(slot.challenge_id).withdrawn())
         finally:
@@ -402,7 +405,6 @@ class JobManager:
 
     def _set_gate(self, challenge_id: ChallengeId, gate: ClaimGate) -> None:
         self._gates[challenge_id] = gate
-        self._metrics.gate(challenge_id, open_=gate.admits(self._clock.monotonic()))
 
     def _after(self, gate: ClaimGate, ending: Ending) -> ClaimGate:
         match ending.outcome:

@@ -42,20 +42,8 @@ class JobMetrics(Protocol):
     def queued(self, seconds: float) -> None:
         """How long a job had been pending when it was claimed here."""
 
-    def lease_renewed(self, answer: str) -> None:
-        """A renewal was `granted`, `refused` or `unanswered`."""
-
     def recovered(self, fate: str, jobs: int) -> None:
         """At start so many open jobs were found of which this becomes."""
-
-    def platform_contact(self) -> None:
-        """The Platform API answered."""
-
-    def store_failed(self) -> None:
-        """The journal could not be written."""
-
-    def gate(self, challenge_id: ChallengeId, *, open_: bool) -> None:
-        """A challenge's claim gate now."""
 
 
 class Unmeasured:
@@ -91,17 +79,5 @@ class Unmeasured:
     def queued(self, seconds: float) -> None:
         """Nothing."""
 
-    def lease_renewed(self, answer: str) -> None:
-        """Nothing."""
-
     def recovered(self, fate: str, jobs: int) -> None:
-        """Nothing."""
-
-    def platform_contact(self) -> None:
-        """Nothing."""
-
-    def store_failed(self) -> None:
-        """Nothing."""
-
-    def gate(self, challenge_id: ChallengeId, *, open_: bool) -> None:
         """Nothing."""

@@ -115,7 +115,6 @@ class Outbox:
             await self._note(entry, tries, error)
         else:
             self._metrics.delivery("accepted")
-            self._metrics.platform_contact()
             log.info("result_accepted")
             await self._settle(entry, None)
 

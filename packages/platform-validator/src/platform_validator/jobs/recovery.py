@@ -25,11 +25,11 @@ ADOPTABLE_FOR = timedelta(minutes=2)
 _log = structlog.get_logger(__name__)
 
 
-class Destroyer(Protocol):
-    """Destroys CVMs by name, without waiting."""
+class Reclaimer(Protocol):
+    """Destroys CVMs that nobody holds, without waiting."""
 
-    def destroy(self, name: VmName) -> None:
-        """Have it destroyed."""
+    def reclaim(self, name: VmName, *, where: str) -> None:
+        """Have it destroyed. `where` it was found is counted."""
 
 
 class Fate(StrEnum):
@@ -79,7 +79,7 @@ def left_behind(job: JobRecord, vm: VmRecord | None, *, in_outbox: bool, now: da
     return Fate.RELEASE
 
 
-async def recover(*, store: Store, fleet: Destroyer, clock: Clock) -> Inheritance:
+async def recover(*, store: Store, fleet: Reclaimer, clock: Clock) -> Inheritance:
     """Bring the journal in order and have the CVMs destroyed that no job goes on in. May be repeated.
 
     Raises:
@@ -109,7 +109,7 @@ async def recover(*, store: Store, fleet: Destroyer, clock: Clock) -> Inheritanc
     kept = {vm.name for _, vm in adopt}
     doomed = [name for name in vms if name not in kept]
     for name in doomed:
-        fleet.destroy(name)
+        fleet.reclaim(name, where="start")
     _log.info(
         "recovered",
         **{fate.value: count for fate, count in counts.items()},

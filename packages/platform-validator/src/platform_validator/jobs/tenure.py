@@ -99,7 +99,11 @@ class Tenure:
             job.asked_at = self._clock.boottime()
             try:
                 term = await self._client.renew(job.job_id, job.claim.lease.token)
+            except (LeaseRefused, JobUnknown):
+                self._renewer.heard("refused")
+                raise
             except PlatformError as error:
+                self._renewer.heard("unanswered")
                 failures += 1
                 step = decide(
                     Kind.RENEWAL,
@@ -116,6 +120,7 @@ class Tenure:
                     return 0.0
                 await self._clock.sleep(step.after)
             else:
+                self._renewer.heard("granted")
                 return term.total_seconds()
 
     async def _with_lease(

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -48,6 +48,7 @@ _CHUNK = 256 * 1024
 _OK = range(200, 300)
 _VISIBLE = re.compile(r"[!-~]{1,2000}")
 _NOT_MODIFIED = 304
+_SERVER_FAILS = 500
 
 _log = structlog.get_logger(__name__)
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -81,6 +82,7 @@ class HttpPlatformClient:
         self._clock = clock
         self._timeout = timeout.total_seconds()
         self._download_timeout = download_timeout.total_seconds()
+        self.on_answer: Callable[[], None] = lambda: None
         self._session: aiohttp.ClientSession | None = None
         self._etag: str | None = None
         self._active: tuple[ActiveChallenge, ...] = ()
@@ -236,6 +238,8 @@ class HttpPlatformClient:
                     method, url, data=body or None, headers=sent, allow_redirects=False
                 ) as answer,
             ):
+                if answer.status < _SERVER_FAILS:
+                    self.on_answer()
                 yield answer
         except TimeoutError as error:
             raise PlatformUnavailable(f"{method} {path}: no answer within {timeout:.0f} s") from error

@@ -12,16 +12,19 @@ _STANDS_FOR = timedelta(minutes=1)
 class StoreTrouble:
     """The last failure, until a write succeeds; what failed is tried again much sooner than it is forgotten.
 
-    Set by the store's thread and read on the loop: both only replace or read one reference.
+    Set by the store's thread and read on the loop: both only replace or read one reference. `told` is called
+    on that thread for each failure.
     """
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
+        self.told: Callable[[], None] = lambda: None
         self._last: tuple[str, float] | None = None
 
     def failed(self, error: str) -> None:
         """A transaction failed."""
         self._last = error, self._monotonic()
+        self.told()
 
     def passed(self) -> None:
         """Something was written."""

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 _PREFIX = "platform_validator"
+OUTCOMES = ("succeeded", "failed", "timeout", "cancelled", "infra_error", "lease_lost", "sandbox_died")
+"""How a job can end here: the words of the journal, the logs and the Platform API."""
+RENEWALS = ("granted", "refused", "unanswered")
+SOURCES = ("push", "poll", "local")
+WHERE = ("start", "sweep")
+OTHER = "other"
+_CODE = re.compile(r"[a-z][a-z0-9_]{0,40}")
+_MOST_ANSWERS = 40
+"""Codes of refusals are the Platform API's words: more than these are counted as one."""
 _STAGES = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 
 
@@ -30,7 +42,6 @@ class Metrics:
         self._cvms = self._gauge("cvms", "CVMs by stage", "stage")
         self._challenges = self._gauge("challenges", "Challenges by state", "state")
         self._degraded = self._gauge("degraded", "1 while a component fails", "component")
-        self._contact = self._gauge("platform_last_contact_seconds", "Since the Platform API last answered")
         self._lag = self._gauge("loop_lag_seconds", "How late the event loop runs")
         self._restarts = self._counter("background_restarts", "Loops that died and were restarted", "loop")
         self._dispatched = self._counter(
@@ -43,9 +54,8 @@ class Metrics:
         self._recovered = self._counter(
             "recovered_jobs", "Open jobs found at start, by what became of them", "fate"
         )
-        self._reclaimed = self._counter(
-            "cvms_reclaimed", "CVMs without a holder, found and destroyed", "where"
-        )
+        self._orphans = self._counter("orphans_found", "CVMs of ours that nobody held", "where")
+        self._reclaimed = self._counter("orphans_reclaimed", "Those of them that are gone", "where")
         self._strays = self._gauge("stray_vms", "VMs with our state id that are not in our journal")
         self._store_failures = self._counter("store_failures", "Journal writes that failed")
         self._gates = self._gauge(
@@ -54,7 +64,28 @@ class Metrics:
         self._answered = self._gauge(
             "platform_last_contact_timestamp_seconds", "When the Platform API last answered"
         )
+        self._connected = self._gauge(
+            "notifications_connected", "1 while pushes can come, 0 while the poll alone brings jobs"
+        )
         self._reconnects = self._counter("notification_connections", "WebSocket connections opened")
+        self._answers: set[str] = set()
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """A counter that first appears at 1 has not increased, for Prometheus: what is known begins at 0."""
+        for counter, values in (
+            (self._jobs, OUTCOMES),
+            (self._claims, ("granted", "unanswered")),
+            (self._deliveries, ("accepted", "unanswered")),
+            (self._renewals, RENEWALS),
+            (self._dispatched, SOURCES),
+            (self._passes, SOURCES),
+            (self._orphans, WHERE),
+            (self._reclaimed, WHERE),
+        ):
+            for value in values:
+                counter.labels(value)
+        self._used, self._total = self._slots.labels("used"), self._slots.labels("total")
 
     def text(self) -> bytes:
         """The exposition."""
@@ -73,7 +104,7 @@ class Metrics:
 
     def claim_answered(self, answer: str) -> None:
         """A claim was answered."""
-        self._claims.labels(answer).inc()
+        self._claims.labels(self._known(answer)).inc()
 
     def pass_made(self, source: str) -> None:
         """The job loop made a pass."""
@@ -85,8 +116,8 @@ class Metrics:
 
     def slots(self, used: int, total: int) -> None:
         """Job slots now."""
-        self._slots.labels("used").set(used)
-        self._slots.labels("total").set(total)
+        self._used.set(used)
+        self._total.set(total)
 
     def outbox(self, depth: int, oldest_s: float) -> None:
         """Undelivered results now."""
@@ -95,7 +126,7 @@ class Metrics:
 
     def delivery(self, answer: str) -> None:
         """A result was sent."""
-        self._deliveries.labels(answer).inc()
+        self._deliveries.labels(self._known(answer)).inc()
 
     def claim_dispatched(self, source: str) -> None:
         """A claim was granted."""
@@ -106,29 +137,37 @@ class Metrics:
         self._queue.observe(seconds)
 
     def lease_renewed(self, answer: str) -> None:
-        """A renewal was answered, or not."""
+        """A renewal was `granted`, `refused` or `unanswered`. Any thread may say so."""
         self._renewals.labels(answer).inc()
+        if answer != "unanswered":
+            self.platform_contact()
 
     def recovered(self, fate: str, jobs: int) -> None:
         """Open jobs were found at start."""
         self._recovered.labels(fate).inc(jobs)
 
+    # What the daemon reports
+
     def platform_contact(self) -> None:
-        """The Platform API answered now."""
+        """The Platform API answered now, whatever it said. Any thread may say so."""
         self._answered.set_to_current_time()
 
     def store_failed(self) -> None:
-        """A journal write failed."""
+        """A transaction of the journal failed. Any thread may say so."""
         self._store_failures.inc()
 
-    def gate(self, challenge_id: str, *, open_: bool) -> None:
-        """A challenge's claim gate now."""
-        self._gates.labels(challenge_id).set(int(not open_))
+    def gates(self, closed: Mapping[str, bool]) -> None:
+        """The claim gate of each challenge that is listed now; one that is gone leaves no series."""
+        self._gates.clear()
+        for challenge_id, is_closed in closed.items():
+            self._gates.labels(challenge_id).set(int(is_closed))
 
-    # What the daemon reports
+    def orphan_found(self, where: str) -> None:
+        """A CVM that nobody holds was found, at `start` or by the `sweep`."""
+        self._orphans.labels(where).inc()
 
     def reclaimed(self, where: str) -> None:
-        """A CVM without a holder was found, at `start` or by the `sweep`."""
+        """Such a CVM is gone now."""
         self._reclaimed.labels(where).inc()
 
     def strays(self, count: int) -> None:
@@ -161,13 +200,13 @@ class Metrics:
         """A component's health now."""
         self._degraded.labels(component).set(int(fails))
 
-    def last_contact(self, seconds: float) -> None:
-        """Since the Platform API last answered."""
-        self._contact.set(seconds)
-
     def loop_lag(self, seconds: float) -> None:
         """How late the loop woke a sleeper."""
         self._lag.set(seconds)
+
+    def watched(self, loop: str) -> None:
+        """A background loop that is restarted should it die."""
+        self._restarts.labels(loop)
 
     def restarted(self, loop: str) -> None:
         """A background loop died and was started again."""
@@ -176,6 +215,17 @@ class Metrics:
     def connected(self) -> None:
         """A notification WebSocket was opened."""
         self._reconnects.inc()
+
+    def notified(self, *, connected: bool) -> None:
+        """Whether the WebSocket is open now."""
+        self._connected.set(int(connected))
+
+    def _known(self, answer: str) -> str:
+        if answer not in self._answers:
+            if len(self._answers) >= _MOST_ANSWERS or not _CODE.fullmatch(answer):
+                return OTHER
+            self._answers.add(answer)
+        return answer
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(f"{_PREFIX}_{name}", meaning, labels, registry=self.registry)
