@@ -50,6 +50,12 @@ _REST = {
     "QE report, report data": (1090, "qe_report"),
     "QE report signature": (1154, "qe_report"),
     "QE authentication data": (1220, "qe_report"),
+    "length of the authentication": (632, "quote_format"),
+    "type of the certification data": (764, "quote_format"),
+    "length of the certification data": (766, "quote_format"),
+    "length of the QE authentication data": (1218, "quote_format"),
+    "type of the certificates": (1252, "quote_format"),
+    "length of the certificates": (1254, "quote_format"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -23,7 +24,9 @@ from platform_validator.errors import ValidatorError
 TDX_TEE = 0x81
 _MAX_QUOTE = 64 * 1024
 _VERSIONS = (4, 5)
-_HEADER, _BODY, _DESCRIPTOR = 48, 584, 6
+_HEADER, _BODY, _DESCRIPTOR, _SIGNATURES, _QE_REPORT = 48, 584, 6, 128, 448
+_QE_DATA, _PCK_CHAIN = 6, 5
+"""Types of certification data (Intel TDX DCAP Quoting Library API, A.3.9)."""
 _DEBUG_BIT = 0x01
 _SHOWN = 300
 _OUT_OF_DATE = "OutOfDate"
@@ -190,16 +193,34 @@ def parse_quote(raw: bytes) -> QuoteBody:
 
 
 def _require_whole(raw: bytes, version: int) -> None:
-    """Nothing follows the signed parts but the zeros of the buffer that the quoting library fills."""
-    body = (
-        _BODY
-        if version == _VERSIONS[0]
-        else _DESCRIPTOR + int.from_bytes(raw[_HEADER + 2 : _HEADER + 6], "little")
-    )
+    """Every part ends where the next begins, which nothing signs: dcap-qvl reads some lengths and types only.
+
+    After the last part come but the zeros of the buffer that the quoting library fills.
+    """
+
+    def number(at: int, width: int) -> int:
+        return int.from_bytes(raw[at : at + width], "little")
+
+    body = _BODY if version == _VERSIONS[0] else _DESCRIPTOR + number(_HEADER + 2, 4)
     at = _HEADER + body
-    end = at + 4 + int.from_bytes(raw[at : at + 4], "little")
-    if end > len(raw) or any(raw[end:]):
-        raise QuoteInvalid(Check.QUOTE_FORMAT, f"expected {end} bytes and then zeros, got {len(raw)}")
+    end = at + 4 + number(at, 4)
+    # Signature and key, then type and size of the certification data: the QE's report and its own.
+    at += 4 + _SIGNATURES
+    qe_end = at + 6 + number(at + 2, 4)
+    qe_type, at = number(at, 2), at + 6 + _QE_REPORT
+    # The QE's authentication data by its size, then type and size of the certificates.
+    at += 2 + number(at, 2)
+    chain_type, chain_end = number(at, 2), at + 6 + number(at + 2, 4)
+    if (qe_type, chain_type) != (_QE_DATA, _PCK_CHAIN):
+        raise QuoteInvalid(
+            Check.QUOTE_FORMAT,
+            f"expected certification data of types 6 and 5, got {qe_type} and {chain_type}",
+        )
+    if not end == qe_end == chain_end <= len(raw) or any(raw[end:]):
+        raise QuoteInvalid(
+            Check.QUOTE_FORMAT,
+            f"expected {chain_end} bytes and then zeros, got {len(raw)} of which {end} count",
+        )
 
 
 def check_pck_chain(raw: bytes, root_sha256: str) -> None:
@@ -256,10 +277,11 @@ def verify_quote(
     status = str(report.status)
     since = None
     if status.startswith(_OUT_OF_DATE):
-        claims = dcap_qvl.QuoteVerifier(root).verify_with_policy(
-            raw, parsed, seconds, dcap_qvl.QuotePolicy.claims_only(seconds)
-        )
-        since = outdated_since(json.loads(collateral), json.loads(claims.to_json()), body.tee_tcb_svn)
+        with contextlib.suppress(ValueError):
+            claims = dcap_qvl.QuoteVerifier(root).verify_with_policy(
+                raw, parsed, seconds, dcap_qvl.QuotePolicy.claims_only(seconds)
+            )
+            since = outdated_since(json.loads(collateral), json.loads(claims.to_json()), body.tee_tcb_svn)
     return VerifiedQuote(body, status, tuple(report.advisory_ids), since, collateral_until)
 
 
