@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.daemon.world import CHALLENGE, DRAIN, World, play, until
+from tests.daemon.world import CHALLENGE, DRAIN, World, begun, play, until
 
-from platform_protocol.ids import JobId
 from platform_protocol.platform_messages import ReleaseReason
 from platform_validator.cvm.vmm import VmmUnavailable
 from platform_validator.daemon.engine import Drained, Engine
@@ -19,19 +18,6 @@ from platform_validator.daemon.engine import Drained, Engine
 def seconds() -> float:
     """Virtual seconds."""
     return asyncio.get_running_loop().time()
-
-
-async def begun(world: World, phase: str) -> tuple[Engine, asyncio.Task[Drained], JobId]:
-    """An engine whose one job is `booting` or `running`; the challenge's trial CVM is gone by then."""
-    engine, guests = world.engine(), world.guests
-    running = asyncio.create_task(engine.run())
-    await until(lambda: bool(engine.parts.challenges.active_ids()) and not world.vmm.machines())
-    if phase == "booting":
-        guests.may_boot.clear()
-    guests.booting.clear()
-    job_id = world.platform.add_job(CHALLENGE, timeout_s=7200)
-    await (guests.booting if phase == "booting" else guests.running).wait()
-    return engine, running, job_id
 
 
 def nothing_is_left(world: World, engine: Engine) -> None:

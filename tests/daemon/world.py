@@ -26,7 +26,7 @@ from platform_validator.cvm.jobs import GuestResult, JobOrder
 from platform_validator.cvm.memory import MemoryVmm
 from platform_validator.cvm.session import ValuesHandler
 from platform_validator.cvm.sessions import Session
-from platform_validator.daemon.engine import Engine
+from platform_validator.daemon.engine import Drained, Engine
 from platform_validator.daemon.parts import Outside, make_components, make_values
 from platform_validator.jobs.lease import LeaseRules, TaskRenewer
 from platform_validator.keyring import Keyring
@@ -50,6 +50,10 @@ class VirtualClock:
 
     def __init__(self) -> None:
         self._wall = Wall()
+
+    def jump(self, by: timedelta) -> None:
+        """The wall clock is set."""
+        self._wall.off += by
 
     def now(self) -> datetime:
         return self._wall.now()
@@ -248,6 +252,19 @@ async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(3600):
         while not holds():
             await asyncio.sleep(0.05)
+
+
+async def begun(world: World, phase: str) -> tuple[Engine, asyncio.Task[Drained], JobId]:
+    """An engine whose one job is `booting` or `running`; the challenge's trial CVM is gone by then."""
+    engine, guests = world.engine(), world.guests
+    running = asyncio.create_task(engine.run())
+    await until(lambda: bool(engine.parts.challenges.active_ids()) and not world.vmm.machines())
+    if phase == "booting":
+        guests.may_boot.clear()
+    guests.booting.clear()
+    job_id = world.platform.add_job(CHALLENGE, timeout_s=7200)
+    await (guests.booting if phase == "booting" else guests.running).wait()
+    return engine, running, job_id
 
 
 def play(story: Callable[[World], Coroutine[Any, Any, None]], folder: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from aiohttp import WSCloseCode, web
@@ -208,6 +209,22 @@ async def test_an_unreadable_entry_does_not_hide_the_others(
     }
     server.says(200, {"jobs": [{"id": 7}, good, {**good, "timeout_s": -1}, "x"]})
     assert [job.id for job in await client.pending_jobs([CHALLENGE])] == [JOB]
+
+
+@pytest.mark.robustness(13, "ids")
+@pytest.mark.parametrize(
+    "odd", ["../../admin/tokens", "a/b?c=d#e", "nul\0", "😀", "%2e%2e", "x" * 10_000, "..", " "]
+)
+async def test_whatever_an_id_holds_it_is_one_segment_of_a_path(
+    server: Server, client: HttpPlatformClient, odd: str
+) -> None:
+    """Robustness 13: ids with ../, NUL, emoji and 10 kB: no call leaves its place below /jobs/."""
+    server.says(409, {"code": "already_claimed"})
+    with pytest.raises(PlatformError):
+        await client.claim(JobId(odd), ClaimId("claim"))
+    for request in server.requests:
+        _, jobs, segment, verb = request.raw_path.split("/")
+        assert (jobs, unquote(segment), verb) == ("jobs", odd, "claim")
 
 
 @pytest.mark.robustness(13, "200-mb")
