@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from platform_validator.cli import show
-from platform_validator.cli.command import AsJson, ConfigFile, asked, settings_of
+from platform_validator.cli.command import FAILED, AsJson, ConfigFile, asked, settings_of
 
 challenges = typer.Typer(help="Challenges.", no_args_is_help=True)
 
@@ -18,3 +21,20 @@ def list_challenges(context: typer.Context, *, config: ConfigFile = None, as_jso
     """Every challenge: state, commit, reason."""
     found = asked(settings_of(context, config), "challenges")
     print(json.dumps(found)) if as_json else show.challenges(found, Console())
+
+
+@challenges.command("check")
+def check_challenge(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The challenge's folder")],
+    *,
+    runtime: Annotated[
+        str | None, typer.Option(help="name@sha256:…, the runtime that the compose hash is computed for")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a challenge that you write: platform.toml, entry, bundle; exit 1 when something fails."""
+    from platform_validator.challenges.check import check_folder  # noqa: PLC0415 - the others start fast
+
+    found = check_folder(folder, runtime)
+    print(json.dumps([asdict(one) for one in found])) if as_json else show.findings(found, Console())
+    raise typer.Exit(FAILED if any(one.result == "fail" for one in found) else 0)

@@ -36,6 +36,41 @@ def checks(found: Sequence[CheckLine], console: Console) -> None:
         console.print(f"[{colour}]{one.result:>5}[/]  {one.name:<14} {escape(one.detail)}", soft_wrap=True)
 
 
+class FindingLine(Protocol):
+    """A finding of `challenges check`."""
+
+    @property
+    def check(self) -> str:
+        """What was looked at."""
+
+    @property
+    def result(self) -> str:
+        """ok, warn or fail."""
+
+    @property
+    def detail(self) -> str:
+        """What was found."""
+
+    @property
+    def line(self) -> int | None:
+        """Where."""
+
+    @property
+    def suggestion(self) -> str | None:
+        """What to do."""
+
+
+def findings(found: Sequence[FindingLine], console: Console) -> None:
+    """A line for each finding, and below it what to do."""
+    for one in found:
+        colour = _COLOURS[one.result]
+        where = f" (line {one.line})" if one.line else ""
+        detail = escape("".join(c if c.isprintable() else "?" for c in one.detail) + where)
+        console.print(f"[{colour}]{one.result:>5}[/]  {one.check:<14} {detail}", soft_wrap=True)
+        if one.suggestion:
+            console.print(f"{'':>7}{'':<14} {escape(one.suggestion)}", soft_wrap=True)
+
+
 def status(found: dict[str, Any], console: Console) -> None:
     """The daemon in short."""
     word = found["status"]
