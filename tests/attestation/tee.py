@@ -75,7 +75,10 @@ Lie = Callable[[Boot], None]
 
 
 class QuickClock(At):
-    """The wall clock is the test's; sleeping is shortened."""
+    """The wall clock is the test's; sleeping is shortened, and pauses pass thirty times as fast."""
+
+    def monotonic(self) -> float:
+        return super().monotonic() * 30
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(min(seconds, 0.01))
