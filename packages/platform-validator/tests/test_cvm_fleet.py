@@ -24,7 +24,7 @@ from platform_protocol.tokens import bundle_authorization
 from platform_protocol.user_config import UserConfig
 from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.clock import SystemClock
-from platform_validator.cvm import errors
+from platform_validator.cvm import errors, probe
 from platform_validator.cvm.connection import SessionPace
 from platform_validator.cvm.destroyer import Destroyer
 from platform_validator.cvm.fleet import Cvm, Fleet, FleetRules
@@ -669,6 +669,29 @@ async def test_a_running_job_is_adopted_by_a_later_process(make_world: MakeWorld
     assert isinstance(result, GuestResult)
     assert result.result == {"score": 0.25, "job": "job-1"}
     assert (len(guest.orders), len(guest.configured)) == (1, 1)
+
+
+async def test_a_vmm_that_restarts_ends_neither_a_boot_nor_an_adoption(make_world: MakeWorld) -> None:
+    """Its VMs go on without it, as dstack's do: it is asked again until it is back."""
+    world = await make_world()
+    world.vmm.fail("get", VmmUnavailable("restarting"), times=3)
+    cvm = await world.boot()
+    cvm.session.close()
+    world.vmm.fail("get", VmmUnavailable("restarting"), times=3)
+    result = await carried_on(restarted(world, Quota(LIMITS)), cvm.name)
+    assert isinstance(result, GuestResult)
+
+
+async def test_a_vmm_that_stays_away_ends_a_boot(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its time; what was made is destroyed once it is back."""
+    monkeypatch.setattr(probe, "ABSENCE", timedelta(0))
+    world = await make_world()
+    world.vmm.fail("get", VmmUnavailable("gone"))
+    with pytest.raises(VmmUnavailable):
+        await world.boot()
+    await world.nothing_is_left()
 
 
 async def test_what_rebooted_meanwhile_is_not_adopted(make_world: MakeWorld) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from typing import Protocol
 
 import aiohttp
+import structlog
 
 from platform_protocol.ids import VmId
 from platform_validator.clock import Clock
@@ -16,7 +18,12 @@ _FIRST, _MOST = 0.1, 2.0
 _HEALTH = 5.0
 _MAX_HEALTH = 16 * 1024
 _LOG_LINES = 20
+ABSENCE = timedelta(seconds=45)
+"""How long the VMM may be away in one piece (restarting, or its host busy) while a VM is waited for."""
+
 _ENDED = frozenset({VmState.STOPPED, VmState.EXITED, VmState.REMOVING})
+
+_log = structlog.get_logger(__name__)
 
 
 class Probe(Protocol):
@@ -27,7 +34,7 @@ class Probe(Protocol):
 
         Raises:
             BootFailed: The VMM or the SDK says that it failed, with the reason.
-            VmmUnavailable: The VMM does not answer.
+            VmmUnavailable: The VMM has not answered for `ABSENCE`.
         """
 
 
@@ -40,14 +47,24 @@ class HttpProbe:
 
     async def until_ready(self, vm_id: VmId) -> tuple[str, int]:
         """See the port."""
-        pause = _FIRST
+        pause, away_since = _FIRST, None
         timeout = aiohttp.ClientTimeout(total=_HEALTH)
         async with aiohttp.ClientSession(timeout=timeout) as http:
             while True:
-                vm = await self._vmm.get(vm_id)
-                await self._check(vm_id, vm)
-                if vm is not None and vm.address is not None and await _healthy(http, vm.address):
-                    return vm.address
+                try:
+                    vm = await self._vmm.get(vm_id)
+                    await self._check(vm_id, vm)
+                    away_since = None
+                except VmmUnavailable as error:
+                    # A VMM that restarts says nothing about its VMs: dstack's go on without it.
+                    now = self._clock.monotonic()
+                    away_since = now if away_since is None else away_since
+                    if now - away_since >= ABSENCE.total_seconds():
+                        raise
+                    _log.warning("vmm_away_while_booting", vm=vm_id, reason=str(error))
+                else:
+                    if vm is not None and vm.address is not None and await _healthy(http, vm.address):
+                        return vm.address
                 await self._clock.sleep(pause)
                 pause = min(_MOST, pause * 1.3)
 

@@ -83,6 +83,7 @@ class Engine:
         self.pulse = Pulse(clock)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._ended: set[str] = set()
         self.drain_timeout = drain_timeout
         self.hotkey_taken = False
         self.store_error: str | None = None
@@ -103,6 +104,7 @@ class Engine:
             others = [group.create_task(self._supervise(name, loop)) for name, loop in self._extra.items()]
             if not await self._recover():
                 # Told to end before the journal could be read: nothing was begun.
+                self._ended.update(("notifications", *self._extra))
                 for task in (notifying, *others):
                     task.cancel()
                 return Drained(0, 0)
@@ -116,6 +118,7 @@ class Engine:
             self._enter("running")
             await self._stop.wait()
             left = await self._drain(jobs, challenges)
+            self._ended.update(("notifications", "outbox", "fleet", "housekeeping", *self._extra))
             for task in (notifying, outbox, fleet, housekeeping, *others):
                 task.cancel()
         return left
@@ -184,9 +187,11 @@ class Engine:
         self._enter("draining")
         _log.info("draining", jobs=len(parts.jobs.views()), within=str(self.drain_timeout))
         # Ready CVMs serve nobody any more.
+        self._ended.add("challenges")
         challenges.cancel()
         await self._idle_or_hurried()
         self._enter("stopping")
+        self._ended.add("jobs")
         jobs.cancel()
         await asyncio.wait({jobs, challenges}, timeout=_RELEASE_WITHIN.total_seconds())
         parts.outbox.wake(retry=True)
@@ -226,7 +231,11 @@ class Engine:
     # Loops
 
     async def _supervise(self, name: str, loop: Callable[[], Awaitable[None]]) -> None:
-        """Run a loop for ever; one that dies is logged, counted and started again."""
+        """Run a loop until it is ended; one that dies is logged, counted and started again.
+
+        What fails while it is being cancelled hides the cancellation (a task group raises its children's
+        errors instead): without `_ended` that loop would be started again, and the daemon never end.
+        """
         if name != "notifications":
             # That one waits for pushes for as long as it takes: the pings of its connection watch it.
             self.pulse.expect(name)
@@ -238,9 +247,11 @@ class Engine:
                 except Exception:  # noqa: BLE001 - whatever it was, the others go on
                     _log.exception("loop_died", loop=name)
                 else:
-                    if name == "notifications" and self.hotkey_taken:
+                    if name in self._ended or (name == "notifications" and self.hotkey_taken):
                         return
                     _log.error("loop_ended", loop=name)
+                if name in self._ended:
+                    return
                 self._metrics.restarted(name)
                 await self._clock.sleep(_RESTART)
         finally:
