@@ -13,7 +13,7 @@ SEEDS ?= 1000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help setup system demo test lint bench simulate attest-matrix values-drill docs lock clean
+.PHONY: help setup system demo test lint bench simulate chaos attest-matrix values-drill docs lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -61,6 +61,9 @@ bench: setup system ## measure, beside something real in the same run
 
 simulate: setup ## the daemon on a virtual clock under seeded faults; SEEDS=1000, ARGS="--seed 11" replays
 	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) $(ARGS)
+
+chaos: setup system ## real processes under kill -9, SIGSTOP and a failing network; ARGS="--seed 2", ARGS=--short
+	@$(BIN)/python -m tests.chaos $(ARGS)
 
 attest-matrix: setup ## every check of attestation against real and generated quotes, honest and tampered
 	@$(BIN)/python -m tests.attestation

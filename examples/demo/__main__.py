@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,8 +14,9 @@ import psutil
 from examples.demo import display
 from examples.demo.leftovers import Machine, left, look
 from examples.demo.miners import Upload, find_uploads, upload
-from examples.demo.processes import DemoFailed, end_all, marked
+from examples.demo.processes import DemoFailed
 from examples.demo.repositories import make_repository
+from examples.demo.run_folder import RunFolder
 from examples.demo.stack import Stack, make_stack
 from rich.console import Console
 from rich.live import Live
@@ -43,11 +42,8 @@ def main() -> int:
     arguments = parser.parse_args()
     console = Console()
     output: Path = arguments.output
-    output.mkdir(exist_ok=True)
-    clean_up_earlier(output, console)
-    state = Path(tempfile.mkdtemp(prefix="platform-demo-"))
-    state.chmod(0o711)
-    (output / "state").write_text(str(state))
+    folder = RunFolder(output, "platform-demo-")
+    state = folder.begin(console)
     before = look(state)
     stack = make_stack(state)
     try:
@@ -59,34 +55,7 @@ def main() -> int:
     finally:
         if not arguments.keep:
             stack.stop()
-            end_all(state)
-            shutil.rmtree(state, ignore_errors=True)
-            (output / "state").unlink(missing_ok=True)
-
-
-def clean_up_earlier(output: Path, console: Console) -> None:
-    """End and remove what an earlier run left, whatever became of it."""
-    note = output / "state"
-    if not note.exists():
-        return
-    state = Path(note.read_text().strip())
-    ended = end_all(state) if marked(state) else 0
-    if state.exists() and state.name.startswith("platform-demo-"):
-        console.print(f"demo: an earlier run was not ended; {ended} processes ended, {state} removed")
-        _reclaim(state)
-        shutil.rmtree(state, ignore_errors=True)
-    note.unlink(missing_ok=True)
-
-
-def _reclaim(state: Path) -> None:
-    """Guests die with their VMM; their empty control groups stay until somebody removes them."""
-    identity = state / "vmm" / "id"
-    if not identity.exists():
-        return
-    for base in Path("/sys/fs/cgroup").glob(f"**/platform-vmm-{identity.read_text().strip()}"):
-        for group in [*base.iterdir(), base]:
-            if group.is_dir():
-                group.rmdir()
+            folder.end()
 
 
 class Demo:
@@ -123,7 +92,9 @@ class Demo:
             report, faults = self._report(jobs, boards, vms_left=0, left_over={}), self._faults(jobs)
             self._finish(report, faults)
             console.print(f"still running: Platform API {stack.base} (docs at /docs), state {stack.state}")
-            console.print(f"validator http://127.0.0.1:{stack.guest_port}/health, logs in {stack.state}/logs")
+            console.print(
+                f"validator http://127.0.0.1:{stack.validator.guest_port}/health, logs in {stack.state}/logs"
+            )
             return int(bool(faults))
         vms_left, codes = self._stop()
         found = left(self._before, look(stack.state))
@@ -159,7 +130,7 @@ class Demo:
                 finished = sum(job["status"] in _FINISHED for job in jobs)
                 now = time.monotonic()
                 if not outage_done and down_since is None and finished >= len(jobs) // 3:
-                    self._stack.kill_api()
+                    self._stack.processes.kill("platform-api")
                     down_since = now
                 if down_since is not None and now - down_since >= self._outage:
                     self._stack.restart_api()

@@ -81,10 +81,10 @@ class Processes:
                 raise DemoFailed(f"{name} was not {what} after {seconds:.0f} s:\n{tail(part.log)}")
             time.sleep(0.05)
 
-    def kill(self, name: str) -> None:
-        """End it with SIGKILL, as a crash would."""
+    def kill(self, name: str) -> int:
+        """End it with SIGKILL, as a crash would. Returns the exit code: -9, unless it had ended before."""
         self.parts[name].process.kill()
-        self.parts[name].process.wait()
+        return self.parts[name].process.wait()
 
     def stop(self, name: str, seconds: float) -> int:
         """SIGTERM, wait, SIGKILL. Returns the exit code."""
@@ -94,7 +94,7 @@ class Processes:
             try:
                 process.wait(seconds)
             except subprocess.TimeoutExpired:
-                print(f"demo: {name} did not end within {seconds:.0f} s and is killed", file=sys.stderr)
+                print(f"{name} did not end within {seconds:.0f} s and is killed", file=sys.stderr)
                 process.kill()
                 process.wait()
         return process.returncode

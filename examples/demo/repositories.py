@@ -11,9 +11,14 @@ def make_repository(tree: Path, target: Path) -> str:
     """Copy a challenge's tree (without its submissions) to `target` and commit it. Returns the commit."""
     shutil.copytree(tree, target, ignore=shutil.ignore_patterns("submissions", "__pycache__", ".*_cache"))
     _git(target, "init", "--quiet", "--initial-branch=main")
-    _git(target, "add", "--all")
-    _git(target, "commit", "--quiet", "--message", f"{tree.name}: as shipped")
-    return _git(target, "rev-parse", "HEAD").strip()
+    return commit_all(target, f"{tree.name}: as shipped")
+
+
+def commit_all(repository: Path, message: str) -> str:
+    """Commit whatever was changed. Returns the commit."""
+    _git(repository, "add", "--all")
+    _git(repository, "commit", "--quiet", "--message", message)
+    return _git(repository, "rev-parse", "HEAD").strip()
 
 
 def _git(repository: Path, *arguments: str) -> str:

@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
+
+from examples.demo.ports import free_ports
 
 from platform_protocol.signing import Keypair
 
@@ -35,12 +36,8 @@ class Daemon:
     @classmethod
     def made(cls, folder: Path, seed: bytes | None = None) -> Self:
         """One with free ports and a state directory of its own."""
-        held = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
-        ports = [one.getsockname()[1] for one in held]
-        for one in held:
-            one.close()
         (folder / "state").mkdir(mode=0o700, parents=True)
-        return cls(folder, seed or secrets.token_bytes(32), ports)
+        return cls(folder, seed or secrets.token_bytes(32), free_ports(4))
 
     @property
     def environment(self) -> dict[str, str]:
