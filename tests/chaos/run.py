@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from examples.demo.leftovers import Machine, left, look
-from examples.demo.processes import DemoFailed
+from examples.demo.processes import DemoFailed, marked
 from examples.demo.stack import Stack
 from examples.demo.validator import ValidatorPart
 from tests.chaos import plan
@@ -108,7 +108,10 @@ class ChaosRun:
         """VMs that the VMM knows, whoever made them; and what is left of the run when all has ended."""
         vms = [str(vm["name"]) for vm in self._stack.vms()]
         self._stack.stop()
-        return vms, left(self._before, look(self._stack.state))
+        found = left(self._before, look(self._stack.state))
+        # Children that are named for nothing of the run still carry its mark.
+        pids = {*found.get("processes", []), *(str(each.pid) for each in marked(self._stack.state))}
+        return vms, found | ({"processes": sorted(pids)} if pids else {})
 
     def figures(self) -> Figures:
         """From the Platform API's database, against all that journals ever held."""
