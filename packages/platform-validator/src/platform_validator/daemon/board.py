@@ -172,7 +172,9 @@ class Board:
         self._metrics.quota("cvms", quota.cvms, quota.max_cvms)
         for use, part in quota.by_use.items():
             self._metrics.quota_use(use.value, _counts(part.used, part.cvms))
-        self._metrics.cvms(dict(Counter(view.stage for view in parts.fleet.views())))
+        cvms = parts.fleet.views()
+        self._metrics.cvms(dict(Counter(view.stage for view in cvms)))
+        self._metrics.not_destroyed(sum(view.tries > 0 for view in cvms))
         self._metrics.strays(len(parts.fleet.strays))
         self._metrics.challenges(dict(Counter(view.state.value for view in listed)))
 

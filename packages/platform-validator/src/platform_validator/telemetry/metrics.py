@@ -40,6 +40,7 @@ class Metrics:
         self._quota = self._gauge("quota", "Resources reserved and allowed", "resource", "state")
         self._uses = self._gauge("quota_use", "Resources reserved, by what CVMs are for", "use", "resource")
         self._cvms = self._gauge("cvms", "CVMs by stage", "stage")
+        self._undestroyed = self._gauge("cvms_not_destroyed", "CVMs whose destruction failed so far")
         self._challenges = self._gauge("challenges", "Challenges by state", "state")
         self._degraded = self._gauge("degraded", "1 while a component fails", "component")
         self._lag = self._gauge("loop_lag_seconds", "How late the event loop runs")
@@ -189,6 +190,10 @@ class Metrics:
         self._cvms.clear()
         for stage, count in by_stage.items():
             self._cvms.labels(stage).set(count)
+
+    def not_destroyed(self, count: int) -> None:
+        """CVMs whose destruction failed at least once, and is tried again, now."""
+        self._undestroyed.set(count)
 
     def challenges(self, by_state: dict[str, int]) -> None:
         """Challenges now."""
