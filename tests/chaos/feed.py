@@ -10,6 +10,7 @@ from pathlib import Path
 from examples.demo.miners import Upload, upload
 from examples.demo.repositories import commit_all, make_repository
 from examples.demo.stack import Stack, rows
+from tests.chaos.plan import Version
 
 from platform_protocol.signing import Keypair
 
@@ -19,6 +20,8 @@ _AT_ONCE = 4
 _QUICK_S, _SLOW_S = 0.2, 7.0
 _SLOW_EVERY = 8
 _TIMEOUT_S = 60
+_LARGE_MB = 1800
+"""Of the 2048 that a validator has by default."""
 
 
 @dataclass(slots=True)
@@ -37,7 +40,9 @@ class Feed:
     def begin(self) -> None:
         """Make the repository and register the challenge."""
         commit = make_repository(_TREE, self._repository)
-        self.challenge_id = self.stack.add_challenge("echo", self._repository, commit, timeout_s=_TIMEOUT_S)
+        self.challenge_id = self.stack.add_challenge(
+            "echo", self._repository, commit, _TIMEOUT_S, memory_mb=256
+        )
 
     def look(self) -> None:
         """Count the jobs, in the Platform API's database."""
@@ -55,14 +60,20 @@ class Feed:
             for _ in range(_AT_ONCE):
                 self._upload()
 
-    def update(self) -> None:
+    def update(self, kind: Version = Version.GOOD) -> None:
         """A new version of the challenge, as its author pushes one.
 
         Raises:
             OSError: The Platform API does not take it now.
         """
         self.versions += 1
-        (self._repository / "VERSION").write_text(f"{self.versions}\n")
+        toml = (_TREE / "platform.toml").read_text()
+        change = {
+            Version.GOOD: toml,
+            Version.BROKEN: toml.replace("[cvm]", "[cmv]"),
+            Version.LARGE: toml.replace("memory_mb = 256", f"memory_mb = {_LARGE_MB}"),
+        }
+        (self._repository / "platform.toml").write_text(f"# {self.versions}\n{change[kind]}")
         commit = commit_all(self._repository, f"version {self.versions}")
         self.stack.admin("PATCH", f"/challenges/{self.challenge_id}", {"github_commit": commit})
 

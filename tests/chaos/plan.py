@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from enum import StrEnum
 
 from tests.network.toxics import (
     BOTH,
@@ -27,17 +28,26 @@ _REQUESTS = (Direction.UPSTREAM,)
 _WORK_EVERY = 4
 
 
+class Version(StrEnum):
+    """What kind of version an author pushes."""
+
+    GOOD = "good"
+    BROKEN = "broken"
+    LARGE = "large"
+    """Its CVM fits only where nothing else is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Strike:
     """A validator's life that ends by SIGKILL at the `nth` passing of a crashpoint.
 
-    `update`: the challenge gets a new version once that life has its challenge Active. `meanwhile` is killed,
-    too, `after` seconds into that life, and comes back `down` seconds later.
+    `update`: the new version that the challenge gets once that life has its challenge Active, if any.
+    `meanwhile` is killed, too, `after` seconds into that life, and comes back `down` seconds later.
     """
 
     point: str
     nth: int = 1
-    update: bool = False
+    update: Version | None = None
     meanwhile: str | None = None
     after: float = 0.0
     down: float = 1.0
@@ -85,12 +95,11 @@ Step = Strike | Kill | Stop | Fault | Work
 def full(seed: int) -> list[Step]:
     """Every crashpoint twice, every toxic, three stops; each part killed at other moments, too."""
     rng = random.Random(seed)  # noqa: S311 - a schedule
-    others: list[str | None] = [None] * 16 + [API] * 11 + [VMM] * 9
+    twice = [(point, again) for again in (True, False) for point in POINTS if again or point not in _ONCE]
+    others = [_OTHERS[number % len(_OTHERS)] for number in range(len(twice))]
     rng.shuffle(others)
     strikes = [
-        _strike(rng, point, update=again, meanwhile=others.pop())
-        for again in (True, False)
-        for point in POINTS
+        _strike(rng, point, other, again=again) for (point, again), other in zip(twice, others, strict=True)
     ]
     kills: list[Step] = [
         Kill(target, after=rng.uniform(0.2, 3.0), down=rng.uniform(0.2, 2.5))
@@ -118,6 +127,11 @@ def short(seed: int) -> list[Step]:
     ]
 
 
+_OTHERS = (None, API, None, VMM, API, None)
+_ONCE = frozenset({"instance_draining"})
+"""Passed when a candidate has waited two minutes for room: once is enough."""
+_AT_START = frozenset({"instance_fetched", "instance_booted", "instance_switched"})
+_UPDATES = {"instance_failed": Version.BROKEN, "instance_draining": Version.LARGE}
 _FAULTS: tuple[tuple[tuple[Toxic, ...], tuple[Direction, ...]], ...] = (
     ((Latency(0.4, 0.3),), BOTH),
     ((Down(),), BOTH),
@@ -131,20 +145,14 @@ _FAULTS: tuple[tuple[tuple[Toxic, ...], tuple[Direction, ...]], ...] = (
 )
 
 
-def _strike(rng: random.Random, point: str, *, update: bool, meanwhile: str | None) -> Strike:
-    instance = point.startswith("instance_")
-    # A start brings an instance up, too: the second passing is the update's. Only an update recycles one.
-    nth = rng.randint(1, 3)
-    if instance:
-        nth = 2 if update and point != "instance_recycled" else 1
-    return Strike(
-        point,
-        nth,
-        update=instance and (update or point == "instance_recycled"),
-        meanwhile=meanwhile,
-        after=rng.uniform(0.0, 1.5),
-        down=rng.uniform(0.2, 2.0),
-    )
+def _strike(rng: random.Random, point: str, other: str | None, *, again: bool) -> Strike:
+    update, nth = None, rng.randint(1, 3)
+    if point.startswith("instance_"):
+        update, nth = _UPDATES.get(point, Version.GOOD), 1
+        if point in _AT_START:
+            # What served before comes up again at a start: the second passing is the update's.
+            update, nth = (Version.GOOD, 2) if again else (None, 1)
+    return Strike(point, nth, update, other, after=rng.uniform(0.0, 1.5), down=rng.uniform(0.2, 2.0))
 
 
 def _with_work(steps: list[Step]) -> list[Step]:

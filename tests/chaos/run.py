@@ -16,7 +16,7 @@ from examples.demo.validator import ValidatorPart
 from tests.chaos import plan
 from tests.chaos.evidence import Figures, Stored, figures
 from tests.chaos.feed import Feed
-from tests.chaos.plan import VALIDATOR, Fault, Kill, Step, Stop, Strike, Work
+from tests.chaos.plan import VALIDATOR, Fault, Kill, Step, Stop, Strike, Version, Work
 from tests.network.proxy import TcpProxy
 
 from platform_validator.crashpoint import ENVIRONMENT
@@ -24,6 +24,7 @@ from platform_validator.crashpoint import ENVIRONMENT
 RIVAL = "rival"
 _READY_S = 60.0
 _STRIKE_S = 45.0
+_DRAINING_S = 240.0
 _WORK_S = 90.0
 _END_S = 240.0
 _DRAIN_S = 90.0
@@ -143,11 +144,12 @@ class ChaosRun:
         self._stack.launch_validator(part, {ENVIRONMENT: f"{step.point}:{step.nth}"})
         if step.meanwhile is not None:
             self._later(began + step.after, self._outage(step.meanwhile, step.down))
-        updated = not step.update
-        while self._alive(VALIDATOR) and time.monotonic() - began < _STRIKE_S:
+        version = step.update
+        limit = _DRAINING_S if version is Version.LARGE else _STRIKE_S
+        while self._alive(VALIDATOR) and time.monotonic() - began < limit:
             self._tick()
-            if not updated and self._serves(part):
-                updated = self._tried(self.feed.update)
+            if version is not None and self._serves(part):
+                version = None if self._pushed(version) else version
         struck = not self._alive(VALIDATOR)
         self._settle()
         if struck:
@@ -157,6 +159,10 @@ class ChaosRun:
                 self._count(VALIDATOR)
             else:
                 self._unrecovered(f"validator ended with {code} instead of being killed at {step.point}")
+        if step.update in {Version.BROKEN, Version.LARGE}:
+            # What served goes on (I8), until the author has mended it.
+            self._work(1)
+            self._wait(_WORK_S, lambda: self._pushed(Version.GOOD))
         return struck
 
     def _kill_at(self, step: Kill) -> bool:
@@ -307,6 +313,9 @@ class ChaosRun:
             return False
         return True
 
+    def _pushed(self, version: Version) -> bool:
+        return self._tried(lambda: self.feed.update(version))
+
     @staticmethod
     def _serves(part: ValidatorPart) -> bool:
         challenges = (part.status() or {}).get("challenges", [])
@@ -322,7 +331,7 @@ def step_name(step: Step) -> str:
     """In words."""
     match step:
         case Strike():
-            update = " in an update" if step.update else ""
+            update = f" in an update ({step.update})" if step.update else ""
             other = f", {step.meanwhile} killed meanwhile" if step.meanwhile else ""
             return f"kill -9 at {step.point}:{step.nth}{update}{other}"
         case Kill():

@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ import pytest
 from examples.demo.stack import Stack, make_stack
 from examples.demo.unix_http import UnixConnection
 from tests.chaos.evidence import Attempt, Figures, Stored, figures, watch
-from tests.chaos.plan import Strike, full
+from tests.chaos.plan import Strike, Version, full
 from tests.chaos.run import ChaosRun
 from tests.network.proxy import TcpProxy
 
@@ -337,11 +338,16 @@ def create_vm(stack: Stack, name: str) -> str:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_full_plan_has_every_point_twice_and_kills_each_part(seed: int) -> None:
-    """Whatever the seed; the same seed gives the same plan."""
+def test_a_full_plan_has_every_point_and_kills_each_part(seed: int) -> None:
+    """Whatever the seed, twice where it does not take minutes; the same seed gives the same plan."""
     steps = full(seed)
     strikes = [step for step in steps if isinstance(step, Strike)]
-    assert sorted(step.point for step in strikes) == sorted(2 * POINTS)
+    counts = Counter(step.point for step in strikes)
+    assert set(counts) == set(POINTS)
+    assert [point for point, count in counts.items() if count != 2] == ["instance_draining"]
     assert {step.meanwhile for step in strikes} == {None, "platform-api", "vmm"}
-    assert {step.nth for step in strikes if step.point == "instance_switched"} == {1, 2}
+    assert {(step.nth, step.update) for step in strikes if step.point == "instance_switched"} == {
+        (1, None),
+        (2, Version.GOOD),
+    }
     assert steps == full(seed)
