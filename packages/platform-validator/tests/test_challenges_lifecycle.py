@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from platform_validator.challenges.lifecycle import Aside, Fact, transition
+from platform_validator.challenges.lifecycle import DEADLINES, TABLE, Aside, Fact, transition
 from platform_validator.store.records import InstanceState as State
 
 EXPECTED: dict[tuple[State, Fact], State | Aside] = {
@@ -37,6 +39,24 @@ EXPECTED: dict[tuple[State, Fact], State | Aside] = {
 def test_every_pair_of_state_and_fact(state: State, fact: Fact) -> None:
     """Every pair of state and fact."""
     assert transition(state, fact) is EXPECTED.get((state, fact), Aside.IGNORED)
+
+
+def test_the_documented_table_is_the_code() -> None:
+    """docs/architecture.md has a row for each state, and in it what each fact leads to, and the deadline."""
+    page = (Path(__file__).parents[3] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| **")]
+    told = {}
+    for line in rows:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        told[cells[0].strip("* ")] = cells[1:]
+    assert list(told) == [state.value for state in State]
+    for state, (moves, deadline, _) in told.items():
+        expected = [
+            f"{fact.value} → {getattr(after, 'value', after)}" for fact, after in TABLE[State(state)].items()
+        ]
+        assert moves.split(", ") == expected
+        limit = DEADLINES[State(state)]
+        assert deadline == ("none" if limit is None else f"{limit.total_seconds() / 60:.0f} min")
 
 
 @given(st.lists(st.sampled_from(Fact), max_size=40))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from platform_protocol.ids import ClaimId
 from platform_protocol.signing import Keypair
 from platform_validator.cli.main import app
 from platform_validator.state import StateDirectory
+from platform_validator.store.records import InstanceState
 from platform_validator.store.specimens import cvm, instance, job
 from platform_validator.store.sqlite import SqliteStore
 
@@ -108,6 +110,35 @@ async def test_without_a_daemon_the_journal_is_read(environment: dict[str, str],
     lock = StateDirectory(tmp_path / "validator.db")
     lock.lock()
     lock.close()
+
+
+async def test_a_challenge_is_shown_with_its_reason_and_history(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """By id or name, for people and as JSON; one that is not there ends with exit code 1."""
+    store = await SqliteStore.open(tmp_path / "validator.db")
+    await store.put_instance(instance())
+    broken = replace(instance(), state=InstanceState.FAILED, reason="ModuleNotFoundError: torch")
+    await store.put_instance(broken)
+    await store.close()
+
+    def read() -> list[Result]:
+        return [
+            invoke("challenges", "show", *words)
+            for words in (("challenge", "--json"), ("name",), ("another", "--json"))
+        ]
+
+    import asyncio  # noqa: PLC0415 - the commands run loops of their own
+
+    as_json, for_people, missing = await asyncio.to_thread(read)
+    history = json.loads(as_json.stdout)["history"]
+    assert [(row["state"], row["reason"]) for row in history] == [
+        ("Failed", "ModuleNotFoundError: torch"),
+        ("Created", None),
+    ]
+    assert "torch" in for_people.stdout
+    assert missing.exit_code == 1
+    assert json.loads(missing.stdout)["code"] == "unknown_challenge"
 
 
 @pytest.mark.parametrize("words", [("status",), ("jobs", "list"), ("cvms", "list"), ("challenges", "list")])

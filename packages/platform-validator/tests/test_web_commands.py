@@ -107,6 +107,9 @@ class Controlled:
     def challenges(self) -> list[dict[str, Any]]:
         return []
 
+    async def challenge(self, named: str) -> dict[str, Any] | None:
+        return {"name": named} if named == "di gits" else None
+
 
 @pytest.fixture
 def controlled() -> Controlled:

@@ -57,6 +57,9 @@ class Shown:
     def challenges(self) -> list[dict[str, Any]]:
         return []
 
+    async def challenge(self, named: str) -> dict[str, Any] | None:
+        return {"name": named} if named == "di gits" else None
+
 
 class Uncontrolled:
     """Nothing here asks for anything."""
@@ -201,6 +204,15 @@ async def test_jobs_are_limited(shown: Shown, query: str, limit: int) -> None:
         client.get(f"/api/v1/jobs{query}") as answer,
     ):
         assert await answer.json() == [{"limit": limit}]
+
+
+async def test_a_challenge_is_shown_by_its_id_or_name(shown: Shown) -> None:
+    """Percent-encoded like any name; one that is not there is 404 with a code."""
+    async with served(operators_app(shown, Uncontrolled())) as client:
+        async with client.get("/api/v1/challenges/di%20gits") as answer:
+            assert await answer.json() == {"name": "di gits"}
+        async with client.get("/api/v1/challenges/another") as answer:
+            assert (answer.status, (await answer.json())["code"]) == (404, "unknown_challenge")
 
 
 async def test_a_unix_socket_is_private_and_goes_with_the_server(shown: Shown, tmp_path: Path) -> None:

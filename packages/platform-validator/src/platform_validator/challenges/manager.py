@@ -27,9 +27,11 @@ from platform_validator.cvm.vmm import VmmClient
 from platform_validator.platform_client.port import PlatformClient, PlatformError
 from platform_validator.platform_client.retries import TABLE, Kind
 from platform_validator.store.port import Store, StoreUnavailable
-from platform_validator.store.records import InstanceRecord, InstanceState
+from platform_validator.store.records import InstanceEvent, InstanceRecord, InstanceState
 
 MONITOR_EVERY = timedelta(seconds=60)
+HISTORY = 200
+"""So many of its newest rows are shown."""
 RESTARTED = "the validator was restarted"
 RETRY_AFTER = TABLE[Kind.LIST].pause.first
 _YIELDING = 10.0
@@ -169,6 +171,14 @@ class ChallengeManager:
         """A CVM of that instance was refused by attestation, wherever it was booted."""
         for runner in self._runners.values():
             runner.refused(instance_key, error)
+
+    async def history(self, challenge_id: ChallengeId) -> Sequence[InstanceEvent]:
+        """What became of a challenge's instances, newest first.
+
+        Raises:
+            StoreUnavailable: The journal cannot be read.
+        """
+        return await self._store.challenge_history(challenge_id, HISTORY)
 
     def views(self) -> list[ChallengeView]:
         """Every challenge, by name."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from platform_validator.config import Settings
 from platform_validator.daemon.board import plain
@@ -91,6 +92,8 @@ async def _from_journal(database: Path, path: str) -> Any:
             return [_vm(plain(record)) for record in await store.open_vms()]
         if what == "challenges":
             return [_instance(plain(record)) for record in await store.instances()]
+        if what.startswith("challenges/"):
+            return await _challenge(store, unquote(what.removeprefix("challenges/")))
         identity = await store.identity()
         return {
             "status": "stopped",
@@ -101,6 +104,14 @@ async def _from_journal(database: Path, path: str) -> Any:
         }
     finally:
         await store.close()
+
+
+async def _challenge(store: SqliteStore, named: str) -> dict[str, Any] | None:
+    for record in await store.instances():
+        if named in (record.challenge_id, record.name):
+            history = await store.challenge_history(record.challenge_id, _SHOWN)
+            return _instance(plain(record)) | {"history": plain(history)}
+    return None
 
 
 def left_in(state: StateDirectory) -> dict[str, int]:

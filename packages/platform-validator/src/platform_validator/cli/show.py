@@ -152,6 +152,31 @@ def challenges(found: list[dict[str, Any]], console: Console) -> None:
     _table(rows, ("name", "state", "commit", "candidate", "reason"), console, "no challenges")
 
 
+def challenge(found: dict[str, Any], console: Console) -> None:
+    """One challenge: what serves, what is tried, what leaves; then what became of them, newest first."""
+    console.print(f"[bold]{escape(found['name'])}[/]  {found['id']}  {found['state']}", highlight=False)
+    named = [("serving", found.get("serving")), ("candidate", found.get("candidate"))]
+    named += [("leaving", old) for old in found.get("old", ())]
+    rows = [
+        one | {"": name, "commit": one["commit"][:12], "since": str(one["since"])[:19]}
+        for name, one in named
+        if one
+    ]
+    columns = ("", "state", "since", "commit", "mode", "ready", "jobs", "failures", "reason")
+    _table(rows, columns, console, "no instance yet")
+    past = [
+        {
+            "at": str(event["at"])[:23],
+            "commit": event["commit"][:12],
+            "state": event["state"] or "gone",
+            "reason": event["reason"],
+        }
+        for event in found["history"]
+    ]
+    console.print()
+    _table(past, ("at", "commit", "state", "reason"), console, "no history yet")
+
+
 def config(rows: list[dict[str, Any]], console: Console) -> None:
     """Settings with their origins."""
     _table(rows, ("setting", "value", "from", "reloads", "meaning"), console, "")

@@ -11,6 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from platform_protocol.ids import ChallengeId
 from platform_protocol.resources import Resources
 from platform_validator.challenges.git_source import GitSource
 from platform_validator.config import Settings
@@ -134,6 +135,14 @@ class Board:
         rows: list[dict[str, Any]] = plain(self.components.challenges.views()) if self.components else []
         return rows
 
+    async def challenge(self, named: str) -> dict[str, Any] | None:
+        """See the port."""
+        for found in self.challenges():
+            if self.components is not None and named in (found["id"], found["name"]):
+                history = await self.components.challenges.history(ChallengeId(found["id"]))
+                return found | {"history": plain(history)}
+        return None
+
     def _reasons(self) -> dict[str, str | None]:
         parts = self.components
         platform = None if parts is None else parts.challenges.last_error or parts.jobs.last_error
@@ -177,6 +186,10 @@ class Board:
         self._metrics.not_destroyed(sum(view.tries > 0 for view in cvms))
         self._metrics.strays(len(parts.fleet.strays))
         self._metrics.challenges(dict(Counter(view.state.value for view in listed)))
+        self._metrics.forget_challenges()
+        for view in listed:
+            ready = view.serving.ready if view.serving is not None else 0
+            self._metrics.challenge(view.id, view.state.value, ready)
 
 
 def shown_quota(view: QuotaView) -> dict[str, Any]:

@@ -299,6 +299,7 @@ def make_components(
         on_reclaimed=metrics.reclaimed,
     )
     challenges = ChallengeManager(
+        on_state=metrics.instance_entered,
         client=client,
         store=store,
         source=outside.source,

@@ -42,6 +42,13 @@ class Metrics:
         self._cvms = self._gauge("cvms", "CVMs by stage", "stage")
         self._undestroyed = self._gauge("cvms_not_destroyed", "CVMs whose destruction failed so far")
         self._challenges = self._gauge("challenges", "Challenges by state", "state")
+        self._challenge = self._gauge(
+            "challenge_state", "1 for the state that a challenge shows", "challenge_id", "state"
+        )
+        self._instances = self._counter(
+            "challenge_transitions", "States that instances entered", "challenge_id", "state"
+        )
+        self._ready = self._gauge("challenge_ready_cvms", "CVMs that wait ready for jobs", "challenge_id")
         self._degraded = self._gauge("degraded", "1 while a component fails", "component")
         self._lag = self._gauge("loop_lag_seconds", "How late the event loop runs")
         self._restarts = self._counter("background_restarts", "Loops that died and were restarted", "loop")
@@ -200,6 +207,20 @@ class Metrics:
         self._challenges.clear()
         for state, count in by_state.items():
             self._challenges.labels(state).set(count)
+
+    def challenge(self, challenge_id: str, state: str, ready: int) -> None:
+        """A challenge now; `forget_challenges` comes before the first of a round."""
+        self._challenge.labels(challenge_id, state).set(1)
+        self._ready.labels(challenge_id).set(ready)
+
+    def forget_challenges(self) -> None:
+        """Those that are gone are shown no more."""
+        self._challenge.clear()
+        self._ready.clear()
+
+    def instance_entered(self, challenge_id: str, state: str) -> None:
+        """An instance of a challenge entered a state."""
+        self._instances.labels(challenge_id, state).inc()
 
     def degraded(self, component: str, *, fails: bool) -> None:
         """A component's health now."""

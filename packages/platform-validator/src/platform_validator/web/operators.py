@@ -23,7 +23,7 @@ _SAFE = ("GET", "HEAD", "OPTIONS")
 def operators_app(views: Views, control: Control) -> Starlette:
     """`/api/v1`: whoever reaches it may read everything, and control the daemon.
 
-    GET `/status` `/jobs` `/cvms` `/challenges`;
+    GET `/status` `/jobs` `/cvms` `/challenges` `/challenges/{id or name}`;
     POST `/drain` `/jobs/{id}/cancel` `/cvms/reclaim` `/attestation/pin` `/values` `/reload`.
     """
 
@@ -41,12 +41,20 @@ def operators_app(views: Views, control: Control) -> Starlette:
     async def challenges(_: Request) -> Response:
         return JSONResponse(views.challenges())
 
+    async def challenge(request: Request) -> Response:
+        named = request.path_params["named"]
+        found = await views.challenge(named)
+        if found is None:
+            return refused(404, "unknown_challenge", f"no challenge has the id or name {named[:80]!r}")
+        return JSONResponse(found)
+
     return Starlette(
         routes=[
             Route("/api/v1/status", status),
             Route("/api/v1/jobs", jobs),
             Route("/api/v1/cvms", cvms),
             Route("/api/v1/challenges", challenges),
+            Route("/api/v1/challenges/{named}", challenge),
             *command_routes(control),
             value_route(control),
         ]

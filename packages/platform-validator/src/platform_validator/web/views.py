@@ -51,3 +51,6 @@ class Views(Protocol):
 
     def challenges(self) -> list[dict[str, Any]]:
         """Every challenge."""
+
+    async def challenge(self, named: str) -> dict[str, Any] | None:
+        """One challenge, by its id or name, with its history, newest first; None: there is none."""
