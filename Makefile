@@ -13,7 +13,7 @@ SEEDS ?= 1000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help setup system demo test lint bench simulate chaos attest-matrix values-drill docs lock clean
+.PHONY: help setup system demo test lint bench simulate chaos attest-matrix values-drill update-drill docs lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -70,6 +70,9 @@ attest-matrix: setup ## every check of attestation against real and generated qu
 
 values-drill: setup system ## 10,000 increments from 20 CVMs across a kill -9 of the validator
 	@$(BIN)/python -m tests.drills.values $(ARGS)
+
+update-drill: setup system ## three commits (good, broken, good) while 200 jobs flow, in both modes of cvm
+	@$(BIN)/python -m tests.drills.updates $(ARGS)
 
 docs: setup ## check the pages' links and commands; write docs/openapi.json
 	@$(BIN)/python scripts/openapi.py docs/openapi.json

@@ -244,6 +244,11 @@ class InstanceRef:
         return pack(running_since, self._instance.kit(self.plan, self.spec))
 
     @property
+    def listed(self) -> Resources:
+        """What the API lists the challenge with: what its jobs ask for unless they say otherwise."""
+        return self._instance.wanted.resources
+
+    @property
     def shared(self) -> bool:
         """Whether its job runs beside others in one CVM, which outlives it."""
         return self.spec.execution.cvm == "shared"

@@ -22,7 +22,6 @@ from platform_validator.cvm.errors import CvmError, NoCapacity, SessionLost
 from platform_validator.cvm.jobs import GuestResult
 from platform_validator.cvm.quota import Quota
 from platform_validator.cvm.vmm import VmmError
-from platform_validator.jobs.capacity import largest
 from platform_validator.jobs.diary import Diary
 from platform_validator.jobs.ending import Ending, blame
 from platform_validator.jobs.ends import JobEnds
@@ -157,7 +156,7 @@ class JobExecutor:
         reservation, job.reservation = job.reservation, None
         if reservation is None:
             raise NoCapacity("a job without a CVM and without a reservation")
-        plan = replace(job.plan, resources=largest(job.plan.resources, job.claim.resources))
+        plan = replace(job.plan, resources=reservation.resources)
         async with asyncio.TaskGroup() as group:
             boot = group.create_task(
                 _caught(

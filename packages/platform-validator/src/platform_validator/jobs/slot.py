@@ -31,7 +31,11 @@ class Slot:
 
 
 def wish_of(job: PendingJob, ref: InstanceRef | None) -> Wish:
-    """The CVM that this job needs: of the challenge's size, or the job's where that is larger."""
+    """The CVM that this job needs: of the challenge's size, or the job's where that is larger.
+
+    A job that asks for what its challenge is listed with asks for nothing of its own: platform.toml decides.
+    """
     if ref is None:
         return Wish(job.resources)
-    return Wish(largest(ref.plan.resources, job.resources), ref.plan.image)
+    own = ref.plan.resources if job.resources == ref.listed else job.resources
+    return Wish(largest(ref.plan.resources, own), ref.plan.image)
