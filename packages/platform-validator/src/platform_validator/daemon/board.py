@@ -186,10 +186,9 @@ class Board:
         self._metrics.not_destroyed(sum(view.tries > 0 for view in cvms))
         self._metrics.strays(len(parts.fleet.strays))
         self._metrics.challenges(dict(Counter(view.state.value for view in listed)))
-        self._metrics.forget_challenges()
-        for view in listed:
-            ready = view.serving.ready if view.serving is not None else 0
-            self._metrics.challenge(view.id, view.state.value, ready)
+        self._metrics.each_challenge(
+            {view.id: (view.state.value, view.serving.ready if view.serving else 0) for view in listed}
+        )
 
 
 def shown_quota(view: QuotaView) -> dict[str, Any]:

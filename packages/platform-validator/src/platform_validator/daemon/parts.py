@@ -299,7 +299,7 @@ def make_components(
         on_reclaimed=metrics.reclaimed,
     )
     challenges = ChallengeManager(
-        on_state=metrics.instance_entered,
+        on_state=lambda _challenge_id, state: metrics.instance_entered(state),
         client=client,
         store=store,
         source=outside.source,

@@ -45,9 +45,7 @@ class Metrics:
         self._challenge = self._gauge(
             "challenge_state", "1 for the state that a challenge shows", "challenge_id", "state"
         )
-        self._instances = self._counter(
-            "challenge_transitions", "States that instances entered", "challenge_id", "state"
-        )
+        self._instances = self._counter("challenge_transitions", "States that instances entered", "state")
         self._ready = self._gauge("challenge_ready_cvms", "CVMs that wait ready for jobs", "challenge_id")
         self._degraded = self._gauge("degraded", "1 while a component fails", "component")
         self._lag = self._gauge("loop_lag_seconds", "How late the event loop runs")
@@ -208,19 +206,17 @@ class Metrics:
         for state, count in by_state.items():
             self._challenges.labels(state).set(count)
 
-    def challenge(self, challenge_id: str, state: str, ready: int) -> None:
-        """A challenge now; `forget_challenges` comes before the first of a round."""
-        self._challenge.labels(challenge_id, state).set(1)
-        self._ready.labels(challenge_id).set(ready)
-
-    def forget_challenges(self) -> None:
-        """Those that are gone are shown no more."""
+    def each_challenge(self, shown: Mapping[str, tuple[str, int]]) -> None:
+        """State and ready CVMs of each challenge now; one that is gone leaves no series."""
         self._challenge.clear()
         self._ready.clear()
+        for challenge_id, (state, ready) in shown.items():
+            self._challenge.labels(challenge_id, state).set(1)
+            self._ready.labels(challenge_id).set(ready)
 
-    def instance_entered(self, challenge_id: str, state: str) -> None:
+    def instance_entered(self, state: str) -> None:
         """An instance of a challenge entered a state."""
-        self._instances.labels(challenge_id, state).inc()
+        self._instances.labels(state).inc()
 
     def degraded(self, component: str, *, fails: bool) -> None:
         """A component's health now."""
