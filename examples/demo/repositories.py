@@ -21,13 +21,6 @@ def commit_all(repository: Path, message: str) -> str:
     return _git(repository, "rev-parse", "HEAD").strip()
 
 
-def commit_all(repository: Path, message: str) -> str:
-    """Commit whatever has changed. Returns the commit."""
-    _git(repository, "add", "--all")
-    _git(repository, "commit", "--quiet", "--allow-empty", "--message", message)
-    return _git(repository, "rev-parse", "HEAD").strip()
-
-
 def _git(repository: Path, *arguments: str) -> str:
     author = ["-c", "user.name=Demo", "-c", "user.email=demo@example.invalid", "-c", "commit.gpgsign=false"]
     done = subprocess.run(

@@ -113,7 +113,7 @@ class Stack:
 
     def update_challenge(self, challenge_id: str, commit: str) -> None:
         """Publish another commit; the validator is told by a push."""
-        self._admin("PATCH", f"/challenges/{challenge_id}", {"github_commit": commit})
+        self.admin("PATCH", f"/challenges/{challenge_id}", {"github_commit": commit})
 
     def add_job(self, challenge_id: str, payload: dict[str, Any], timeout_s: int) -> str:
         """Queue a job without a submission; returns its id."""
