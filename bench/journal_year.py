@@ -26,9 +26,11 @@ from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.clock import SystemClock
 from platform_validator.cvm.fleet import Fleet, FleetRules
 from platform_validator.cvm.host_ports import HostPorts
+from platform_validator.cvm.hosts import Hosts, VmmHost
 from platform_validator.cvm.memory import MemoryVmm
 from platform_validator.cvm.probe import HttpProbe
 from platform_validator.cvm.quota import Limits, Quota
+from platform_validator.host_name import DEFAULT_HOST
 from platform_validator.jobs.recovery import recover
 from platform_validator.keyring import Keyring
 from platform_validator.store.records import JobOutcome, Stage, VmPhase
@@ -135,13 +137,12 @@ async def restart(store: SqliteStore) -> None:
     """The first steps of the daemon, with the real fleet; its VMM is the one in memory."""
     clock, vmm = SystemClock(), MemoryVmm()
     level = IsolationLevel.CONTAINER
+    host = VmmHost(DEFAULT_HOST, vmm, HttpProbe(vmm=vmm, clock=clock), HostPorts(10_000, 30_000))
     fleet = Fleet(
-        vmm=vmm,
-        probe=HttpProbe(vmm=vmm, clock=clock),
+        hosts=Hosts([host], clock=clock),
         store=store,
         keyring=Keyring(b"k" * 32),
         quota=Quota(_LIMITS),
-        ports=HostPorts(10_000, 30_000),
         policy=AttestationPolicy(level=level, allow_simulated=False, checker=None),
         values=ValueKeeper(source=MemoryKeys(), store=store, clock=clock).manager,
         clock=clock,

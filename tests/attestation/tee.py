@@ -33,6 +33,8 @@ from platform_validator.attestation.policy import AttestationPolicy, Attestation
 from platform_validator.attestation.quote import QuoteChecker
 from platform_validator.challenges.source import FetchedTree
 from platform_validator.config import load_settings
+from platform_validator.cvm.host_ports import HostPorts
+from platform_validator.cvm.hosts import VmmHost
 from platform_validator.cvm.memory import IMAGE, Machine, MemoryVmm
 from platform_validator.cvm.probe import HttpProbe
 from platform_validator.cvm.session import CvmSession
@@ -41,6 +43,7 @@ from platform_validator.cvm.vmm import VmSpec
 from platform_validator.daemon.engine import Engine
 from platform_validator.daemon.parts import Outside, make_components, make_values
 from platform_validator.daemon.pinning import Pinner
+from platform_validator.host_name import DEFAULT_HOST
 from platform_validator.jobs.lease import LeaseRules, TaskRenewer
 from platform_validator.keyring import Keyring
 from platform_validator.platform_client.memory import MemoryJob, MemoryPlatform
@@ -142,11 +145,11 @@ class TeeHouse:
             folder=folder,
         )
         client, rng, metrics = self.platform.client(), random.Random(7), Metrics()  # noqa: S311 - jitter
+        probe = HttpProbe(vmm=self.vmm, clock=self.clock)
         outside = Outside(
             clock=self.clock,
             client=client,
-            vmm=self.vmm,
-            probe=HttpProbe(vmm=self.vmm, clock=self.clock),
+            hosts=(VmmHost(DEFAULT_HOST, self.vmm, probe, HostPorts(*settings["dstack.port_range"])),),
             sessions=CvmSession,
             source=Tree(),
             policy=self.policy,

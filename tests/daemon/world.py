@@ -22,12 +22,15 @@ from platform_validator.challenges.source import FetchedTree
 from platform_validator.config import Settings, load_settings
 from platform_validator.cvm.connection import Callee, Judge, SessionPace
 from platform_validator.cvm.errors import SessionLost
+from platform_validator.cvm.host_ports import HostPorts
+from platform_validator.cvm.hosts import VmmHost
 from platform_validator.cvm.jobs import GuestResult, JobOrder
 from platform_validator.cvm.memory import MemoryVmm
 from platform_validator.cvm.session import ValuesHandler
 from platform_validator.cvm.sessions import Session
 from platform_validator.daemon.engine import Drained, Engine
 from platform_validator.daemon.parts import Outside, make_components, make_values
+from platform_validator.host_name import DEFAULT_HOST
 from platform_validator.jobs.lease import LeaseRules, TaskRenewer
 from platform_validator.keyring import Keyring
 from platform_validator.platform_client.memory import MemoryPlatform
@@ -215,8 +218,7 @@ class World:
         outside = Outside(
             clock=self.clock,
             client=client,
-            vmm=self.vmm,
-            probe=self,
+            hosts=(VmmHost(DEFAULT_HOST, self.vmm, self, HostPorts(10_000, 19_999)),),
             sessions=self.guests.session,
             source=Tree(),
             policy=AttestationPolicy(level=IsolationLevel.CONTAINER, allow_simulated=False, checker=None),

@@ -41,11 +41,13 @@ from platform_validator.cvm.dstack import DstackVmm
 from platform_validator.cvm.errors import AttestationRefused
 from platform_validator.cvm.fleet import Fleet, FleetRules
 from platform_validator.cvm.host_ports import HostPorts
+from platform_validator.cvm.hosts import Hosts, VmmHost
 from platform_validator.cvm.jobs import JobOrder
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.probe import HttpProbe
 from platform_validator.cvm.quota import Limits, Quota, Reservation
 from platform_validator.cvm.vmm import VmmClient, VmSpec
+from platform_validator.host_name import DEFAULT_HOST
 from platform_validator.keyring import Keyring
 from platform_validator.store.records import Purpose, StateIdentity
 from platform_validator.store.sqlite import SqliteStore
@@ -204,13 +206,13 @@ async def fleet_on(local: LocalVmm, client: DstackVmm, folder: Path, root: bytes
     checker = QuoteChecker(collateral=collateral, clock=clock, root=root)
     store = await SqliteStore.open(folder / "validator.db")
     first = free_ports(1)[0]
+    ports = HostPorts(first, first + 20)
+    host = VmmHost(DEFAULT_HOST, client, HttpProbe(vmm=client, clock=clock), ports)
     fleet = Fleet(
-        vmm=client,
-        probe=HttpProbe(vmm=client, clock=clock),
+        hosts=Hosts([host], clock=clock),
         store=store,
         keyring=Keyring(b"k" * 32),
         quota=quota,
-        ports=HostPorts(first, first + 20),
         policy=AttestationPolicy(level=IsolationLevel.CONTAINER, allow_simulated=True, checker=checker),
         values=NoValues(),
         clock=clock,

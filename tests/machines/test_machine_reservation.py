@@ -1,6 +1,7 @@
-"""The fleet's reservations over a VMM that fails, a disk that fills up, and processes that are killed.
+"""The fleet's reservations over two hosts that fail, a disk that fills up, and processes that are killed.
 
-The law: what is reserved never exceeds the limits, covers what runs, and all of it comes back.
+The law: what is reserved never exceeds the limits, neither in all nor of a host, covers what runs there, and
+all of it comes back.
 """
 
 from __future__ import annotations
@@ -29,16 +30,23 @@ from platform_validator.cvm.connection import Callee, Judge
 from platform_validator.cvm.errors import BootFailed, CvmError, SessionLost
 from platform_validator.cvm.fleet import Fleet, FleetRules
 from platform_validator.cvm.host_ports import HostPorts
+from platform_validator.cvm.hosts import Hosts, VmmHost
 from platform_validator.cvm.memory import IMAGE, MemoryVmm
 from platform_validator.cvm.plan import CvmPlan
-from platform_validator.cvm.quota import Limits, Quota, Refusal, Reservation, ReservationSpent, add
+from platform_validator.cvm.quota import HostView, Limits, Quota, Refusal, Reservation, ReservationSpent, add
 from platform_validator.cvm.vmm import VmmAtCapacity, VmmError, VmmRefused, VmmUnavailable, VmState
+from platform_validator.host_name import HostName
 from platform_validator.keyring import Keyring
 from platform_validator.store.memory import MemoryStore
 from platform_validator.store.port import StoreUnavailable
 from platform_validator.store.records import Purpose, StateIdentity
 
 LIMITS = Limits(Resources(cpu_cores=4, memory_mb=1024, disk_mb=4096), max_cvms=3)
+SMALL, BIG = HostName("small"), HostName("big")
+BOUNDS = {
+    SMALL: Limits(Resources(cpu_cores=2, memory_mb=512, disk_mb=4096), max_cvms=1),
+    BIG: Limits(Resources(cpu_cores=3, memory_mb=1024, disk_mb=4096), max_cvms=3),
+}
 KINDS = ("cpu_cores", "memory_mb", "disk_mb")
 COMPOSE = b"{}"
 PORTS = 5
@@ -95,6 +103,23 @@ def _session(callee: Callee, *, judge: Judge, **_: Any) -> Guest:
     return Guest(callee, judge)
 
 
+class HostProbe:
+    """Waits for a CVM of one host: it comes up, never, or fails after a while."""
+
+    def __init__(self, vmm: MemoryVmm, ends: Callable[[], str]) -> None:
+        self._vmm = vmm
+        self._ends = ends
+
+    async def until_ready(self, vm_id: VmId) -> tuple[str, int]:
+        """See the port."""
+        await asyncio.sleep(5)
+        if self._ends() == "never":
+            await asyncio.Event().wait()
+        if self._ends() == "failed" or await self._vmm.get(vm_id) is None:
+            raise BootFailed("it did not come up")
+        return "127.0.0.1", 20_000
+
+
 class NoValues:
     """Nobody asks for any."""
 
@@ -110,26 +135,32 @@ class ReservationMachine(TimedMachine):
 
     @initialize()
     def begins(self) -> None:
-        """A host without CVMs."""
-        self.vmm = MemoryVmm()
+        """Two hosts without CVMs."""
+        self.vmms = {name: MemoryVmm() for name in BOUNDS}
+        self.dead: set[HostName] = set()
         self.store = MemoryStore(identity=StateIdentity("0123456789", "instance"))
         self.full = False
-        self.store.fail = lambda call: self.full and call not in {"open_vms", "vm"}
+        self.store.fail = lambda call: self.full and call not in {"open_vms", "vm", "drained_hosts"}
         self.boot_ends = "well"
         self.numbers = itertools.count(1)
         self.given_back = 0
         self._open()
 
     def _open(self) -> None:
-        self.quota = Quota(LIMITS)
         self.ports = HostPorts(20_000, 20_000 + PORTS - 1)
+        self.hosts = Hosts(
+            [
+                VmmHost(name, vmm, HostProbe(vmm, lambda: self.boot_ends), self.ports, limits=BOUNDS[name])
+                for name, vmm in self.vmms.items()
+            ],
+            clock=self.clock,
+        )
+        self.quota = Quota(LIMITS, self.hosts.states)
         self.fleet = Fleet(
-            vmm=self.vmm,
-            probe=self,
+            hosts=self.hosts,
             store=self.store,
             keyring=Keyring(b"k" * 32),
             quota=self.quota,
-            ports=self.ports,
             policy=AttestationPolicy(level=IsolationLevel.CONTAINER, allow_simulated=False, checker=None),
             values=NoValues(),
             clock=self.clock,
@@ -146,15 +177,6 @@ class ReservationMachine(TimedMachine):
         self.do(self.fleet.restore())
         self.running = self.start(self.fleet.run())
         self.let_pass(0)
-
-    async def until_ready(self, vm_id: VmId) -> tuple[str, int]:
-        """The probe: well, never, or failed after a while."""
-        await asyncio.sleep(5)
-        if self.boot_ends == "never":
-            await asyncio.Event().wait()
-        if self.boot_ends == "failed" or await self.vmm.get(vm_id) is None:
-            raise BootFailed("it did not come up")
-        return "127.0.0.1", 20_000
 
     @rule(
         cores=st.integers(0, 3),
@@ -217,23 +239,56 @@ class ReservationMachine(TimedMachine):
         """How guests come up from now on."""
         self.boot_ends = end
 
+    @precondition(lambda self: any(view.stage == "ready" for view in self.fleet.views()))
+    @rule(data=st.data())
+    def a_ready_one_is_given_a_job(self, data: st.DataObject) -> None:
+        """Its share is the job's then."""
+        ready = sorted(view.name for view in self.fleet.views() if view.stage == "ready")
+        self.fleet.assigned(data.draw(st.sampled_from(ready)))
+
+    @rule(host=st.sampled_from(sorted(BOUNDS)))
+    def a_host_dies(self, host: HostName) -> None:
+        """`kill -9`: its VMs die with it, and it answers nothing."""
+        if host not in self.dead:
+            self.dead.add(host)
+            self.vmms[host].kill()
+
+    @rule()
+    def hosts_come_back(self) -> None:
+        """They start again what they had, as dstack does."""
+        for host in sorted(self.dead):
+            self._revive(host)
+
+    def _revive(self, host: HostName) -> None:
+        self.dead.discard(host)
+        self.vmms[host].start_again()
+
+    @rule(host=st.sampled_from(sorted(BOUNDS)), drains=st.booleans())
+    def the_operator_drains_a_host(self, host: HostName, drains: bool) -> None:
+        """Or has it take CVMs again."""
+        with contextlib.suppress(StoreUnavailable):
+            self.do(self.fleet.keeper.drain(host) if drains else self.fleet.keeper.undrain(host))
+
     @rule(
+        host=st.sampled_from(sorted(BOUNDS)),
         call=st.sampled_from(["create", "create", "stop", "remove", "list", "get"]),
         error=st.sampled_from(sorted(_ERRORS)),
         times=st.integers(1, 4),
         after=st.booleans(),
     )
-    def the_vmm_fails(self, call: str, error: str, times: int, after: bool) -> None:
+    def a_vmm_fails(self, host: HostName, call: str, error: str, times: int, after: bool) -> None:
         """Before its call took effect, or after."""
         what = _ERRORS[error] if call == "create" else _ERRORS["unanswered"]
         unsure = isinstance(what, VmmUnavailable) and call in {"create", "stop", "remove"}
-        self.vmm.fail(call, what, times=times, after=after and unsure)
+        if host not in self.dead:
+            self.vmms[host].fail(call, what, times=times, after=after and unsure)
 
     @rule(at_once=st.booleans())
     def removal_is_quick_or_slow(self, at_once: bool) -> None:
         """A dstack whose removals take their time."""
-        self.vmm.removes_at_once = at_once
-        self.vmm.finish_removals()
+        for vmm in self.vmms.values():
+            vmm.removes_at_once = at_once
+            vmm.finish_removals()
 
     @rule(full=st.booleans())
     def the_disk_changes(self, full: bool) -> None:
@@ -252,7 +307,7 @@ class ReservationMachine(TimedMachine):
 
     @rule()
     def it_sweeps(self) -> None:
-        """Journal and VMM are compared."""
+        """Journal and VMMs are compared."""
         self.do(self.fleet.sweep())
 
     @invariant()
@@ -262,13 +317,24 @@ class ReservationMachine(TimedMachine):
             self.running.result()
         view = self.quota.view()
         assert 0 <= view.cvms <= LIMITS.max_cvms
-        there = {m.spec.name: m.spec.resources for m in self.vmm.machines() if m.state is VmState.RUNNING}
-        real = add(there.values())
-        assert len(there) <= view.cvms, "more CVMs run than are accounted for"
         for kind in KINDS:
             used, limit = getattr(view.used, kind), getattr(LIMITS.resources, kind)
-            assert getattr(real, kind) <= used <= limit, f"{kind}: {real} run, {view.used} reserved"
+            assert used <= limit, f"{kind}: {used} reserved, {limit} allowed"
             assert getattr(view.free, kind) == limit - used
+        for host, part in view.by_host.items():
+            self._a_host_is_right(host, part)
+        for parts in (view.by_use.values(), view.by_host.values()):
+            assert sum(part.cvms for part in parts) == view.cvms
+            assert add(part.used for part in parts) == view.used
+
+    def _a_host_is_right(self, host: HostName, part: HostView) -> None:
+        bound, machines = BOUNDS[host], self.vmms[host].machines()
+        there = {m.spec.name: m.spec.resources for m in machines if m.state is VmState.RUNNING}
+        real = add(there.values())
+        assert len(there) <= part.cvms <= bound.max_cvms, f"{host}: more CVMs run than are accounted for"
+        for kind in KINDS:
+            used, limit = getattr(part.used, kind), getattr(bound.resources, kind)
+            assert getattr(real, kind) <= used <= limit, f"{host}: {kind}: {real} run, {part.used} reserved"
 
     def teardown(self) -> None:
         """When all is well again and everything is given up, everything has come back."""
@@ -280,9 +346,11 @@ class ReservationMachine(TimedMachine):
 
     def _settle(self) -> None:
         self.full, self.boot_ends = False, "failed"
-        self.vmm.heal()
-        self.vmm.removes_at_once = True
-        self.vmm.finish_removals()
+        for host, vmm in self.vmms.items():
+            self._revive(host)
+            vmm.heal()
+            vmm.removes_at_once = True
+            vmm.finish_removals()
         for boot in [boot for boot in self.boots if not boot.done()]:
             self.stop(boot)
         for view in self.fleet.views():
@@ -291,7 +359,7 @@ class ReservationMachine(TimedMachine):
         self.the_account_is_right()
         left = self.quota.view()
         assert (left.cvms, left.used.cpu_cores, left.used.memory_mb) == (0, 0, 0), "shares were kept"
-        assert self.vmm.machines() == []
+        assert [vmm.machines() for vmm in self.vmms.values()] == [[], []]
         assert self.do(self.store.open_vms()) == []
         assert len({self.ports.take() for _ in range(PORTS)}) == PORTS, "a host port was kept"
 
@@ -319,11 +387,11 @@ def _forgotten_at_a_restart(patch: pytest.MonkeyPatch) -> None:
 def _given_back_before_it_is_gone(patch: pytest.MonkeyPatch) -> None:
     original = Fleet.destroy
 
-    def destroy(self: Any, name: VmName, reason: str | None = None) -> None:
+    def destroy(self: Any, name: VmName, reason: str | None = None, **named: Any) -> None:
         reservation = self._reservations.pop(name, None)
         if reservation is not None:
             self._quota.release(reservation)
-        original(self, name, reason)
+        original(self, name, reason, **named)
 
     patch.setattr(Fleet, "destroy", destroy)
 

@@ -16,6 +16,7 @@ from platform_protocol.platform_messages import ActiveChallenge, Claim, Lease
 from platform_validator.challenges.instance import InstanceRef
 from platform_validator.challenges.runner import ChallengeRunner
 from platform_validator.cvm import fleet as fleet_module
+from platform_validator.cvm import sweeping
 from platform_validator.cvm.destroyer import Destroyer
 from platform_validator.cvm.errors import SessionLost
 from platform_validator.cvm.quota import Quota, Reservation
@@ -67,11 +68,11 @@ def released_twice() -> Iterator[None]:
         self._held.pop(id(reservation), None)
         self._changed()
 
-    def destroy(self: Any, name: VmName, reason: str | None = None) -> None:
+    def destroy(self: Any, name: VmName, reason: str | None = None, **named: Any) -> None:
         reservation = self._reservations.get(name)
         if reservation is not None:
             self._quota.release(reservation)
-        original(self, name, reason)
+        original(self, name, reason, **named)
 
     original = fleet_module.Fleet.destroy
     with _replaced(Quota, "release", forgiving), _replaced(fleet_module.Fleet, "destroy", destroy):
@@ -167,11 +168,11 @@ def owned_by_prefix() -> Iterator[None]:
         found = plan_reclaim(records, seen, held, **named)
         return Reclaim(destroy=found.destroy + found.strays, strays=())
 
-    async def ids(self: Any, name: VmName) -> set[str]:
-        return {vm.id for vm in await self._vmm.list(name)}
+    async def ids(_: Any, name: VmName, vmm: Any) -> set[str]:
+        return {vm.id for vm in await vmm.list(name)}
 
     with (
-        _replaced(fleet_module, "plan_reclaim", plan),
+        _replaced(sweeping, "plan_reclaim", plan),
         _replaced(Destroyer, "_ids", ids),
     ):
         yield

@@ -25,8 +25,11 @@ from platform_protocol.platform_messages import IsolationLevel
 from platform_protocol.resources import Resources
 from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.config import Settings
+from platform_validator.cvm.host_ports import HostPorts
+from platform_validator.cvm.hosts import VmmHost
 from platform_validator.daemon.engine import Engine
 from platform_validator.daemon.parts import Outside, make_components, make_values
+from platform_validator.host_name import DEFAULT_HOST
 from platform_validator.jobs.lease import LeaseRules, TaskRenewer
 from platform_validator.keyring import Keyring
 from platform_validator.store.memory import MemoryStore
@@ -145,12 +148,11 @@ class Node:
             self.store, life, self.mine, self.plan.disk, self._laws, self._server, stream(f"disk/{name}")
         )
         line.healed = disk.healed = self.healed
-        vmm = VmmLine(self.host, life)
+        vmm, ports = VmmLine(self.host, life), HostPorts(*self._settings["dstack.port_range"])
         outside = Outside(
             clock=clock,
             client=line,
-            vmm=vmm,
-            probe=SimulatedProbe(self.host, vmm, clock),
+            hosts=(VmmHost(DEFAULT_HOST, vmm, SimulatedProbe(self.host, vmm, clock), ports),),
             sessions=session_maker(self.host, life),
             source=MemorySource(clock, stream(f"source/{name}")),
             policy=AttestationPolicy(level=IsolationLevel.CONTAINER, allow_simulated=False, checker=None),

@@ -29,6 +29,7 @@ from platform_validator.cvm.connection import SessionPace
 from platform_validator.cvm.destroyer import Destroyer
 from platform_validator.cvm.fleet import Cvm, Fleet, FleetRules
 from platform_validator.cvm.host_ports import HostPorts
+from platform_validator.cvm.hosts import Hosts, VmmHost
 from platform_validator.cvm.jobs import GuestResult, JobOrder
 from platform_validator.cvm.memory import IMAGE, MemoryVmm
 from platform_validator.cvm.plan import CvmPlan
@@ -36,6 +37,7 @@ from platform_validator.cvm.probe import HttpProbe
 from platform_validator.cvm.quota import Limits, Quota, Refusal, Reservation
 from platform_validator.cvm.testing_guest import GuestScript, ScriptedGuest
 from platform_validator.cvm.vmm import VmmAtCapacity, VmmRefused, VmmUnavailable, VmSpec, VmState
+from platform_validator.host_name import DEFAULT_HOST
 from platform_validator.keyring import Keyring
 from platform_validator.store.port import StoreUnavailable
 from platform_validator.store.records import Purpose, StateIdentity, VmPhase
@@ -157,6 +159,13 @@ def free_ports(count: int) -> tuple[int, int]:
             return first, first + count - 1
 
 
+def the_host(vmm: MemoryVmm, clock: QuickClock, ports: tuple[int, int]) -> Hosts:
+    """The only one."""
+    return Hosts(
+        [VmmHost(DEFAULT_HOST, vmm, HttpProbe(vmm=vmm, clock=clock), HostPorts(*ports))], clock=clock
+    )
+
+
 @pytest.fixture
 async def make_world(tmp_path: Path) -> AsyncIterator[MakeWorld]:
     async with contextlib.AsyncExitStack() as stack:
@@ -183,12 +192,10 @@ async def make_world(tmp_path: Path) -> AsyncIterator[MakeWorld]:
                 "pace": QUICK,
             } | rules
             fleet = Fleet(
-                vmm=vmm,
-                probe=HttpProbe(vmm=vmm, clock=clock),
+                hosts=the_host(vmm, clock, free_ports(ports)),
                 store=store,
                 keyring=Keyring(b"k" * 32),
                 quota=quota,
-                ports=HostPorts(*free_ports(ports)),
                 policy=AttestationPolicy(
                     level=settings["level"], allow_simulated=settings["allow_simulated"], checker=None
                 ),
@@ -403,7 +410,7 @@ async def test_a_refused_create_is_named_and_gives_back_its_share(
 async def test_a_port_in_use_is_replaced_by_another(make_world: MakeWorld) -> None:
     """Somebody else listens there: the next CVM gets the next port, and the first one is destroyed."""
     world = await make_world()
-    first = world.fleet._ports._next
+    first = world.fleet.hosts.get(DEFAULT_HOST).ports._next
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", first))
@@ -578,12 +585,10 @@ async def test_a_vm_that_somebody_else_removed_is_gone(make_world: MakeWorld) ->
 def restarted(world: World, quota: Quota) -> Fleet:
     """The fleet of a process that starts on the same journal."""
     return Fleet(
-        vmm=world.vmm,
-        probe=HttpProbe(vmm=world.vmm, clock=world.clock),
+        hosts=the_host(world.vmm, world.clock, free_ports(4)),
         store=world.store,
         keyring=Keyring(b"k" * 32),
         quota=quota,
-        ports=HostPorts(*free_ports(4)),
         policy=AttestationPolicy(level=IsolationLevel.CONTAINER, allow_simulated=False, checker=None),
         values=NoValues(),
         clock=world.clock,
@@ -749,7 +754,7 @@ async def test_destruction_that_was_interrupted_goes_on(make_world: MakeWorld) -
     world = await make_world()
     cvm = await world.boot()
     gone: list[VmName] = []
-    destroyer = Destroyer(vmm=world.vmm, store=world.store, clock=world.clock, on_gone=gone.append)
+    destroyer = Destroyer(hosts=world.fleet.hosts, store=world.store, clock=world.clock, on_gone=gone.append)
     world.vmm.removes_at_once = False
     destroyer.give(cvm.name)
     async with asyncio.TaskGroup() as group:

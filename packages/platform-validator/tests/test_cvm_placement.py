@@ -21,7 +21,7 @@ from platform_validator.cvm.placement import (
     keeper,
     placement,
 )
-from platform_validator.store.records import HostName
+from platform_validator.host_name import HostName
 
 BIG, SMALL, GPU = HostName("big"), HostName("small"), HostName("gpu")
 

@@ -9,8 +9,8 @@ from platform_protocol.platform_messages import PendingJob
 from platform_protocol.resources import Resources
 from platform_validator.cvm.placement import Limits, Share, Wish
 from platform_validator.cvm.quota import Quota, Reservation
+from platform_validator.host_name import DEFAULT_HOST
 from platform_validator.jobs.passed_over import PassedOver
-from platform_validator.store.records import DEFAULT_HOST
 
 FOUR, ONE = (Resources(cpu_cores=cores, memory_mb=1, disk_mb=1) for cores in (4, 1))
 TOTALS = Limits(Resources(cpu_cores=4, memory_mb=99, disk_mb=99), max_cvms=9)

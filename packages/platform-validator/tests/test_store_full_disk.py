@@ -22,9 +22,10 @@ from pathlib import Path
 import pytest
 
 from platform_protocol.ids import LeaseToken, VmId, VmName
+from platform_validator.host_name import HostName
 from platform_validator.store.opening import open_database
 from platform_validator.store.port import Store, StoreUnavailable
-from platform_validator.store.records import HostName, InstanceState, JobOutcome, SealedText, Stage, VmPhase
+from platform_validator.store.records import InstanceState, JobOutcome, SealedText, Stage, VmPhase
 from platform_validator.store.specimens import CHALLENGE, NOW, cvm, instance, job, writes
 from platform_validator.store.sqlite import SqliteStore
 

@@ -13,11 +13,10 @@ import pytest
 
 from platform_protocol.ids import ChallengeId, ClaimId, JobId, LeaseToken, VmId, VmName
 from platform_protocol.resources import Resources
+from platform_validator.host_name import DEFAULT_HOST, HostName
 from platform_validator.store.migrate import Migration, known_migrations, migrate
 from platform_validator.store.opening import open_database
 from platform_validator.store.records import (
-    DEFAULT_HOST,
-    HostName,
     InstanceEvent,
     InstanceRecord,
     InstanceState,

@@ -113,7 +113,7 @@ class House:
             client=self.client,
             store=self.store,
             source=GitSource(cache=self.folder / "cache", allow=frozenset({"file"})),
-            vmm=self.images,  # type: ignore[arg-type] # images are all that challenges ask of a VMM
+            vmm=self.images,
             fleet=self.fleet,
             quota=self.quota,
             rules=HostRules(level=IsolationLevel.CONTAINER, limits=self.limits),

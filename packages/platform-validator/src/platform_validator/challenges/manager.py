@@ -16,14 +16,13 @@ from platform_protocol.resources import Resources
 from platform_validator.challenges.instance import ChallengeView, InstanceRef
 from platform_validator.challenges.parts import RunnerParts
 from platform_validator.challenges.resolve import HostRules
-from platform_validator.challenges.room import CvmFleet
+from platform_validator.challenges.room import CvmFleet, Images
 from platform_validator.challenges.runner import ChallengeRunner
 from platform_validator.challenges.source import Source
 from platform_validator.challenges.standing import Standing
 from platform_validator.clock import Clock
 from platform_validator.cvm.errors import AttestationRefused
 from platform_validator.cvm.quota import Quota
-from platform_validator.cvm.vmm import VmmClient
 from platform_validator.platform_client.port import PlatformClient, PlatformError
 from platform_validator.platform_client.retries import TABLE, Kind
 from platform_validator.store.port import Store, StoreUnavailable
@@ -63,7 +62,7 @@ class ChallengeManager:
         client: PlatformClient,
         store: Store,
         source: Source,
-        vmm: VmmClient,
+        vmm: Images,
         fleet: CvmFleet,
         quota: Quota,
         rules: HostRules,

@@ -116,6 +116,7 @@ class MemoryFleet:
     boots: list[_Boot] = field(default_factory=list)
     alive: dict[VmName, MemoryCvm] = field(default_factory=dict)
     destroyed: list[VmName] = field(default_factory=list)
+    host_trouble: str | None = None
     booted: list[MemoryCvm] = field(default_factory=list)
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _held: dict[VmName, Reservation] = field(default_factory=dict)
@@ -167,6 +168,11 @@ class MemoryFleet:
         if cvm is None:
             raise SessionLost(f"{name} is gone")
         return cvm
+
+    async def trouble(self, name: VmName) -> str | None:
+        """What the test says."""
+        del name
+        return self.host_trouble
 
     def assigned(self, name: VmName) -> None:
         """Account for it."""

@@ -9,12 +9,11 @@ from typing import Protocol
 
 from platform_protocol.ids import ChallengeId
 from platform_validator.challenges.resolve import HostRules
-from platform_validator.challenges.room import CvmFleet
+from platform_validator.challenges.room import CvmFleet, Images
 from platform_validator.challenges.source import Source
 from platform_validator.challenges.standing import Standing
 from platform_validator.clock import Clock
 from platform_validator.cvm.quota import Quota
-from platform_validator.cvm.vmm import VmmClient
 from platform_validator.store.port import Store
 
 
@@ -34,7 +33,7 @@ class RunnerParts:
 
     store: Store
     source: Source
-    vmm: VmmClient
+    vmm: Images
     fleet: CvmFleet
     quota: Quota
     rules: HostRules

@@ -11,7 +11,15 @@ from platform_protocol.platform_messages import AttestationKind, IsolationLevel
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.quota import Reservation
 from platform_validator.cvm.session import GuestResult, JobOrder
+from platform_validator.cvm.vmm import VmmFacts
 from platform_validator.store.records import Purpose
+
+
+class Images(Protocol):
+    """What challenges ask of the VMM hosts."""
+
+    async def facts(self) -> VmmFacts:
+        """What they offer together. Raises VmmError."""
 
 
 class GuestSession(Protocol):
@@ -87,6 +95,9 @@ class CvmFleet(Protocol):
 
     async def adopt(self, name: VmName, plan: CvmPlan) -> Guest:
         """Take over one that an earlier process left running. Raises what `cvm.errors` names."""
+
+    async def trouble(self, name: VmName) -> str | None:
+        """What is wrong with the host that it is on: asked now. None: nothing."""
 
     def assigned(self, name: VmName) -> None:
         """A ready one is a job's now, as the journal says already."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from platform_validator.cvm.vmm import VmmClient, VmmError
+from platform_validator.challenges.room import Images
+from platform_validator.cvm.vmm import VmmError
 
 
 class Standing:
@@ -15,7 +16,7 @@ class Standing:
         vmm: Lists the images; while it does not answer, they count as unchanged.
     """
 
-    def __init__(self, policy: Callable[[], str], vmm: VmmClient) -> None:
+    def __init__(self, policy: Callable[[], str], vmm: Images) -> None:
         self._policy = policy
         self._vmm = vmm
         self._images = ""

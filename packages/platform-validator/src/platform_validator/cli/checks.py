@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,11 +14,13 @@ from platform_protocol.platform_messages import IsolationLevel
 from platform_protocol.signing import Keypair
 from platform_validator.challenges.resolve import Unfit, choose_image
 from platform_validator.config import ConfigFaults, Settings, load_settings
+from platform_validator.config.hosts import HostSettings
+from platform_validator.config.promises import promised_beyond
 from platform_validator.cvm.vmm import VmmClient, VmmError, VmmFacts
 from platform_validator.daemon.parts import make_connections
 from platform_validator.errors import ValidatorError
 from platform_validator.keys import find_hotkey
-from platform_validator.machine import beyond, is_here, machine_resources
+from platform_validator.machine import machine_resources
 from platform_validator.platform_client.port import NotAuthorized, PlatformClient, PlatformError
 
 _GUEST_HOST = "10.0.2.2"
@@ -69,12 +71,17 @@ async def _outside(settings: Settings, keypair: Keypair) -> list[Check]:
                 "clock", "warn", f"{offset:+.0f} s off the Platform API's: set this machine's clock (NTP)"
             )
         )
-        found += await check_vmm(connections.vmm, settings.level)
-        found += await check_open_vmm(settings["dstack.vmm_url"])
+        for host, vmm in zip(settings.hosts, connections.vmms, strict=True):
+            checks = [*await check_vmm(vmm, settings.level), *await check_open_vmm(host.url)]
+            found += [_of_host(check, host, settings) for check in checks]
         return [*found, check_base_url(settings)]
     finally:
-        await connections.client.close()
-        await connections.vmm.close()
+        await connections.close()
+
+
+def _of_host(check: Check, host: HostSettings, settings: Settings) -> Check:
+    """Of several hosts a finding says whose it is."""
+    return replace(check, name=f"{check.name} {host.name}") if settings["vmm"] else check
 
 
 async def check_platform(client: PlatformClient) -> list[Check]:
@@ -147,7 +154,5 @@ def check_base_url(settings: Settings) -> Check:
 
 
 def _limits(settings: Settings) -> list[Check]:
-    if not is_here(settings["dstack.vmm_url"]):
-        return []
     has = machine_resources(settings.db_path.parent)
-    return [Check("limits", "warn", line) for line in beyond(settings.limits, has)]
+    return [Check("limits", "warn", line) for line in promised_beyond(settings, has)]

@@ -138,6 +138,7 @@ def _contradictions(values: Mapping[str, Any], origins: Mapping[str, Origin]) ->
             faults.append(f"attestation.allow_simulated ({where}): needs attestation.simulated_root_file")
     if level is IsolationLevel.NONE and not values.get("sandbox_config.unsafe_no_isolation", True):
         faults.append("sandbox_config.isolation_level: None needs sandbox_config.unsafe_no_isolation = true")
+    faults += _host_contradictions(values, origins)
     listen = values.get("validator.http_listen")
     if listen is not None and listen == values.get("validator.admin_listen"):
         faults.append("validator.admin_listen: expected another address than validator.http_listen")
@@ -155,4 +156,21 @@ def _contradictions(values: Mapping[str, Any], origins: Mapping[str, Origin]) ->
         for one in values.get("sources.allow", ())
         if one not in ("https", "ssh", "file")
     ]
+    return faults
+
+
+def _host_contradictions(values: Mapping[str, Any], origins: Mapping[str, Origin]) -> list[str]:
+    listed = values.get("vmm", ())
+    if not listed:
+        return []
+    faults = [
+        f"{key} ({origins[key].where}): each [[vmm]] has its own: leave one of them out"
+        for key in ("dstack.vmm_url", "dstack.port_address", "dstack.token", "dstack.auth_user")
+        if origins[key].where != "default"
+    ]
+    if len(listed) > 1 and values.get("attestation.allow_simulated"):
+        faults.append(
+            "attestation.allow_simulated: the simulated quotes of several hosts have a root each, and one is "
+            "trusted: unset it, or use one host"
+        )
     return faults

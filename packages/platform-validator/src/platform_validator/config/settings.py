@@ -12,7 +12,9 @@ from typing import Any
 from platform_protocol.platform_messages import IsolationLevel
 from platform_protocol.resources import Resources
 from platform_validator.config import parse
+from platform_validator.config.hosts import HostSettings, hosts
 from platform_validator.config.parse import Parser
+from platform_validator.host_name import DEFAULT_HOST
 
 REQUIRED = object()
 
@@ -77,6 +79,15 @@ class Settings:
         """Totals for all CVMs."""
         names = ("cpu_cores", "memory_mb", "disk_mb", "gpu_count")
         return Resources(**{name: self[f"resource_limits.{name}"] for name in names})
+
+    @property
+    def hosts(self) -> tuple[HostSettings, ...]:
+        """The VMM hosts: those of `[[vmm]]`, else the one of `dstack.vmm_url`."""
+        listed: tuple[HostSettings, ...] = self["vmm"]
+        if listed:
+            return listed
+        url, address = self["dstack.vmm_url"], self["dstack.port_address"]
+        return (HostSettings(DEFAULT_HOST, url, port_address=address),)
 
     def taking(self, other: Settings, keys: Iterable[str]) -> Settings:
         """These settings with some keys as they are in another configuration."""
@@ -187,6 +198,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _o("dstack.port_range", parse.port_range, "10000-19999", "host ports for CVMs"),
     _o("dstack.port_address", parse.text, "127.0.0.1", "the host under which mapped ports are reached"),
+    _o("vmm", hosts, (), "VMM hosts, one table [[vmm]] each, instead of dstack.vmm_url"),
     _r("resource_limits.cpu_cores", _POSITIVE, 4, "CPU cores of all CVMs together", "VALIDATOR_CPU_CORES"),
     _r(
         "resource_limits.memory_mb", _POSITIVE, 2048, "memory of all CVMs together, MB", "VALIDATOR_MEMORY_MB"

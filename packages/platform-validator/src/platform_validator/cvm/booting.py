@@ -28,12 +28,13 @@ from platform_validator.cvm.errors import (
     NoCapacity,
     SessionLost,
 )
+from platform_validator.cvm.hosts import Hosts, VmmHost
 from platform_validator.cvm.members import Cvm, Member
 from platform_validator.cvm.plan import CvmPlan
-from platform_validator.cvm.probe import Probe
 from platform_validator.cvm.session import ValuesHandler
 from platform_validator.cvm.sessions import Session, SessionMaker
-from platform_validator.cvm.vmm import VmmAtCapacity, VmmClient, VmmError, VmmRefused, VmmUnavailable, VmSpec
+from platform_validator.cvm.vmm import VmmAtCapacity, VmmError, VmmRefused, VmmUnavailable, VmSpec
+from platform_validator.host_name import HostName
 from platform_validator.store.port import DuplicateRecord, Store
 from platform_validator.store.records import Purpose, VmPhase
 
@@ -86,8 +87,7 @@ class Booter:
     def __init__(
         self,
         *,
-        vmm: VmmClient,
-        probe: Probe,
+        hosts: Hosts,
         store: Store,
         policy: AttestationPolicy,
         values: ValuesHandler,
@@ -96,16 +96,15 @@ class Booter:
         rules: FleetRules,
         sessions: SessionMaker,
     ) -> None:
-        self._vmm = vmm
+        self._hosts = hosts
         self._sessions = sessions
-        self._probe = probe
         self._store = store
         self._policy = policy
         self._values = values
         self._clock = clock
         self._validator = validator
         self._rules = rules
-        self._levels: dict[str, IsolationLevel] = {}
+        self._levels: dict[tuple[HostName, str], IsolationLevel] = {}
         self.on_refused: Callable[[str, AttestationRefused], None] = lambda _key, _error: None
 
     async def boot(
@@ -118,7 +117,7 @@ class Booter:
         on_stage: Callable[[str], None],
     ) -> Cvm:
         """See `Fleet.boot`; the member's intent is in the journal, and its end is the caller's affair."""
-        name, rules = member.record.name, self._rules
+        name, rules, host = member.record.name, self._rules, self._hosts.get(member.record.host)
         deadline = self._clock.monotonic() + rules.boot.total_seconds()
 
         def enter(stage: str) -> None:
@@ -126,7 +125,7 @@ class Booter:
             on_stage(stage)
 
         enter("creating")
-        vm_id = await self._create(member, plan, secret)
+        vm_id = await self._create(member, plan, secret, host)
         crashpoint("create_sent")
         await self._store.vm_created(name, vm_id)
         crashpoint("id_stored")
@@ -134,7 +133,7 @@ class Booter:
         crashpoint("booting")
         try:
             async with asyncio.timeout(rules.boot.total_seconds()):
-                address = await self._probe.until_ready(vm_id)
+                address = await host.probe.until_ready(vm_id)
         except TimeoutError as error:
             raise BootTimedOut(f"{name} was not ready within {rules.boot.total_seconds():.0f} s") from error
         enter("attesting")
@@ -145,7 +144,7 @@ class Booter:
         await self._until_ready(member, session, found, deadline)
         await self._store.vm_phase(name, VmPhase.READY, at=self._clock.now())
         member.stage = "ready"
-        level = await self._level_of(plan.image)
+        level = await self._level_of(plan.image, host)
         return Cvm(name, vm_id, plan, found[0].kind, level, session, found[0].quote)
 
     async def adopt(self, member: Member, plan: CvmPlan, secret: bytes, *, tasks: asyncio.TaskGroup) -> Cvm:
@@ -153,11 +152,12 @@ class Booter:
         record, limit = member.record, self._rules.attest.total_seconds()
         if record.vm_id is None or record.attestation is None:
             raise SessionLost(f"{record.name} had not come up")
+        host = self._hosts.get(record.host)
         member.stage = "attesting"
         deadline = self._clock.monotonic() + limit
         try:
             async with asyncio.timeout(limit):
-                address = await self._probe.until_ready(record.vm_id)
+                address = await host.probe.until_ready(record.vm_id)
         except TimeoutError as error:
             raise SessionLost(f"{record.name} did not answer within {limit:.0f} s") from error
         found: list[Accepted] = []
@@ -165,7 +165,7 @@ class Booter:
         tasks.create_task(session.run())
         await self._until_ready(member, session, found, deadline)
         member.stage = "ready"
-        level = await self._level_of(plan.image)
+        level = await self._level_of(plan.image, host)
         return Cvm(record.name, record.vm_id, plan, found[0].kind, level, session)
 
     def _session(
@@ -210,13 +210,13 @@ class Booter:
                 ) from error
             raise BootTimedOut(f"{name} did not say ready within {limit:.0f} s") from error
 
-    async def _create(self, member: Member, plan: CvmPlan, secret: bytes) -> VmId:
+    async def _create(self, member: Member, plan: CvmPlan, secret: bytes, host: VmmHost) -> VmId:
         record, rules = member.record, self._rules
         lifetimes = lifetimes_of(plan, record.purpose)
         config = UserConfig(
             vm=record.name,
             launch_secret=UserConfig.encode_secret(secret),
-            validator_base_url=rules.base_url,
+            validator_base_url=host.base_url or rules.base_url,
             proxy_url=None,
             max_lifetime_s=int(lifetimes.idle.total_seconds()),
             hard_lifetime_s=int(lifetimes.hard.total_seconds()),
@@ -234,21 +234,21 @@ class Booter:
             simulated_tee=rules.allow_simulated and not tee,
         )
         try:
-            return await self._vmm.create(spec)
+            return await host.vmm.create(spec)
         except VmmAtCapacity as error:
             raise NoCapacity(str(error)) from error
         except VmmRefused as error:
             raise CreateFailed(str(error)) from error
         except VmmUnavailable as error:
-            return await self._look_for(spec, error)
+            return await self._look_for(host, spec, error)
 
-    async def _look_for(self, spec: VmSpec, error: VmmUnavailable) -> VmId:
+    async def _look_for(self, host: VmmHost, spec: VmSpec, error: VmmUnavailable) -> VmId:
         """CreateVm is not idempotent, and may have been done all the same: the exact name tells."""
         _log.warning("create_unanswered", vm=spec.name, reason=str(error))
         for _ in range(_LOOK_AGAIN):
             await self._clock.sleep(1)
             try:
-                found = [vm for vm in await self._vmm.list(spec.name) if vm.name == spec.name]
+                found = [vm for vm in await host.vmm.list(spec.name) if vm.name == spec.name]
             except VmmError:
                 continue
             if found:
@@ -279,7 +279,7 @@ class Booter:
                 raise AttestationRefused("instance_id", "a resumed session shows another instance or kind")
             return
         if accepted.instance is not None:
-            await self._check_instance(vm_id, accepted.instance)
+            await self._check_instance(self._hosts.get(record.host), vm_id, accepted.instance)
         try:
             await self._store.vm_attested(
                 record.name, attestation=accepted.kind.value, vm_instance=accepted.instance
@@ -305,20 +305,20 @@ class Booter:
         )
         return await self._policy.judge(offer.quote, offer.event_log, expected)
 
-    async def _check_instance(self, vm_id: VmId, shown: str) -> None:
+    async def _check_instance(self, host: VmmHost, vm_id: VmId, shown: str) -> None:
         """The VMM tells a VM's instance late in its boot, or never; what it tells must be the same."""
         try:
-            vm = await self._vmm.get(vm_id)
+            vm = await host.vmm.get(vm_id)
         except VmmError as error:
             raise AttestationUnavailable(f"the VMM cannot be asked for the instance: {error}") from error
         if vm is not None and vm.instance and vm.instance.lower() != shown.lower():
             raise AttestationRefused("instance_id", f"the VMM says {vm.instance[:64]}, the log says {shown}")
 
-    async def _level_of(self, image: str) -> IsolationLevel:
+    async def _level_of(self, image: str, host: VmmHost) -> IsolationLevel:
         if self._rules.level is IsolationLevel.TEE:
             return IsolationLevel.TEE
-        if image not in self._levels:
-            facts = await self._vmm.facts()
-            self._levels |= {one.name: one.level for one in facts.images}
-        level = self._levels.get(image, self._rules.level)
+        if (host.name, image) not in self._levels:
+            facts = await host.vmm.facts()
+            self._levels |= {(host.name, one.name): one.level for one in facts.images}
+        level = self._levels.get((host.name, image), self._rules.level)
         return IsolationLevel.VM if level is IsolationLevel.TEE else level

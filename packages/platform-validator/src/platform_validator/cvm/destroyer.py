@@ -11,7 +11,9 @@ import structlog
 from platform_protocol.ids import VmId, VmName
 from platform_validator.clock import Clock
 from platform_validator.crashpoint import crashpoint
+from platform_validator.cvm.hosts import Hosts
 from platform_validator.cvm.vmm import VmmClient, VmmError, VmNotFound, VmState
+from platform_validator.host_name import DEFAULT_HOST, HostName
 from platform_validator.store.port import Store, StoreUnavailable, UnknownRecord
 from platform_validator.store.records import VmPhase
 
@@ -29,6 +31,7 @@ class Doomed:
     """A CVM on its way out, as the operator sees it; a stray is in no journal."""
 
     name: VmName
+    host: HostName
     tries: int = 0
     last_error: str | None = None
     journaled: bool = True
@@ -38,29 +41,43 @@ class Destroyer:
     """Owns every CVM that was given up.
 
     Args:
-        vmm: Does it.
+        hosts: Whose VMMs do it.
         store: Knows their ids, and is told.
         clock: Time.
         on_gone: Called once for each, when the VMM has confirmed that it is gone.
     """
 
     def __init__(
-        self, *, vmm: VmmClient, store: Store, clock: Clock, on_gone: Callable[[VmName], None]
+        self, *, hosts: Hosts, store: Store, clock: Clock, on_gone: Callable[[VmName], None]
     ) -> None:
-        self._vmm = vmm
+        self._hosts = hosts
         self._store = store
         self._clock = clock
         self._on_gone = on_gone
         self._doomed: dict[VmName, Doomed] = {}
         self._begun: set[VmName] = set()
         self._fresh = asyncio.Event()
+        self._hurried: dict[HostName, asyncio.Event] = {}
         self.destroyed = 0
 
-    def give(self, name: VmName, reason: str | None = None, *, journaled: bool = True) -> None:
-        """Take a CVM over. Giving it twice changes nothing."""
+    def give(
+        self,
+        name: VmName,
+        reason: str | None = None,
+        *,
+        host: HostName = DEFAULT_HOST,
+        journaled: bool = True,
+    ) -> None:
+        """Take a CVM over that is on a host. Giving it twice changes nothing."""
         if name not in self._doomed:
-            self._doomed[name] = Doomed(name, last_error=reason, journaled=journaled)
+            self._doomed[name] = Doomed(name, host, last_error=reason, journaled=journaled)
             self._fresh.set()
+
+    def hurry(self, host: HostName) -> None:
+        """A host is back: what is there is tried again at once, whatever it was to wait for."""
+        hurried = self._hurried.pop(host, None)
+        if hurried is not None:
+            hurried.set()
 
     @property
     def names(self) -> set[VmName]:
@@ -92,7 +109,7 @@ class Destroyer:
         while True:
             try:
                 await self._note(doomed)
-                await self._once(doomed.name)
+                await self._once(doomed.name, self._hosts.get(doomed.host).vmm)
                 if doomed.journaled:
                     await self._store.vm_phase(doomed.name, VmPhase.GONE, at=self._clock.now())
                 crashpoint("destroyed")
@@ -105,13 +122,23 @@ class Destroyer:
                 _log.warning(
                     "cvm_not_destroyed", vm=doomed.name, tries=doomed.tries, reason=doomed.last_error
                 )
-                await self._clock.sleep(pause)
+                await self._wait(pause, doomed.host)
                 pause = min(_MOST, pause * 2)
         del self._doomed[doomed.name]
         self._begun.discard(doomed.name)
         self.destroyed += 1
         self._on_gone(doomed.name)
         _log.info("cvm_destroyed", vm=doomed.name, tries=doomed.tries + 1)
+
+    async def _wait(self, seconds: float, host: HostName) -> None:
+        """For so long, or until the host is back."""
+        hurried = self._hurried.setdefault(host, asyncio.Event())
+        either = asyncio.ensure_future(self._clock.sleep(seconds)), asyncio.ensure_future(hurried.wait())
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in either:
+                each.cancel()
 
     async def _note(self, doomed: Doomed) -> None:
         """Journal that it ends. A store that cannot be written delays no end: the record stays open."""
@@ -124,20 +151,20 @@ class Destroyer:
         except StoreUnavailable as error:
             _log.warning("destruction_not_journaled", vm=doomed.name, reason=str(error))
 
-    async def _once(self, name: VmName) -> None:
-        for vm_id in sorted(await self._ids(name)):
+    async def _once(self, name: VmName, vmm: VmmClient) -> None:
+        for vm_id in sorted(await self._ids(name, vmm)):
             try:
-                await self._vmm.stop(vm_id)
-                await self._until(vm_id, stopped=True)
-                await self._vmm.remove(vm_id)
+                await vmm.stop(vm_id)
+                await self._until(vmm, vm_id, stopped=True)
+                await vmm.remove(vm_id)
                 crashpoint("destroy_sent")
             except VmNotFound:
                 pass
-            await self._until(vm_id, stopped=False)
+            await self._until(vmm, vm_id, stopped=False)
 
-    async def _ids(self, name: VmName) -> set[VmId]:
+    async def _ids(self, name: VmName, vmm: VmmClient) -> set[VmId]:
         """Every VM of exactly that name: a create that was answered late may have made a second one."""
-        found = {vm.id for vm in await self._vmm.list(name) if vm.name == name}
+        found = {vm.id for vm in await vmm.list(name) if vm.name == name}
         try:
             record = await self._store.vm(name)
         except StoreUnavailable:
@@ -146,10 +173,10 @@ class Destroyer:
             found.add(record.vm_id)
         return found
 
-    async def _until(self, vm_id: VmId, *, stopped: bool) -> None:
+    async def _until(self, vmm: VmmClient, vm_id: VmId, *, stopped: bool) -> None:
         pause = _POLL
         async with asyncio.timeout(_PATIENCE):
-            while (vm := await self._vmm.get(vm_id)) is not None:
+            while (vm := await vmm.get(vm_id)) is not None:
                 if stopped and vm.state in (_GONE | {VmState.REMOVING}):
                     return
                 await self._clock.sleep(pause)

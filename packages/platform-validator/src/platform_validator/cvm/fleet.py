@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import uuid
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection
 from datetime import timedelta
 
 import structlog
@@ -24,17 +25,19 @@ from platform_validator.cvm.errors import (
     NoCapacity,
     SessionLost,
 )
-from platform_validator.cvm.host_ports import HostPorts, NoHostPort
+from platform_validator.cvm.host_keeper import HostKeeper
+from platform_validator.cvm.host_ports import NoHostPort
+from platform_validator.cvm.hosts import Hosts
 from platform_validator.cvm.members import Cvm, CvmView, Member
 from platform_validator.cvm.plan import CvmPlan
-from platform_validator.cvm.probe import Probe
 from platform_validator.cvm.quota import Quota, Refusal, Reservation, Use
-from platform_validator.cvm.reclaim import plan_reclaim
 from platform_validator.cvm.session import CvmSession, ValuesHandler
 from platform_validator.cvm.sessions import SessionMaker
-from platform_validator.cvm.vmm import VmmClient, VmmError, VmmUnavailable
+from platform_validator.cvm.sweeping import Sweeper
+from platform_validator.cvm.vmm import VmmUnavailable
+from platform_validator.host_name import DEFAULT_HOST, HostName
 from platform_validator.keyring import Keyring, KeyringBroken
-from platform_validator.store.port import Store, StoreUnavailable
+from platform_validator.store.port import Store
 from platform_validator.store.records import Purpose, StateIdentity, VmPhase, VmRecord
 
 __all__ = ["Cvm", "CvmView", "Fleet", "FleetRules"]
@@ -54,12 +57,10 @@ class Fleet:
     """Made once a daemon; `run` must be running before the first boot.
 
     Args:
-        vmm: Makes and removes VMs.
-        probe: Waits for a VM to come up.
+        hosts: Where VMs are made.
         store: The journal.
         keyring: Seals launch secrets.
         quota: Gets reservations back.
-        ports: Host ports.
         policy: Judges handshakes.
         values: Answers values requests.
         clock: Time.
@@ -76,12 +77,10 @@ class Fleet:
     def __init__(
         self,
         *,
-        vmm: VmmClient,
-        probe: Probe,
+        hosts: Hosts,
         store: Store,
         keyring: Keyring,
         quota: Quota,
-        ports: HostPorts,
         policy: AttestationPolicy,
         values: ValuesHandler,
         clock: Clock,
@@ -97,19 +96,16 @@ class Fleet:
         self._on_orphan = on_orphan
         self._on_reclaimed = on_reclaimed
         self._orphans: dict[VmName, str] = {}
-        self._vmm = vmm
+        self.hosts = hosts
         self._new_id = new_id
         self._random_bytes = random_bytes
         self._store = store
         self._keyring = keyring
         self._quota = quota
-        self._ports = ports
         self._clock = clock
         self._prefix = f"pv-{identity.state_id}-"
-        self._state_id = identity.state_id
         self._booter = Booter(
-            vmm=vmm,
-            probe=probe,
+            hosts=hosts,
             store=store,
             policy=policy,
             values=values,
@@ -122,12 +118,26 @@ class Fleet:
         self._restored: dict[VmName, Member] = {}
         self._reservations: dict[VmName, Reservation] = {}
         self._tasks: asyncio.TaskGroup | None = None
-        self.destroyer = Destroyer(vmm=vmm, store=store, clock=clock, on_gone=self._gone)
+        self.destroyer = Destroyer(hosts=hosts, store=store, clock=clock, on_gone=self._gone)
+        self._sweeper = Sweeper(
+            hosts=hosts,
+            store=store,
+            clock=clock,
+            state_id=identity.state_id,
+            held=lambda: self.held().keys() | self.destroyer.names,
+            destroy=self._reclaim_swept,
+        )
         self._booter.on_refused = self._refused
         self.on_refused: Callable[[str, AttestationRefused], None] = lambda _key, _error: None
         self.beat: Callable[[], None] = lambda: None
-        self.strays: tuple[VmName, ...] = ()
-        self.last_error: str | None = None
+        self.keeper = HostKeeper(
+            hosts=hosts,
+            store=store,
+            clock=clock,
+            destroyer=self.destroyer,
+            sweeper=self._sweeper,
+            held=self.held,
+        )
 
     @property
     def running(self) -> bool:
@@ -140,20 +150,23 @@ class Fleet:
         Raises:
             StoreUnavailable: The journal cannot be read.
         """
+        self.hosts.drained(await self._store.drained_hosts())
         for record in await self._store.open_vms():
             if record.name in self._restored:
                 continue
             [self._reservations[record.name]] = self._quota.rebuild(
                 [(record.name, record.resources)], host=record.host, use=_use_of(record)
             )
-            self._ports.hold(record.host_port)
+            with contextlib.suppress(VmmUnavailable):
+                self.hosts.get(record.host).ports.hold(record.host_port)
             self._restored[record.name] = Member(record, stage="restored")
 
     async def run(self) -> None:
-        """Destruction and the sweep, at once and then periodically, until cancelled."""
+        """Destruction, the looks at hosts, and the sweep, at once and then periodically, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            self._tasks = tasks
+            self._tasks = self.keeper.tasks = tasks
             tasks.create_task(self.destroyer.run())
+            tasks.create_task(self.hosts.watch())
             while True:
                 await self.sweep()
                 for _ in range(_BEATS_A_SWEEP):
@@ -190,18 +203,21 @@ class Fleet:
             raise SessionLost("the fleet is not running")
         for _ in range(_PORT_TRIES):
             member, secret = await self._intend(plan, purpose, reservation, claim_id)
-            name = member.record.name
+            name, host = member.record.name, member.record.host
             try:
                 cvm = await self._booter.boot(member, plan, secret, tasks=tasks, on_stage=on_stage)
             except (CreateFailed, BootFailed) as error:
                 self.destroy(name, reason=str(error))
                 if not _is_port_conflict(error):
+                    self.keeper.judge(host, error)
                     raise
                 _log.info("host_port_in_use", vm=name, port=member.record.host_port)
             except BaseException as error:
                 self.destroy(name, reason=str(error) or type(error).__name__)
+                self.keeper.judge(host, error)
                 raise
             else:
+                self.hosts.made(host)
                 if purpose is Purpose.READY:
                     self._quota.reassign(reservation, Use.READY)
                 return cvm
@@ -240,21 +256,24 @@ class Fleet:
                 raise SessionLost(f"the launch secret of {name} cannot be read: {error}") from error
             raise
 
-    def destroy(self, name: VmName, reason: str | None = None) -> None:
-        """Hand a CVM to destruction. Never waits; doing it twice changes nothing."""
+    def destroy(self, name: VmName, reason: str | None = None, *, host: HostName = DEFAULT_HOST) -> None:
+        """Hand a CVM to destruction. Never waits; doing it twice changes nothing.
+
+        `host` is where one is that the fleet does not hold any more.
+        """
         member = self._members.get(name) or self._restored.get(name)
         if member is not None:
-            member.stage = "destroying"
+            member.stage, host = "destroying", member.record.host
             if member.session is not None:
                 member.session.close()
-        self.destroyer.give(name, reason)
+        self.destroyer.give(name, reason, host=host)
 
-    def reclaim(self, name: VmName, *, where: str) -> None:
+    def reclaim(self, name: VmName, *, where: str, host: HostName = DEFAULT_HOST) -> None:
         """Have a CVM of ours destroyed that nobody holds. Told again, it is the same one."""
         if name not in self._orphans:
             self._orphans[name] = where
             self._on_orphan(where)
-        self.destroy(name, reason=f"reclaimed: {where}")
+        self.destroy(name, reason=f"reclaimed: {where}", host=host)
 
     async def reclaim_strays(self, names: Collection[VmName]) -> list[VmName]:
         """Have VMs destroyed that carry our state id and are not in our journal: the operator names them.
@@ -266,13 +285,28 @@ class Fleet:
             VmmError: It cannot be looked at.
         """
         await self.sweep()
-        if self.last_error is not None:
+        strays = self._sweeper.strays
+        wanted = [name for name in sorted(strays) if name in names]
+        if self.last_error is not None and len(wanted) < len(set(names)):
             raise VmmUnavailable(self.last_error)
-        wanted = [name for name in self.strays if name in names]
         for name in wanted:
             _log.warning("stray_reclaimed", vm=name)
-            self.destroyer.give(name, "reclaimed by the operator", journaled=False)
+            self.destroyer.give(name, "reclaimed by the operator", host=strays[name], journaled=False)
         return wanted
+
+    @property
+    def strays(self) -> tuple[VmName, ...]:
+        """VMs with our state id that our journal does not know, on all hosts."""
+        return tuple(sorted(self._sweeper.strays))
+
+    @property
+    def last_error(self) -> str | None:
+        """Why the last sweep was not complete, or None."""
+        return self._sweeper.error
+
+    async def trouble(self, name: VmName) -> str | None:
+        """Why a CVM's host cannot be relied on: it is asked now. None: its VMM answers."""
+        return await self.keeper.trouble(name)
 
     def assigned(self, name: VmName) -> None:
         """A ready CVM is a job's now, as the journal says already."""
@@ -283,8 +317,7 @@ class Fleet:
     def views(self) -> list[CvmView]:
         """Every CVM that is not gone."""
         doomed = {one.name: one for one in self.destroyer.views()}
-        held = [*self._restored.values(), *self._members.values()]
-        return [member.view(doomed.get(member.record.name)) for member in held]
+        return [member.view(doomed.get(name)) for name, member in self.held().items()]
 
     def may_fetch_bundle(self, authorization: str, sha256: str) -> bool:
         """Whether the header is one of a CVM that is creating or booting, for the bundle of its own plan."""
@@ -297,34 +330,16 @@ class Fleet:
         return check_bundle_authorization(authorization, member.secret, member.record.name, sha256)
 
     async def sweep(self) -> None:
-        """Compare journal and VMM once; never raises for what the VMM or the store cannot do now."""
-        try:
-            records = await self._store.open_vms()
-            seen = {vm.name: vm for vm in await self._vmm.list(self._prefix)}
-            ended = await self._ended(records, seen)
-        except (VmmError, StoreUnavailable) as error:
-            self.last_error = str(error)
-            return
-        self.last_error = None
-        plan = plan_reclaim(
-            records,
-            seen,
-            self._members.keys() | self._restored.keys() | self.destroyer.names,
-            ended=ended,
-            state_id=self._state_id,
-            now=self._clock.now(),
-        )
-        for name in plan.destroy:
-            _log.warning("cvm_reclaimed", vm=name)
-            self.reclaim(name, where="sweep")
-        if plan.strays != self.strays:
-            _log.warning("vms_not_in_our_journal", vms=plan.strays, remedy="validator cvms reclaim")
-            self.strays = plan.strays
+        """Compare journal and VMMs once; never raises for what a VMM or the store cannot do now."""
+        await self._sweeper.sweep()
 
-    async def _ended(self, records: Sequence[VmRecord], seen: Iterable[VmName]) -> set[VmName]:
-        """Of what the VMM shows, what our journal holds as gone: a create that was done after all."""
-        unknown = set(seen) - {record.name for record in records}
-        return {name for name in sorted(unknown) if await self._store.vm(name) is not None}
+    def held(self) -> dict[VmName, Member]:
+        """Every CVM that is not gone, those on their way out with them."""
+        return {**self._restored, **self._members}
+
+    def _reclaim_swept(self, name: VmName, host: HostName) -> None:
+        _log.warning("cvm_reclaimed", vm=name, host=host)
+        self.reclaim(name, where="sweep", host=host)
 
     async def _until_gone(self, name: VmName) -> None:
         for _ in range(_GONE_POLLS):
@@ -339,10 +354,14 @@ class Fleet:
         secret = self._random_bytes(32)
         now = self._clock.now()
         try:
-            port = self._ports.take()
+            ports = self.hosts.get(reservation.host).ports
+            port = ports.take()
         except NoHostPort as error:
             self._quota.release(reservation)
             raise NoCapacity(str(error)) from error
+        except VmmUnavailable:
+            self._quota.release(reservation)
+            raise
         record = VmRecord(
             name=name,
             purpose=purpose,
@@ -357,11 +376,12 @@ class Fleet:
             intended_at=now,
             hard_deadline=now + lifetimes_of(plan, purpose).hard,
             claim_id=claim_id,
+            host=reservation.host,
         )
         try:
             await self._store.intend_vm(record)
         except BaseException:
-            self._ports.give_back(port)
+            ports.give_back(port)
             self._quota.release(reservation)
             raise
         crashpoint("intent_written")
@@ -382,7 +402,8 @@ class Fleet:
             self._quota.release(reservation)
         member = self._members.pop(name, None) or self._restored.pop(name, None)
         if member is not None:
-            self._ports.give_back(member.record.host_port)
+            with contextlib.suppress(VmmUnavailable):
+                self.hosts.get(member.record.host).ports.give_back(member.record.host_port)
 
 
 def _use_of(record: VmRecord) -> Use:

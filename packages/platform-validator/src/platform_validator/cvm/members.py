@@ -11,6 +11,7 @@ from platform_validator.attestation.quote import VerifiedQuote
 from platform_validator.cvm.destroyer import Doomed
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.sessions import Session
+from platform_validator.host_name import DEFAULT_HOST, HostName
 from platform_validator.store.records import Purpose, VmRecord
 
 
@@ -42,6 +43,7 @@ class CvmView:
     stage: str
     attestation: str | None
     since: datetime
+    host: HostName = DEFAULT_HOST
     tries: int = 0
     last_error: str | None = None
 
@@ -66,6 +68,7 @@ class Member:
             self.stage,
             self.attestation.value if self.attestation else self.record.attestation,
             self.record.intended_at,
+            self.record.host,
             end.tries if end else 0,
             end.last_error if end else None,
         )

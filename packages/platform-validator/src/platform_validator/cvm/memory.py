@@ -25,6 +25,7 @@ from platform_validator.cvm.vmm import (
     VmmFacts,
     VmmImage,
     VmmRefused,
+    VmmUnavailable,
     VmNotFound,
     VmSpec,
     VmState,
@@ -91,6 +92,7 @@ class MemoryVmm:
         self._faults: dict[str, deque[Fault]] = {}
         self._numbers = itertools.count(1)
         self._tasks = asyncio.TaskGroup()
+        self._killed = False
 
     async def __aenter__(self) -> Self:
         """Run guests from now on."""
@@ -114,6 +116,20 @@ class MemoryVmm:
     def heal(self) -> None:
         """Drop every fault that has not happened yet."""
         self._faults.clear()
+
+    def kill(self) -> None:
+        """The VMM's process dies, and its VMs with it: no call is answered until it is started again."""
+        self._killed = True
+        for machine in self.machines():
+            _switch_off(machine)
+            machine.state = VmState.EXITED
+
+    def start_again(self) -> None:
+        """It is back, and starts what it had, as dstack does: the guests know nothing of before."""
+        self._killed = False
+        for machine in self.machines():
+            if machine.state is VmState.EXITED:
+                self._boot(machine)
 
     def make_late(self, spec: VmSpec) -> VmId:
         """A CreateVm whose caller has given up succeeds now."""
@@ -219,6 +235,8 @@ class MemoryVmm:
     def _note(self, method: str) -> Fault | None:
         """Count a call; a fault that comes before its effect is raised here."""
         self.calls.append(method)
+        if self._killed:
+            raise VmmUnavailable("no answer from the VMM")
         waiting = self._faults.get(method)
         fault = waiting.popleft() if waiting else None
         if fault is not None and not fault.after:

@@ -6,11 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from platform_protocol.resources import Resources
-from platform_validator.store.records import DEFAULT_HOST, HostName
+from platform_validator.host_name import DEFAULT_HOST, HostName
 
 KINDS = (("cpu", "cpu_cores"), ("memory", "memory_mb"), ("disk", "disk_mb"), ("gpu", "gpu_count"))
 REASONS = ("host", "image", "cpu", "memory", "disk", "gpu", "cvms")
 """Why there is no room, in the order in which it is looked for."""
+
+
+UNBOUNDED = 2**31 - 1
+"""A host's limit that is not given: the totals alone bound it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +112,9 @@ def placement(
     rooms = {host.name: _on(host, held) for host in able}
     answers = {
         # One without limits of its own has what the totals have.
-        host.name: decide(host.limits, rooms[host.name], wish.resources, host.name) if host.limits else None
+        host.name: decide(_bound(host, totals), rooms[host.name], wish.resources, host.name)
+        if host.limits
+        else None
         for host in able
     }
     fitting = [host for host in able if answers[host.name] is None]
@@ -132,7 +138,7 @@ def keeper(totals: Limits, hosts: Sequence[HostState], held: Sequence[Share], wi
         for host in hosts
         if host.closed is None
         and (host.images is None or wish.image is None or wish.image in host.images)
-        and decide(host.limits or totals, (), wish.resources) is None
+        and decide(_bound(host, totals), (), wish.resources) is None
     ]
     if not large:
         return None
@@ -183,6 +189,15 @@ def add(shares: Iterable[Resources]) -> Resources:
     return Resources(cpu_cores=cores, memory_mb=memory, disk_mb=disk, gpu_count=gpus)
 
 
+def _bound(host: HostState, totals: Limits) -> Limits:
+    """What a host may be used for: never more than all hosts together."""
+    if host.limits is None:
+        return totals
+    own, all_ = host.limits.resources, totals.resources
+    least = {name: min(getattr(own, name), getattr(all_, name)) for _, name in KINDS}
+    return Limits(Resources(**least), min(host.limits.max_cvms, totals.max_cvms))
+
+
 def _closed(host: HostState, probed: set[HostName]) -> str | None:
     if host.closed is None and host.half_open and host.name in probed:
         return "a first CVM shows whether it works again"
@@ -201,7 +216,7 @@ def _nearest(refusals: Iterable[Refusal]) -> Refusal:
 def _rank(
     host: HostState, totals: Limits, there: Sequence[Resources], request: Resources
 ) -> tuple[bool, float]:
-    limits = host.limits or totals
+    limits = _bound(host, totals)
     used = add([*there, request])
     parts = [(getattr(used, name), getattr(limits.resources, name)) for _, name in KINDS]
     parts.append((len(there) + 1, limits.max_cvms))

@@ -21,7 +21,7 @@ from platform_validator.cvm.placement import (
     subtract,
 )
 from platform_validator.errors import ValidatorError
-from platform_validator.store.records import DEFAULT_HOST, HostName
+from platform_validator.host_name import DEFAULT_HOST, HostName
 
 __all__ = [
     "HostView",

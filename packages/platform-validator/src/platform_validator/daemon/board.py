@@ -15,14 +15,13 @@ from platform_protocol.ids import ChallengeId
 from platform_protocol.resources import Resources
 from platform_validator.challenges.git_source import GitSource
 from platform_validator.config import Settings
-from platform_validator.cvm.quota import QuotaView
+from platform_validator.config.promises import promised_beyond
+from platform_validator.daemon.accounts import KINDS, counts, shown_host, shown_quota
 from platform_validator.daemon.parts import Components
-from platform_validator.machine import beyond, is_here, machine_resources
+from platform_validator.machine import machine_resources
 from platform_validator.platform_client.notifications import NotificationLoop
 from platform_validator.telemetry.metrics import Metrics
 from platform_validator.web.views import Health
-
-_KINDS = ("cpu_cores", "memory_mb", "disk_mb", "gpu_count")
 
 
 class Board:
@@ -32,8 +31,6 @@ class Board:
         self.settings = settings
         self._metrics = metrics
         self.phase = "starting"
-        self.vmm_error: str | None = "not asked yet"
-        self.vmm_version = ""
         self.components: Components | None = None
         self.source: GitSource | None = None
         self.notifications: NotificationLoop | None = None
@@ -73,8 +70,8 @@ class Board:
             "pid": os.getpid(),
             "hotkey": self.settings["validator.hotkey"],
             "platform_api": self.settings["platform.base_api"],
-            "vmm": self.settings["dstack.vmm_url"],
-            "vmm_version": self.vmm_version,
+            "vmm": ", ".join(host.url for host in self.settings.hosts),
+            "vmm_version": "" if self.components is None else self.components.fleet.hosts.version,
             "isolation_level": self.settings.level.value,
             "simulated_attestation": bool(self.settings["attestation.allow_simulated"]),
             **self.extra,
@@ -93,6 +90,7 @@ class Board:
             "active_jobs": plain(active),
             "challenges": self.challenges(),
             "cvms": self.cvms(),
+            "hosts": self.hosts(),
             "strays": list(parts.fleet.strays),
         }
         if self.notifications is not None:
@@ -100,10 +98,8 @@ class Board:
         return shown
 
     def warnings(self) -> list[str]:
-        """Limits that this machine cannot keep, where the VMM is on it."""
-        if not is_here(self.settings["dstack.vmm_url"]):
-            return []
-        return [f"resource_limits.{line}" for line in beyond(self.settings.limits, self._machine())]
+        """Limits that this machine cannot keep, where VMMs are on it."""
+        return list(promised_beyond(self.settings, self._machine()))
 
     def _machine(self) -> Resources:
         if self._has is None:
@@ -130,6 +126,13 @@ class Board:
         rows: list[dict[str, Any]] = plain(self.components.fleet.views()) if self.components else []
         return rows
 
+    def hosts(self) -> list[dict[str, Any]]:
+        """See the port."""
+        if self.components is None:
+            return []
+        accounts = self.components.quota.view().by_host
+        return [shown_host(one, accounts[one.name]) for one in self.components.fleet.hosts.status()]
+
     def challenges(self) -> list[dict[str, Any]]:
         """See the port."""
         rows: list[dict[str, Any]] = plain(self.components.challenges.views()) if self.components else []
@@ -153,7 +156,7 @@ class Board:
         return {
             "platform_api": platform,
             "notifications": push,
-            "vmm": self.vmm_error,
+            "vmm": "not asked yet" if parts is None else parts.fleet.hosts.error,
             "fleet": None if parts is None else parts.fleet.last_error,
             "attestation": self.attestation(),
             "journal": self.journal(),
@@ -176,11 +179,11 @@ class Board:
         closed = parts.jobs.closed_gates()
         self._metrics.gates({view.id: closed.get(view.id, False) for view in listed})
         quota = parts.quota.view()
-        for kind in _KINDS:
+        for kind in KINDS:
             self._metrics.quota(kind, getattr(quota.used, kind), getattr(quota.limits.resources, kind))
         self._metrics.quota("cvms", quota.cvms, quota.max_cvms)
         for use, part in quota.by_use.items():
-            self._metrics.quota_use(use.value, _counts(part.used, part.cvms))
+            self._metrics.quota_use(use.value, counts(part.used, part.cvms))
         cvms = parts.fleet.views()
         self._metrics.cvms(dict(Counter(view.stage for view in cvms)))
         self._metrics.not_destroyed(sum(view.tries > 0 for view in cvms))
@@ -189,21 +192,6 @@ class Board:
         self._metrics.each_challenge(
             {view.id: (view.state.value, view.serving.ready if view.serving else 0) for view in listed}
         )
-
-
-def shown_quota(view: QuotaView) -> dict[str, Any]:
-    """The account as status shows it: in all, by what CVMs are for, and what was refused."""
-    limits = {kind: getattr(view.limits.resources, kind) for kind in _KINDS} | {"cvms": view.max_cvms}
-    used = _counts(view.used, view.cvms)
-    return {
-        "quota": {kind: {"used": used[kind], "limit": limit} for kind, limit in limits.items()},
-        "quota_by_use": {use.value: _counts(part.used, part.cvms) for use, part in view.by_use.items()},
-        "refused": view.refused,
-    }
-
-
-def _counts(used: Resources, cvms: int) -> dict[str, int]:
-    return {kind: int(getattr(used, kind)) for kind in _KINDS} | {"cvms": cvms}
 
 
 def plain(value: Any) -> Any:

@@ -32,12 +32,11 @@ from platform_validator.config import Settings, ValueKeyOrigin
 from platform_validator.cvm.collateral import from_vmm
 from platform_validator.cvm.dstack import DstackVmm
 from platform_validator.cvm.fleet import Fleet, FleetRules
-from platform_validator.cvm.host_ports import HostPorts
-from platform_validator.cvm.probe import HttpProbe, Probe
+from platform_validator.cvm.hosts import Hosts, VmmHost
 from platform_validator.cvm.quota import Limits, Quota
 from platform_validator.cvm.session import CvmSession
 from platform_validator.cvm.sessions import SessionMaker
-from platform_validator.cvm.vmm import VmmClient
+from platform_validator.daemon.vmm_hosts import make_hosts, make_vmms
 from platform_validator.jobs.diary import Diary
 from platform_validator.jobs.ends import JobEnds
 from platform_validator.jobs.executor import JobExecutor
@@ -64,12 +63,18 @@ from platform_validator.values.keys import AgentKeys, CredentialKeys, KeyringFil
 
 @dataclass(frozen=True, slots=True)
 class Connections:
-    """Step 2: the clients of what is outside."""
+    """Step 2: the clients of what is outside. `vmms` has one for each host, in their order."""
 
     clock: Clock
     signer: RequestSigner
     client: HttpPlatformClient
-    vmm: DstackVmm
+    vmms: tuple[DstackVmm, ...]
+
+    async def close(self) -> None:
+        """Close them."""
+        await self.client.close()
+        for vmm in self.vmms:
+            await vmm.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +86,7 @@ class Outside:
 
     clock: Clock
     client: PlatformClient
-    vmm: VmmClient
-    probe: Probe
+    hosts: tuple[VmmHost, ...]
     sessions: SessionMaker
     source: Source
     policy: AttestationPolicy
@@ -104,24 +108,17 @@ class Components:
     values: ValueKeeper
 
 
-def make_vmm(settings: Settings) -> DstackVmm:
-    """The VMM's client."""
-    return DstackVmm(
-        settings["dstack.vmm_url"],
-        token=settings["dstack.token"],
-        user=settings["dstack.auth_user"],
-        password=settings["dstack.auth_password"],
-        port_address=settings["dstack.port_address"],
-    )
-
-
 def make_connections(settings: Settings, keypair: Keypair, instance: str) -> Connections:
-    """The clients."""
+    """The clients.
+
+    Raises:
+        StateUnusable: A host's credentials file cannot be used.
+    """
     clock = SystemClock()
     base = settings["platform.base_api"]
     signer = RequestSigner(keypair=keypair, base_url=base, instance=instance, clock=clock)
     client = HttpPlatformClient(base_url=base, signer=signer, clock=clock)
-    return Connections(clock, signer, client, make_vmm(settings))
+    return Connections(clock, signer, client, make_vmms(settings))
 
 
 def images_file(settings: Settings) -> Path:
@@ -165,7 +162,9 @@ def make_policy(settings: Settings, connections: Connections, *, cache: Path) ->
             root = x509.load_pem_x509_certificate(path.read_bytes()).public_bytes(Encoding.DER)
         except (OSError, ValueError) as error:
             raise StateUnusable(f"attestation.simulated_root_file {path} cannot be used: {error}") from error
-    fetch = from_vmm(connections.vmm.collateral) if simulated else from_pccs(settings["attestation.pccs_url"])
+    fetch = (
+        from_vmm(connections.vmms[0].collateral) if simulated else from_pccs(settings["attestation.pccs_url"])
+    )
     collateral = CollateralCache(
         fetch=None if settings["attestation.offline"] else fetch,
         clock=clock,
@@ -245,8 +244,7 @@ def make_outside(settings: Settings, connections: Connections, *, cache: Path) -
     outside = Outside(
         clock=clock,
         client=connections.client,
-        vmm=connections.vmm,
-        probe=HttpProbe(vmm=connections.vmm, clock=clock),
+        hosts=make_hosts(settings, connections.vmms, clock),
         sessions=CvmSession,
         source=source,
         policy=make_policy(settings, connections, cache=cache),
@@ -273,14 +271,13 @@ def make_components(
     """Quota, fleet, challenges, outbox, executor, job manager."""
     clock, client, rng = outside.clock, outside.client, outside.rng
     outside.renewer.heard = metrics.lease_renewed
-    quota = Quota(Limits(settings.limits, settings["resource_limits.max_cvms"]))
+    hosts = Hosts(outside.hosts, clock=clock)
+    quota = Quota(Limits(settings.limits, settings["resource_limits.max_cvms"]), hosts.states)
     fleet = Fleet(
-        vmm=outside.vmm,
-        probe=outside.probe,
+        hosts=hosts,
         store=store,
         keyring=keyring,
         quota=quota,
-        ports=HostPorts(*settings["dstack.port_range"]),
         policy=outside.policy,
         values=values.manager,
         clock=clock,
@@ -303,7 +300,7 @@ def make_components(
         client=client,
         store=store,
         source=outside.source,
-        vmm=outside.vmm,
+        vmm=hosts,
         fleet=fleet,
         quota=quota,
         rules=HostRules(level=settings.level, limits=settings.limits, runtime=settings["cvm.runtime"]),

@@ -24,11 +24,11 @@ from platform_protocol.spec import parse_platform_toml
 from platform_validator.attestation.os_image import Pinned, Shape
 from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.challenges.resolve import choose_image, choose_runtime
+from platform_validator.challenges.room import Images
 from platform_validator.clock import Clock
 from platform_validator.cvm.fleet import Cvm, Fleet
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.quota import Quota, Refusal, Use
-from platform_validator.cvm.vmm import VmmClient
 from platform_validator.errors import ValidatorError
 from platform_validator.store.records import Purpose
 from platform_validator.web.control import PinBusy
@@ -99,7 +99,7 @@ class Pinner:
         *,
         fleet: Fleet,
         quota: Quota,
-        vmm: VmmClient,
+        vmm: Images,
         policy: AttestationPolicy,
         level: IsolationLevel,
         runtime: str | None,

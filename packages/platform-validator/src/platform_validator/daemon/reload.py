@@ -15,6 +15,7 @@ _WHY = (
     ("validator.base_url", "CVMs that run were told it"),
     ("validator.", "the listener is bound"),
     ("platform.", "claims that are held belong to that Platform API"),
+    ("vmm", "CVMs that run were made there, and their ports counted"),
     ("dstack.", "CVMs that run were made there, and their ports counted"),
     ("sources.", "challenges that are Active were fetched under it"),
     ("cvm.", "challenges that are Active were resolved with it"),

@@ -20,13 +20,11 @@ from platform_protocol.signing import Keypair
 from platform_validator.clock import Clock
 from platform_validator.config import Settings
 from platform_validator.crashpoint import BadCrashpoint, arm_from_environment
-from platform_validator.cvm.vmm import VmmError
 from platform_validator.daemon.board import Board
 from platform_validator.daemon.control import ENDS_WITHIN, DaemonControl, Started
 from platform_validator.daemon.engine import Engine
 from platform_validator.daemon.lag import LoopLag
 from platform_validator.daemon.parts import (
-    Connections,
     make_components,
     make_connections,
     make_outside,
@@ -47,7 +45,6 @@ from platform_validator.web.guests import guests_app
 from platform_validator.web.operators import TokenGuard, operators_app
 from platform_validator.web.server import AddressInUse, WebServer
 
-_VMM_EVERY = 15.0
 _LOCK_PATIENCE = timedelta(seconds=2)
 
 _log = structlog.get_logger(__name__)
@@ -120,7 +117,6 @@ class Daemon:
         self._board = Board(settings, self._metrics)
         self._control = DaemonControl(settings, reread=reread, board=self._board, systemd=systemd)
         self._lag = LoopLag(self._metrics.loop_lag)
-        self._vmm_watched: Callable[[], None] = lambda: None
         self._code = Exit.DRAINED
 
     async def run(self) -> int:
@@ -178,13 +174,13 @@ class Daemon:
             pinner = Pinner(
                 fleet=parts.fleet,
                 quota=parts.quota,
-                vmm=outside.vmm,
+                vmm=parts.fleet.hosts,
                 policy=outside.policy,
                 level=settings.level,
                 runtime=settings["cvm.runtime"],
                 keep_bundle=source.keep,
                 clock=connections.clock,
-                where=settings["dstack.vmm_url"],
+                where=", ".join(host.url for host in settings.hosts),
             )
             # 3. The WebSocket begins to connect, nobody waits for it; 4. components, recovery; 5. the loops.
             engine = Engine(
@@ -196,7 +192,6 @@ class Daemon:
                 metrics=self._metrics,
                 drain_timeout=settings["jobs.drain_timeout"],
                 extra={
-                    "vmm_watch": lambda: self._watch_vmm(connections),
                     "loop_lag": self._lag.run,
                     "attestation": outside.policy.run,
                     "pinning": pinner.run,
@@ -204,7 +199,7 @@ class Daemon:
             )
             outside.policy.beat, pinner.beat = engine.pulse.of("attestation"), engine.pulse.of("pinning")
             engine.on_phase = self._entered
-            self._lag.beat, self._vmm_watched = engine.pulse.of("loop_lag"), engine.pulse.of("vmm_watch")
+            self._lag.beat = engine.pulse.of("loop_lag")
             board = self._board
             board.components, board.notifications = parts, engine.notifications
             board.attestation = outside.policy.trouble
@@ -219,8 +214,7 @@ class Daemon:
             if engine.hotkey_taken:
                 self._code = Exit.HOTKEY_IN_USE
         finally:
-            await connections.client.close()
-            await connections.vmm.close()
+            await connections.close()
 
     def _values(self, store: SqliteStore, clock: Clock) -> ValueKeeper:
         credentials = os.environ.get("CREDENTIALS_DIRECTORY")
@@ -239,19 +233,6 @@ class Daemon:
         elif phase == "draining":
             self._systemd.stopping(self._control.settings["jobs.drain_timeout"] + ENDS_WITHIN)
         self._systemd.status(self._board.line())
-
-    async def _watch_vmm(self, connections: Connections) -> None:
-        while True:
-            try:
-                facts = await connections.vmm.facts()
-                self._board.vmm_version, error = facts.version, None
-            except VmmError as failure:
-                error = str(failure)
-            if (error is None) != (self._board.vmm_error is None):
-                _log.info("vmm_reachable") if error is None else _log.warning("vmm_unreachable", reason=error)
-            self._board.vmm_error = error
-            self._vmm_watched()
-            await asyncio.sleep(_VMM_EVERY if error is None else 2.0)
 
     def _listen_to_signals(self) -> None:
         loop = asyncio.get_running_loop()

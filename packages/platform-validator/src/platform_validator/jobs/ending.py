@@ -38,13 +38,18 @@ def lease_ended(code: str | None, stage: Stage) -> Ending:
     return Ending(outcome, reason, None, stage)
 
 
-def blame(error: Exception, *, stage: Stage, started: bool) -> Ending:
-    """Whose failure it is: never the submission's, or there would be a result."""
+def blame(error: Exception, *, stage: Stage, started: bool, host: str | None = None) -> Ending:
+    """Whose failure it is: never the submission's, or there would be a result.
+
+    `host` is what is wrong with the host that its CVM is on, or None.
+    """
     reason = f"{type(error).__name__}: {error}"[:500]
     # 1. The API said no while we worked: the lease is gone.
     if isinstance(error, LeaseRefused):
         return lease_ended(error.code, stage)
-    # 2. The whole CVM died while the submission ran.
+    # 2. The whole CVM died while the submission ran: with its host, or by itself.
+    if isinstance(error, SessionLost) and started and host is not None:
+        return Ending(JobOutcome.INFRA_ERROR, f"its host failed: {host}"[:500], ReleaseReason.INFRA, stage)
     if isinstance(error, SessionLost) and started:
         return Ending(JobOutcome.SANDBOX_DIED, reason, ReleaseReason.SANDBOX_DIED, stage)
     # 3. No room after all: says nothing about the job.

@@ -117,7 +117,7 @@ class JobExecutor:
             finding, result = await self.evaluate_submission(job, cvm, submission)
             return await self.submit_results(job, cvm, finding, result)
         except (PlatformError, CvmError, VmmError, StoreUnavailable, OSError) as error:
-            ending = blame(error, stage=job.stage, started=job.started)
+            ending = blame(error, stage=job.stage, started=job.started, host=await self._trouble(job, error))
             _log.warning("job_not_finished", stage=ending.stage, reason=ending.reason, outcome=ending.outcome)
             return ending
         except Exception as error:  # noqa: BLE001 - a fault of ours ends this job and no other, loudly
@@ -265,6 +265,12 @@ class JobExecutor:
             rule=self._scoring.overridden(job.spec),
             size=result.result_bytes,
         )
+
+    async def _trouble(self, job: ClaimedJob, error: Exception) -> str | None:
+        """What is wrong with the host of a CVM that was lost."""
+        if job.vm is None or not isinstance(error, SessionLost):
+            return None
+        return await self._fleet.trouble(job.vm)
 
     async def _take_leave(self, job: ClaimedJob, cvm: Guest) -> None:
         """Cancelled while it runs: the SDK is told, and given a moment to end it in order."""

@@ -8,9 +8,10 @@ from dataclasses import replace
 from datetime import timedelta
 
 from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
+from platform_validator.host_name import DEFAULT_HOST, HostName
 from platform_validator.store.compaction_conformance import CASES as COMPACTION
 from platform_validator.store.port import DuplicateRecord, Store, UnknownRecord
-from platform_validator.store.records import DEFAULT_HOST, HostName, InstanceState, JobOutcome, Stage, VmPhase
+from platform_validator.store.records import InstanceState, JobOutcome, Stage, VmPhase
 from platform_validator.store.specimens import CHALLENGE, NOW, cvm, instance, job, refuses, require
 from platform_validator.store.value_conformance import CASES as VALUES
 

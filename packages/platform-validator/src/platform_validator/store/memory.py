@@ -9,9 +9,9 @@ from dataclasses import replace
 from datetime import datetime
 
 from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
+from platform_validator.host_name import HostName
 from platform_validator.store.port import DuplicateRecord, StoreUnavailable, UnknownRecord
 from platform_validator.store.records import (
-    HostName,
     InstanceEvent,
     InstanceRecord,
     InstanceState,

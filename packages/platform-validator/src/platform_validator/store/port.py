@@ -12,8 +12,8 @@ from typing import Protocol
 
 from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
 from platform_validator.errors import ValidatorError
+from platform_validator.host_name import HostName
 from platform_validator.store.records import (
-    HostName,
     InstanceEvent,
     InstanceRecord,
     JobOutcome,

@@ -5,16 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import NamedTuple, NewType
+from typing import NamedTuple
 
 from platform_protocol.ids import ChallengeId, ClaimId, JobId, LeaseToken, VmId, VmName
 from platform_protocol.resources import Resources
-
-HostName = NewType("HostName", str)
-"""What the configuration calls a VMM host."""
-
-DEFAULT_HOST = HostName("default")
-"""The only host of a configuration that lists none."""
+from platform_validator.host_name import DEFAULT_HOST, HostName
 
 
 class Stage(StrEnum):

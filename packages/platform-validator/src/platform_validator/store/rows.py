@@ -8,9 +8,8 @@ from typing import Any
 
 from platform_protocol.ids import ChallengeId, ClaimId, JobId, LeaseToken, VmId, VmName
 from platform_protocol.resources import Resources
+from platform_validator.host_name import DEFAULT_HOST, HostName
 from platform_validator.store.records import (
-    DEFAULT_HOST,
-    HostName,
     InstanceEvent,
     InstanceRecord,
     InstanceState,

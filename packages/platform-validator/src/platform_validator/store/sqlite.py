@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 
 from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
+from platform_validator.host_name import HostName
 from platform_validator.store.port import DuplicateRecord, StoreCorrupt, UnknownRecord
 from platform_validator.store.records import (
-    HostName,
     InstanceEvent,
     InstanceRecord,
     JobOutcome,
