@@ -16,11 +16,13 @@ from starlette.types import ASGIApp
 from platform_protocol.ids import ChallengeId, JobId, VmName
 from platform_protocol.values import ValueInvalid
 from platform_validator.attestation.os_image import Shape
+from platform_validator.cvm.hosts import UnknownHost
 from platform_validator.cvm.vmm import VmmUnavailable
+from platform_validator.host_name import HostName
 from platform_validator.store.port import StoreUnavailable
 from platform_validator.values.commands import GetValue, ValueCommand
 from platform_validator.values.errors import ValueKeysUnusable, ValueRefused, ValueUnreadable
-from platform_validator.web.control import Cancelling, Draining, NotStarted, PinBusy, Reloaded
+from platform_validator.web.control import Cancelling, Draining, HostDraining, NotStarted, PinBusy, Reloaded
 from platform_validator.web.operators import TokenGuard, operators_app
 from platform_validator.web.server import WebServer
 from platform_validator.web.views import Health
@@ -32,6 +34,8 @@ POSTS = [
     "/api/v1/drain",
     f"/api/v1/jobs/{JOB}/cancel",
     "/api/v1/cvms/reclaim",
+    "/api/v1/hosts/big/drain",
+    "/api/v1/hosts/big/undrain",
     "/api/v1/values",
     PIN,
     "/api/v1/reload",
@@ -46,6 +50,7 @@ class Controlled:
         self.cancelling: Cancelling | Exception = Cancelling.CANCELLED
         self.reloaded: Reloaded | Exception = Reloaded()
         self.reclaimed: list[VmName] | Exception = [VmName("pv-stray")]
+        self.host: HostDraining | Exception = HostDraining(HostName("big"), "drained", 3)
         self.valued: dict[str, Any] | Exception = {"challenges": []}
         self.pinned: dict[str, Any] | Exception = {"state": "booting"}
 
@@ -64,6 +69,18 @@ class Controlled:
         if isinstance(self.reclaimed, Exception):
             raise self.reclaimed
         return self.reclaimed
+
+    async def drain_host(self, name: HostName) -> HostDraining:
+        self.asked.append(("drain", name))
+        if isinstance(self.host, Exception):
+            raise self.host
+        return self.host
+
+    async def undrain_host(self, name: HostName) -> HostDraining:
+        self.asked.append(("undrain", name))
+        if isinstance(self.host, Exception):
+            raise self.host
+        return self.host
 
     async def values(self, command: ValueCommand) -> dict[str, Any]:
         self.asked.append(command)
@@ -103,6 +120,9 @@ class Controlled:
 
     def cvms(self) -> list[dict[str, Any]]:
         return []
+
+    def hosts(self) -> list[dict[str, Any]]:
+        return [{"name": "big"}]
 
     def challenges(self) -> list[dict[str, Any]]:
         return []
@@ -260,6 +280,34 @@ async def test_a_reload_that_changes_nothing_says_why(
     ):
         assert answer.status == status
         assert (await answer.json()).get("faults") == told
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "code"),
+    [
+        (None, 200, None),
+        (UnknownHost("no VMM host is called 'huge': there are big"), 404, "unknown_host"),
+        (NotStarted("starting"), 409, "not_started"),
+        (StoreUnavailable("the disk is full"), 503, "journal_unwritable"),
+    ],
+)
+async def test_a_host_is_drained_or_it_is_said_why_not(
+    controlled: Controlled, said: Exception | None, status: int, code: str | None
+) -> None:
+    """The name may have any character in it; what it still has is told."""
+    controlled.host = said or controlled.host
+    async with (
+        served(operators_app(controlled, controlled)) as client,
+        client.post("/api/v1/hosts/hu%2Dge/drain") as answer,
+        client.get("/api/v1/hosts") as listed,
+    ):
+        assert answer.status == status
+        found = await answer.json()
+        assert await listed.json() == [{"name": "big"}]
+    assert controlled.asked == [("drain", "hu-ge")]
+    assert found.get("code") == code
+    if said is None:
+        assert found == {"host": "big", "state": "drained", "cvms": 3}
 
 
 @pytest.mark.parametrize("path", [path for path in POSTS if path != PIN])

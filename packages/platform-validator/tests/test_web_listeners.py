@@ -15,8 +15,9 @@ from starlette.types import ASGIApp
 
 from platform_protocol.ids import JobId, VmName
 from platform_validator.attestation.os_image import Shape
+from platform_validator.host_name import HostName
 from platform_validator.values.commands import ValueCommand
-from platform_validator.web.control import Cancelling, Draining, Reloaded
+from platform_validator.web.control import Cancelling, Draining, HostDraining, Reloaded
 from platform_validator.web.guests import guests_app
 from platform_validator.web.operators import TokenGuard, operators_app
 from platform_validator.web.server import AddressInUse, WebServer
@@ -54,6 +55,9 @@ class Shown:
     def cvms(self) -> list[dict[str, Any]]:
         return []
 
+    def hosts(self) -> list[dict[str, Any]]:
+        return []
+
     def challenges(self) -> list[dict[str, Any]]:
         return []
 
@@ -71,6 +75,12 @@ class Uncontrolled:
         raise NotImplementedError
 
     async def reclaim(self, names: Collection[VmName]) -> list[VmName]:
+        raise NotImplementedError
+
+    async def drain_host(self, name: HostName) -> HostDraining:
+        raise NotImplementedError
+
+    async def undrain_host(self, name: HostName) -> HostDraining:
         raise NotImplementedError
 
     async def values(self, command: ValueCommand) -> dict[str, Any]:

@@ -6,7 +6,10 @@ import asyncio
 import http.client
 import json
 import socket
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,10 @@ from urllib.parse import unquote
 from platform_validator.config import Settings
 from platform_validator.daemon.board import plain
 from platform_validator.errors import ValidatorError
+from platform_validator.host_name import HostName
 from platform_validator.jobs.work import JobView
 from platform_validator.state import StateDirectory, StateLocked
+from platform_validator.store.records import VmRecord
 from platform_validator.store.sqlite import SqliteStore
 
 _TIMEOUT = 10.0
@@ -90,6 +95,8 @@ async def _from_journal(database: Path, path: str) -> Any:
             return plain([JobView.of(record) for record in await store.recent_jobs(limit)])
         if what == "cvms":
             return [_vm(plain(record)) for record in await store.open_vms()]
+        if what == "hosts":
+            return _hosts(await store.open_vms(), await store.drained_hosts())
         if what == "challenges":
             return [_instance(plain(record)) for record in await store.instances()]
         if what.startswith("challenges/"):
@@ -135,8 +142,22 @@ def _empty(path: str) -> Any:
 
 
 def _vm(record: dict[str, Any]) -> dict[str, Any]:
-    shown = {key: record[key] for key in ("name", "challenge_id", "purpose", "attestation")}
+    shown = {key: record[key] for key in ("name", "challenge_id", "purpose", "attestation", "host")}
     return shown | {"stage": record["phase"], "since": record["intended_at"]}
+
+
+def _hosts(vms: Sequence[VmRecord], drained: Mapping[HostName, datetime]) -> list[dict[str, Any]]:
+    """What the journal knows of hosts: which are drained, and which have CVMs."""
+    counts = Counter(vm.host for vm in vms)
+    return [
+        {
+            "name": name,
+            "state": "drained" if name in drained else "unknown",
+            "since": plain(drained.get(name)),
+            "quota": {"cvms": {"used": counts[name], "limit": None}},
+        }
+        for name in sorted(counts.keys() | drained.keys())
+    ]
 
 
 def _instance(record: dict[str, Any]) -> dict[str, Any]:

@@ -82,13 +82,21 @@ def status(found: dict[str, Any], console: Console) -> None:
             console.print(f"  {key:<16} {escape(str(found[key]))}", soft_wrap=True)
     if found.get("simulated_attestation"):
         console.print("  [yellow]attestation is simulated: nothing here is proved by hardware[/]")
-    slots, quota = found.get("slots"), found.get("quota")
+    slots = found.get("slots")
     if slots:
         console.print(f"  {'job slots':<16} {slots['used']} of {slots['total']}")
-    for kind, share in (quota or {}).items():
+    _room(found, console)
+
+
+def _room(found: dict[str, Any], console: Console) -> None:
+    """What is used, by what, and why there is no more."""
+    for kind, share in found.get("quota", {}).items():
         uses = {use: counts[kind] for use, counts in found.get("quota_by_use", {}).items() if counts[kind]}
         parts = ", ".join(f"{use} {count}" for use, count in uses.items())
         console.print(f"  {kind:<16} {share['used']} of {share['limit']}" + (f"  ({parts})" if parts else ""))
+    for host in (one for one in found.get("hosts", ()) if one["state"] != "open"):
+        line = f"{host['name']} is {host['state']} since {host['since']}: {host['why']}"
+        console.print(f"  [yellow]{'host':<16}[/] {escape(line)}", soft_wrap=True)
     for row in found.get("waiting", ()):
         jobs = "jobs" if row["jobs"] is None else f"{row['jobs']} pending"
         detail = f": {row['detail']}" if row["detail"] else ""
@@ -97,7 +105,7 @@ def status(found: dict[str, Any], console: Console) -> None:
     if refused:
         console.print(f"  {'no room so far':<16} {refused}")
     for warning in found.get("warnings", ()):
-        console.print(f"  [yellow]warning[/]          {escape(warning)}", soft_wrap=True)
+        console.print(f"  [yellow]{'warning':<16}[/] {escape(warning)}", soft_wrap=True)
 
 
 def drain(found: dict[str, Any], console: Console) -> None:
@@ -131,7 +139,35 @@ def jobs(found: list[dict[str, Any]], console: Console) -> None:
 
 def cvms(found: list[dict[str, Any]], console: Console) -> None:
     """CVMs."""
-    _table(found, ("name", "stage", "purpose", "attestation", "since", "last_error"), console, "no CVMs")
+    _table(
+        found, ("name", "host", "stage", "purpose", "attestation", "since", "last_error"), console, "no CVMs"
+    )
+
+
+def hosts(found: list[dict[str, Any]], console: Console) -> None:
+    """VMM hosts with what is used of each."""
+    rows = []
+    for one in found:
+        used = {kind: _of(share) for kind, share in one.get("quota", {}).items()}
+        labels = ", ".join(one.get("labels", ()))
+        rows.append({**one, **used, "labels": labels, "why": one.get("why") or one.get("error")})
+    columns = (
+        "name",
+        "state",
+        "cvms",
+        "cpu_cores",
+        "memory_mb",
+        "disk_mb",
+        "gpu_count",
+        "labels",
+        "since",
+        "why",
+    )
+    _table(rows, columns, console, "no CVMs and no drained hosts in the journal")
+
+
+def _of(share: dict[str, Any]) -> str:
+    return str(share["used"]) if share["limit"] is None else f"{share['used']} of {share['limit']}"
 
 
 def challenges(found: list[dict[str, Any]], console: Console) -> None:

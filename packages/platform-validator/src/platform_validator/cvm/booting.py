@@ -53,7 +53,8 @@ class FleetRules:
     """The operator's side. `base_url` is the validator as a CVM reaches it.
 
     `allow_session_v1`: challenges that speak only version 1 of the session are talked to as well.
-    `boot` and `attest` are the deadlines of those two stages, `pace` the session's.
+    `boot` and `attest` are the deadlines of those two stages, `pace` the session's; within `alive` a CVM
+    shows that it lives although its VMM is silent.
     """
 
     level: IsolationLevel
@@ -62,6 +63,7 @@ class FleetRules:
     allow_session_v1: bool = False
     boot: timedelta = BOOT
     attest: timedelta = ATTEST
+    alive: timedelta = timedelta(seconds=10)
     pace: SessionPace | None = None
 
 

@@ -137,6 +137,7 @@ class Fleet:
             destroyer=self.destroyer,
             sweeper=self._sweeper,
             held=self.held,
+            alive=rules.alive,
         )
 
     @property
@@ -221,6 +222,8 @@ class Fleet:
                 if purpose is Purpose.READY:
                     self._quota.reassign(reservation, Use.READY)
                 return cvm
+            finally:
+                self._quota.tried(reservation)
             # The one being destroyed keeps its share until it is gone; the next try takes that or another.
             await self._until_gone(name)
             again = self._quota.reserve(plan.resources, owner=name, image=plan.image)

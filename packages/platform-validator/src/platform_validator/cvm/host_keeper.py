@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 
 import structlog
 
@@ -18,8 +19,6 @@ from platform_validator.cvm.vmm import VmmError
 from platform_validator.host_name import HostName
 from platform_validator.store.port import Store
 
-_ALIVE_WITHIN = 10.0
-
 _log = structlog.get_logger(__name__)
 
 
@@ -33,6 +32,7 @@ class HostKeeper:
         destroyer: Ends what was given up.
         sweeper: Looks for what nobody knows of.
         held: The fleet's CVMs.
+        alive: Within that a CVM shows that it lives although its VMM is silent.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class HostKeeper:
         destroyer: Destroyer,
         sweeper: Sweeper,
         held: Callable[[], Mapping[VmName, Member]],
+        alive: timedelta,
     ) -> None:
         self._hosts = hosts
         self._store = store
@@ -51,6 +52,7 @@ class HostKeeper:
         self._destroyer = destroyer
         self._sweeper = sweeper
         self._held = held
+        self._alive = alive
         self.tasks: asyncio.TaskGroup | None = None
         self.on_drained: Callable[[frozenset[VmName]], None] = lambda _names: None
         hosts.on_silent, hosts.on_back = self._fell_silent, self._came_back
@@ -108,7 +110,7 @@ class HostKeeper:
         if session is None:
             return
         try:
-            async with asyncio.timeout(_ALIVE_WITHIN):
+            async with asyncio.timeout(self._alive.total_seconds()):
                 await session.confirm()
         except (TimeoutError, CvmError):
             _log.warning("cvm_lost_with_its_host", vm=member.record.name, host=member.record.host)

@@ -107,6 +107,7 @@ class Quota:
         self._limits = limits
         self._hosts = hosts
         self._held: dict[int, tuple[Reservation, Use]] = {}
+        self._probes: set[int] = set()
         self._refused: dict[str, int] = {}
         self._seen: QuotaView | None = None
         self._shares: list[Share] | None = None
@@ -151,6 +152,12 @@ class Quota:
         """
         if self._held.pop(id(reservation), None) is None:
             raise ReservationSpent(f"the reservation of {reservation.owner} was released twice")
+        self._probes.discard(id(reservation))
+        self._changed()
+
+    def tried(self, reservation: Reservation) -> None:
+        """Its CVM came up, or did not: where it was to try a half-open host, the next may."""
+        self._probes.discard(id(reservation))
         self._changed()
 
     def reassign(self, reservation: Reservation, use: Use) -> None:
@@ -195,7 +202,9 @@ class Quota:
 
     def _all(self, kept: Share | None) -> list[Share]:
         if self._shares is None:
-            self._shares = [Share(each.host, each.resources, each.probe) for each, _ in self._held.values()]
+            self._shares = [
+                Share(each.host, each.resources, key in self._probes) for key, (each, _) in self._held.items()
+            ]
         return self._shares if kept is None else [*self._shares, kept]
 
     def _changed(self) -> None:
@@ -203,5 +212,7 @@ class Quota:
 
     def _hold(self, reservation: Reservation) -> Reservation:
         self._held[id(reservation)] = reservation, reservation.use
+        if reservation.probe:
+            self._probes.add(id(reservation))
         self._changed()
         return reservation

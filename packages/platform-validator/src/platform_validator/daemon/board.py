@@ -182,6 +182,10 @@ class Board:
         for kind in KINDS:
             self._metrics.quota(kind, getattr(quota.used, kind), getattr(quota.limits.resources, kind))
         self._metrics.quota("cvms", quota.cvms, quota.max_cvms)
+        shut = {host.name for host in parts.fleet.hosts.states() if host.closed is not None}
+        for name, account in quota.by_host.items():
+            used = counts(account.used, account.cvms)
+            self._metrics.host(name, closed=name in shut, used=used)
         for use, part in quota.by_use.items():
             self._metrics.quota_use(use.value, counts(part.used, part.cvms))
         cvms = parts.fleet.views()

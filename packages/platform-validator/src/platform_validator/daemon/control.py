@@ -18,11 +18,12 @@ from platform_validator.daemon.engine import Engine
 from platform_validator.daemon.pinning import Pinner
 from platform_validator.daemon.reload import plan_reload
 from platform_validator.daemon.systemd import Systemd
+from platform_validator.host_name import HostName
 from platform_validator.jobs.lease import LeaseRules, Renewer
 from platform_validator.store.port import Store
 from platform_validator.telemetry.logging import Directives, configure_logging
 from platform_validator.values.commands import ValueCommand, perform
-from platform_validator.web.control import Cancelling, Draining, NotStarted, Reloaded
+from platform_validator.web.control import Cancelling, Draining, HostDraining, NotStarted, Reloaded
 
 ENDS_WITHIN = timedelta(seconds=150)
 """After the last job: releasing (30 s), delivering (30 s), destroying (60 s), and room."""
@@ -119,6 +120,28 @@ class DaemonControl:
         if self._started is None:
             raise NotStarted("the daemon is starting: ask again when it is running")
         return await self._started.engine.parts.fleet.reclaim_strays(names)
+
+    async def drain_host(self, name: HostName) -> HostDraining:
+        """See the port."""
+        if self._started is None:
+            raise NotStarted("the daemon is starting: ask again when it is running")
+        parts = self._started.engine.parts
+        await parts.fleet.keeper.drain(name)
+        return self._host(name)
+
+    async def undrain_host(self, name: HostName) -> HostDraining:
+        """See the port."""
+        if self._started is None:
+            raise NotStarted("the daemon is starting: ask again when it is running")
+        parts = self._started.engine.parts
+        await parts.fleet.keeper.undrain(name)
+        # There may be room now.
+        parts.jobs.wake("local")
+        return self._host(name)
+
+    def _host(self, name: HostName) -> HostDraining:
+        [shown] = [row for row in self._board.hosts() if row["name"] == name]
+        return HostDraining(name, shown["state"], shown["quota"]["cvms"]["used"])
 
     async def values(self, command: ValueCommand) -> dict[str, Any]:
         """See the port."""

@@ -39,6 +39,8 @@ class Metrics:
         self._oldest = self._gauge("outbox_oldest_seconds", "Age of the oldest of them")
         self._quota = self._gauge("quota", "Resources reserved and allowed", "resource", "state")
         self._uses = self._gauge("quota_use", "Resources reserved, by what CVMs are for", "use", "resource")
+        self._hosts = self._gauge("host_closed", "1 while a VMM host takes no CVMs", "host")
+        self._on_hosts = self._gauge("host_quota", "Resources reserved on a VMM host", "host", "resource")
         self._cvms = self._gauge("cvms", "CVMs by stage", "stage")
         self._undestroyed = self._gauge("cvms_not_destroyed", "CVMs whose destruction failed so far")
         self._challenges = self._gauge("challenges", "Challenges by state", "state")
@@ -189,6 +191,12 @@ class Metrics:
         """What challenge, job or ready CVMs hold now."""
         for resource, used in counts.items():
             self._uses.labels(use, resource).set(used)
+
+    def host(self, name: str, *, closed: bool, used: dict[str, int]) -> None:
+        """A VMM host now: whether it takes CVMs, and what is reserved on it."""
+        self._hosts.labels(name).set(int(closed))
+        for resource, count in used.items():
+            self._on_hosts.labels(name, resource).set(count)
 
     def cvms(self, by_stage: dict[str, int]) -> None:
         """CVMs now."""

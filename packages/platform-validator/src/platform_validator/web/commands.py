@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -12,9 +13,11 @@ from starlette.routing import Route
 
 from platform_protocol.ids import JobId, VmName
 from platform_validator.attestation.os_image import Shape
+from platform_validator.cvm.hosts import UnknownHost
 from platform_validator.cvm.vmm import VmmError
+from platform_validator.host_name import HostName
 from platform_validator.store.port import StoreUnavailable
-from platform_validator.web.control import Cancelling, Control, NotStarted, PinBusy
+from platform_validator.web.control import Cancelling, Control, HostDraining, NotStarted, PinBusy
 
 _MAX_BODY = 65_536
 _MAX_ID = 200
@@ -27,7 +30,7 @@ _CANCELLED = {
 
 
 def command_routes(control: Control) -> list[Route]:
-    """Routes below `/api/v1`: drain, a job's cancel, reclaim of strays, pinning of an image, reload.
+    """Routes below `/api/v1`: drain, a job's cancel, reclaim of strays, drain of hosts, pinning, reload.
 
     A refusal is `{"error", "code"}`.
     """
@@ -38,6 +41,8 @@ def command_routes(control: Control) -> list[Route]:
         Route("/api/v1/cvms/reclaim", commands.reclaim, methods=["POST"]),
         Route("/api/v1/attestation/pin", commands.pinning),
         Route("/api/v1/attestation/pin", commands.pin, methods=["POST"]),
+        Route("/api/v1/hosts/{name}/drain", commands.drain_host, methods=["POST"]),
+        Route("/api/v1/hosts/{name}/undrain", commands.undrain_host, methods=["POST"]),
         Route("/api/v1/reload", commands.reload, methods=["POST"]),
     ]
 
@@ -95,6 +100,23 @@ class _Commands:
             return refused(409, "not_started", str(error))
         except PinBusy as error:
             return refused(409, "busy", str(error))
+
+    async def drain_host(self, request: Request) -> Response:
+        return await self._of_host(request, self._control.drain_host)
+
+    async def undrain_host(self, request: Request) -> Response:
+        return await self._of_host(request, self._control.undrain_host)
+
+    async def _of_host(self, request: Request, do: Callable[[HostName], Awaitable[HostDraining]]) -> Response:
+        try:
+            done = await do(HostName(request.path_params["name"][:_MAX_ID]))
+        except NotStarted as error:
+            return refused(409, "not_started", str(error))
+        except UnknownHost as error:
+            return refused(404, "unknown_host", str(error))
+        except StoreUnavailable as error:
+            return refused(503, "journal_unwritable", str(error))
+        return JSONResponse(asdict(done))
 
     async def reload(self, _: Request) -> Response:
         try:

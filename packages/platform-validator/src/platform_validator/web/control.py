@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from platform_protocol.ids import JobId, VmName
 from platform_validator.attestation.os_image import Shape
+from platform_validator.host_name import HostName
 from platform_validator.values.commands import ValueCommand
 
 
@@ -31,6 +32,15 @@ class Cancelling(StrEnum):
     CLAIMING = "being_claimed"
     STORED = "result_stored"
     ENDED = "job_ended"
+
+
+@dataclass(frozen=True, slots=True)
+class HostDraining:
+    """What became of a wish about a host: its `state`, and how many CVMs it still has."""
+
+    host: HostName
+    state: str
+    cvms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +87,18 @@ class Control(Protocol):
             NotStarted: CVMs are not known yet.
             VmmError: The VMM cannot be asked.
         """
+
+    async def drain_host(self, name: HostName) -> HostDraining:
+        """Make no more CVMs on a VMM host; what runs there goes on.
+
+        Raises:
+            NotStarted: Hosts are not known yet.
+            UnknownHost: There is no such host.
+            StoreUnavailable: The journal, which is to remember it, cannot be written.
+        """
+
+    async def undrain_host(self, name: HostName) -> HostDraining:
+        """It may have CVMs again. Raises as `drain_host`."""
 
     async def values(self, command: ValueCommand) -> dict[str, Any]:
         """Read or change dynamic values.

@@ -38,6 +38,9 @@ def operators_app(views: Views, control: Control) -> Starlette:
     async def cvms(_: Request) -> Response:
         return JSONResponse(views.cvms())
 
+    async def hosts(_: Request) -> Response:
+        return JSONResponse(views.hosts())
+
     async def challenges(_: Request) -> Response:
         return JSONResponse(views.challenges())
 
@@ -53,6 +56,7 @@ def operators_app(views: Views, control: Control) -> Starlette:
             Route("/api/v1/status", status),
             Route("/api/v1/jobs", jobs),
             Route("/api/v1/cvms", cvms),
+            Route("/api/v1/hosts", hosts),
             Route("/api/v1/challenges", challenges),
             Route("/api/v1/challenges/{named}", challenge),
             *command_routes(control),

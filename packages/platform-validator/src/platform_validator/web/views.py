@@ -49,6 +49,9 @@ class Views(Protocol):
     def cvms(self) -> list[dict[str, Any]]:
         """Every CVM that is not gone."""
 
+    def hosts(self) -> list[dict[str, Any]]:
+        """Every VMM host: its state, why, and what is used of it."""
+
     def challenges(self) -> list[dict[str, Any]]:
         """Every challenge."""
 
