@@ -63,6 +63,7 @@ LIES: list[tuple[str, Callable[[Boot], None], str]] = [
 ]
 
 
+@pytest.mark.robustness(21, "honest")
 async def test_case_21_an_honest_cvm_runs_the_job(tmp_path: Path) -> None:
     """Without this the others would prove nothing: the result is marked tdx."""
     house = TeeHouse(tmp_path)
@@ -77,6 +78,9 @@ async def test_case_21_an_honest_cvm_runs_the_job(tmp_path: Path) -> None:
         assert job.result.attestation.value == "tdx"
 
 
+@pytest.mark.robustness(
+    21, "another-app", "another-compose", "replayed-nonce", "swapped-keys", "tampered-log", "debug-bit"
+)
 @pytest.mark.parametrize(("name", "lie", "check"), LIES, ids=[name for name, _, _ in LIES])
 async def test_case_21_a_lying_cvm_gets_no_submission_and_no_secret(
     tmp_path: Path, name: str, lie: Callable[[Boot], None], check: str
@@ -99,6 +103,7 @@ async def test_case_21_a_lying_cvm_gets_no_submission_and_no_secret(
         assert not job.finished
 
 
+@pytest.mark.robustness(21, "old-tcb")
 async def test_case_21_an_old_tcb_gets_nothing(tmp_path: Path) -> None:
     """The platform fell behind after the challenge became Active: new collateral says so."""
     house = TeeHouse(tmp_path)
@@ -119,6 +124,7 @@ async def test_case_21_an_old_tcb_gets_nothing(tmp_path: Path) -> None:
         assert house.were_sent(house.vmm.guests[honest:]) == []
 
 
+@pytest.mark.robustness(21, "collateral-down")
 @pytest.mark.slow(reason="a boot's whole deadline passes")
 async def test_case_21_without_the_collateral_service_nothing_is_sent_and_nothing_claimed(
     tmp_path: Path,
@@ -149,6 +155,7 @@ async def test_case_21_without_the_collateral_service_nothing_is_sent_and_nothin
         assert (job.outcome, job.attempt) == ("succeeded", 2)
 
 
+@pytest.mark.robustness(21, "collateral-down")
 async def test_case_21_cached_collateral_serves_while_the_service_is_down(tmp_path: Path) -> None:
     """Valid and kept: the job runs, and the trouble is a warning."""
     house = TeeHouse(tmp_path)
@@ -164,6 +171,7 @@ async def test_case_21_cached_collateral_serves_while_the_service_is_down(tmp_pa
         assert "serves until" in str(house.collateral.stale())
 
 
+@pytest.mark.robustness(21, "no-quote")
 async def test_case_21_no_quote_at_tee_stops_the_claiming_for_a_while(tmp_path: Path) -> None:
     """Given back as attestation_unavailable; the next quote opens it again."""
     house = TeeHouse(tmp_path)
