@@ -58,6 +58,7 @@ bench: setup system ## measure, beside something real in the same run
 	@$(BIN)/python -m bench.large_result
 	@$(BIN)/python -m bench.journal_year --jobs 10000
 	@$(BIN)/python -m bench.values_rate
+	@$(BIN)/python -m bench.ready_pool
 
 simulate: setup ## the daemon on a virtual clock under seeded faults; SEEDS=1000, ARGS="--seed 11" replays
 	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) $(ARGS)

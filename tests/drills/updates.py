@@ -147,10 +147,12 @@ class Drill:
 
     def _commit(self, code: str) -> None:
         challenge, spec = self._repository / "challenge.py", self._repository / "platform.toml"
-        challenge.write_text((TREE / "challenge.py").read_text().replace("VERSION = 1", code))
+        number = len(self._commits) + 1
+        told = (TREE / "challenge.py").read_text().replace("VERSION = 1", code)
+        challenge.write_text(f"{told}\n# commit {number}\n")
         text = (TREE / "platform.toml").read_text().replace('"per_job"', f'"{self._mode}"')
         spec.write_text(text.replace("concurrency = 1", f"concurrency = {MODES[self._mode]}"))
-        self._commits.append(commit_all(self._repository, f"version {len(self._commits) + 1}"))
+        self._commits.append(commit_all(self._repository, f"version {number}"))
 
     def _flow(self, what: str, most: int, holds: Callable[[], bool]) -> None:
         """Keep jobs pending, at most so many in all, until something holds."""
