@@ -74,3 +74,57 @@ def test_an_outage_longer_than_its_grace_ends_the_work_and_nothing_else(tmp_path
         await running
 
     play(story, tmp_path)
+
+
+@pytest.mark.robustness(10, "outage")
+@pytest.mark.parametrize("outage", OUTAGES)
+def test_what_was_queued_meanwhile_is_claimed_and_delivered_within_a_minute(
+    tmp_path: Path, outage: str
+) -> None:
+    """Robustness 10: nobody was told of it: the poll finds it, or the greeting of the next connection."""
+
+    async def story(world: World) -> None:
+        engine = world.engine()
+        running = asyncio.create_task(engine.run())
+        await until(lambda: bool(engine.parts.challenges.active_ids()) and not world.vmm.machines())
+        world.guests.may_finish.set()
+        world.platform.down = True
+        world.platform.close_connections()
+        await asyncio.sleep(OUTAGES[outage])
+        job_id = world.platform.add_job(CHALLENGE)
+        world.platform.down = False
+        back = asyncio.get_running_loop().time()
+        await until(lambda: world.platform.jobs[job_id].finished)
+        assert asyncio.get_running_loop().time() - back <= 60
+        engine.drain("the story is over")
+        await running
+
+    play(story, tmp_path)
+
+
+@pytest.mark.robustness(10, "outage")
+def test_the_results_of_several_jobs_wait_together_and_no_cvm_waits_for_them(tmp_path: Path) -> None:
+    """Robustness 10: four jobs end while nobody answers; each is delivered once, within a minute."""
+
+    async def story(world: World) -> None:
+        world.platform.term = timedelta(minutes=2)
+        engine = world.engine()
+        running = asyncio.create_task(engine.run())
+        await until(lambda: bool(engine.parts.challenges.active_ids()) and not world.vmm.machines())
+        jobs = [world.platform.add_job(CHALLENGE, timeout_s=7200) for _ in range(4)]
+        await until(lambda: len(engine.parts.jobs.views()) == 4)
+        await asyncio.sleep(30)
+        world.platform.down = True
+        world.guests.may_finish.set()
+        await asyncio.sleep(OUTAGES["30 min"])
+        assert {entry.job_id for entry in await world.store.outbox()} == set(jobs)
+        assert not world.vmm.machines()
+        world.platform.down = False
+        back = asyncio.get_running_loop().time()
+        await until(lambda: all(world.platform.jobs[job_id].finished for job_id in jobs))
+        assert asyncio.get_running_loop().time() - back <= 60
+        assert {world.platform.jobs[job_id].attempt for job_id in jobs} == {1}
+        engine.drain("the story is over")
+        await running
+
+    play(story, tmp_path)

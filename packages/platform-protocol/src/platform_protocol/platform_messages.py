@@ -12,6 +12,9 @@ from platform_protocol.ids import ChallengeId, ClaimId, Hotkey, JobId, LeaseToke
 from platform_protocol.resources import Resources
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+Counted = Annotated[int, Field(ge=1, strict=True)]
+"""From one on. Strict: `true` is no number, and `"60"` neither."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -92,7 +95,7 @@ class PendingJob(_Message):
     created_at: datetime
     priority: int = 0
     resources: Resources
-    timeout_s: Annotated[int, Field(gt=0)]
+    timeout_s: Counted
 
 
 class PendingJobs(_Message):
@@ -111,7 +114,7 @@ class Lease(_Message):
     """The fencing token and the term in seconds."""
 
     token: LeaseToken
-    term_s: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    term_s: Seconds
 
 
 class SubmissionRef(_Message):
@@ -131,12 +134,12 @@ class Claim(_Message):
     submission_id: SubmissionId | None = None
     miner_hotkey: Hotkey | None = None
     status: str = "claimed"
-    attempt: Annotated[int, Field(ge=1)]
+    attempt: Counted
     lease: Lease
     job_name: str | None = None
     payload: dict[str, Any] = Field(default_factory=dict)
     submission: SubmissionRef | None = None
-    timeout_s: Annotated[int, Field(gt=0)]
+    timeout_s: Counted
     resources: Resources
 
 
@@ -149,7 +152,7 @@ class RenewRequest(_Message):
 class Renewal(_Message):
     """The answer of a renewal: the term in seconds, from now."""
 
-    term_s: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    term_s: Seconds
 
 
 class ReleaseRequest(_Message):
@@ -180,7 +183,7 @@ class ResultBody(_Message):
     """`POST /jobs/{id}/results`. Every key is required; `receipt` may be null."""
 
     lease_token: LeaseToken
-    attempt: Annotated[int, Field(ge=1)]
+    attempt: Counted
     outcome: ResultOutcome
     score: Finite
     metrics: dict[str, Finite]
