@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from examples.demo.processes import end_all, marked
 from rich.console import Console
+
+_GONE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class RunFolder:
         """End what still runs, and remove the folder."""
         state = Path(self.note.read_text().strip())
         end_all(state)
+        _reclaim(state)
         shutil.rmtree(state, ignore_errors=True)
         self.note.unlink(missing_ok=True)
 
@@ -57,6 +61,19 @@ def _reclaim(state: Path) -> None:
     if not identity.exists():
         return
     for base in Path("/sys/fs/cgroup").glob(f"**/platform-vmm-{identity.read_text().strip()}"):
-        for group in [*base.iterdir(), base]:
-            if group.is_dir():
-                group.rmdir()
+        for group in [*(each for each in base.iterdir() if each.is_dir()), base]:
+            _remove(group)
+
+
+def _remove(group: Path) -> None:
+    """It is busy until the last of its processes is gone, which was killed a moment ago."""
+    deadline = time.monotonic() + _GONE_S
+    while True:
+        try:
+            group.rmdir()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return

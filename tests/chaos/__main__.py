@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TERM_S = 6
 """A lease's term: short, so that stops and outages outlast it; renewed every 2 s."""
 KILLS = 60
+_QUEUE, _SHORT_QUEUE = 12, 5
 
 
 def main() -> int:
@@ -51,7 +52,6 @@ def main() -> int:
         console.print(f"chaos: {error}", soft_wrap=True, highlight=False, markup=False)
         return 1
     finally:
-        stack.stop()
         _keep(stack, asked.output)
         folder.end()
     for fault in faults:
@@ -76,6 +76,7 @@ def _run(stack: Stack, seed: int, console: Console, *, short_plan: bool) -> tupl
             proxy,
             term=TERM_S,
             rng=random.Random(seed),  # noqa: S311 - how long submissions run
+            queue=_SHORT_QUEUE if short_plan else _QUEUE,
             say=display.say,
             shown=display.show,
         )

@@ -15,7 +15,6 @@ from tests.chaos.plan import Version
 from platform_protocol.signing import Keypair
 
 _TREE = Path(__file__).parent / "challenge"
-_OPEN = 10
 _AT_ONCE = 4
 _QUICK_S, _SLOW_S = 0.2, 7.0
 _SLOW_EVERY = 8
@@ -26,10 +25,11 @@ _LARGE_MB = 1800
 
 @dataclass(slots=True)
 class Feed:
-    """Keeps a queue of jobs filled. Some run for longer than a lease's term."""
+    """Keeps `queue` jobs open. Some run for longer than a lease's term."""
 
     stack: Stack
     rng: random.Random
+    queue: int
     challenge_id: str = ""
     made: int = 0
     versions: int = 1
@@ -56,9 +56,8 @@ class Feed:
         Raises:
             OSError: The Platform API does not take them now.
         """
-        if self.open < _OPEN:
-            for _ in range(_AT_ONCE):
-                self._upload()
+        for _ in range(min(_AT_ONCE, self.queue - self.open)):
+            self._upload()
 
     def update(self, kind: Version = Version.GOOD) -> None:
         """A new version of the challenge, as its author pushes one.

@@ -44,7 +44,17 @@ class Tally:
 
 
 class ChaosRun:
-    """One run. `say` is told what goes on, `shown` often, for a display."""
+    """One run.
+
+    Args:
+        stack: What it runs on.
+        proxy: Between the validator and the Platform API.
+        term: Of a lease, in seconds.
+        rng: How long submissions run.
+        queue: How many jobs are kept open.
+        say: Is told what goes on.
+        shown: Is called often, for a display.
+    """
 
     def __init__(
         self,
@@ -53,6 +63,7 @@ class ChaosRun:
         *,
         term: float,
         rng: random.Random,
+        queue: int,
         say: Callable[[str], None],
         shown: Callable[[ChaosRun], None],
     ) -> None:
@@ -65,7 +76,7 @@ class ChaosRun:
         self._due: list[tuple[float, Callable[[], None]]] = []
         self._looked = 0.0
         self._feeding = True
-        self.feed = Feed(stack, rng)
+        self.feed = Feed(stack, rng, queue)
         self.tally = Tally()
         self.stored = Stored()
         self.step = ""
