@@ -50,6 +50,7 @@ class Daemon:
             "PLATFORM_BASE_API": f"http://127.0.0.1:{self.ports[0]}",
             "DSTACK_VMM_URL": f"http://127.0.0.1:{self.ports[1]}",
             "DSTACK_VMM_TOKEN": "made-up-vmm-token-0123456789",
+            "PCCS_URL": f"http://127.0.0.1:{self.ports[1]}",
             "VALIDATOR_DB_PATH": str(self.folder / "state" / "validator.db"),
             "VALIDATOR_HTTP_LISTEN": f"127.0.0.1:{self.ports[2]}",
             "VALIDATOR_ADMIN_LISTEN": f"127.0.0.1:{self.ports[3]}",

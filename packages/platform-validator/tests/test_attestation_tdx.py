@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from platform_protocol.event_log import parse_event_log, replay, runtime_digest
 from platform_protocol.platform_messages import AttestationKind, IsolationLevel
+from platform_validator.attestation.checks import Check, Outcome, Outcomes
 from platform_validator.attestation.collateral import CollateralUnavailable, Fetch
 from platform_validator.attestation.collateral_cache import CollateralCache
 from platform_validator.attestation.errors import AttestationRefused, AttestationUnavailable
@@ -257,6 +259,31 @@ async def test_a_collateral_service_that_is_down_judges_nothing() -> None:
     pccs.down = True
     with pytest.raises(AttestationUnavailable):
         await policy(pccs.fetch).judge(QUOTE, EVENT_LOG, EXPECTED)
+
+
+async def test_a_check_that_only_warns_accepts_and_says_so() -> None:
+    """An unknown image: refused by default, accepted with a warning, or not looked at."""
+    found: dict[Outcome, tuple[int, list[tuple[str, str]]]] = {}
+    for outcome in Outcome:
+        heard: list[tuple[str, str]] = []
+        rules = AttestationRules(outcomes=Outcomes({Check.OS_IMAGE: outcome}))
+        lax = AttestationPolicy(
+            level=IsolationLevel.TEE,
+            allow_simulated=False,
+            checker=checker(),
+            rules=rules,
+            clock=At(VALID),
+        )
+        lax.heard = lambda answer, check, heard=heard: heard.append((answer, check))  # type: ignore[misc] # its own list
+        warnings = -1
+        with contextlib.suppress(AttestationRefused):
+            warnings = len((await lax.judge(QUOTE, EVENT_LOG, EXPECTED)).warnings)
+        found[outcome] = warnings, heard
+    assert found == {
+        Outcome.REQUIRED: (-1, [("refused", "os_image")]),
+        Outcome.WARN: (1, [("accepted", "")]),
+        Outcome.OFF: (0, [("accepted", "")]),
+    }
 
 
 # The policy below Tee

@@ -33,6 +33,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dic
         "PLATFORM_BASE_API": "http://127.0.0.1:1",
         "DSTACK_VMM_URL": f"unix:{tmp_path}/vmm.sock",
         "DSTACK_VMM_TOKEN": "hunter2hunter2",
+        "PCCS_URL": "http://127.0.0.1:1",
         "HOME": str(tmp_path),
     }
     for name, value in given.items():
@@ -186,6 +187,28 @@ def test_check_tells_what_fails_and_what_to_do(environment: dict[str, str]) -> N
     assert "PLATFORM_BASE_API" in found["platform api"]["detail"]
     assert "DSTACK_VMM_URL" in found["vmm"]["detail"]
     assert "hunter2" not in result.stdout
+
+
+def test_check_at_tee_tells_what_a_quote_cannot_be_judged_by(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """No image is known, the collateral service is away; then a file of images, and what was relaxed."""
+    found = {row["check"]: row for row in json.loads(invoke("check", "--json").stdout)}
+    assert (found["os images"]["result"], found["collateral"]["result"]) == ("warn", "fail")
+    assert "validator attestation pin" in found["os images"]["detail"]
+    assert "PCCS_URL" in found["collateral"]["detail"]
+    (tmp_path / "images.toml").write_text(
+        '[[published]]\nimage = "i"\nos_image_hash = "' + "0" * 64 + '"\norigin = "its publisher"\n'
+    )
+    (tmp_path / "config.toml").write_text(
+        '[attestation]\noffline = true\n[attestation.checks]\nos_image = "off"\ntcb_status = "warn"\n'
+    )
+    found = {row["check"]: row for row in json.loads(invoke("check", "--json").stdout)}
+    assert (found["os images"]["result"], found["collateral"]["result"]) == ("ok", "warn")
+    assert "os_image, tcb_status" in found["attestation"]["detail"]
+    (tmp_path / "images.toml").write_text("[")
+    found = {row["check"]: row for row in json.loads(invoke("check", "--json").stdout)}
+    assert found["os images"]["result"] == "fail"
 
 
 def test_check_refuses_a_base_url_that_leads_elsewhere(

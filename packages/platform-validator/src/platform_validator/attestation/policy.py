@@ -139,6 +139,7 @@ class AttestationPolicy:
         self._clock = clock or SystemClock()
         self._gate = QuoteGate()
         self.beat: Callable[[], None] = lambda: None
+        self.heard: Callable[[str, str], None] = lambda _answer, _check: None
 
     @property
     def asks_for_quotes(self) -> bool:
@@ -176,6 +177,19 @@ class AttestationPolicy:
             AttestationRefused: With the name of the check.
             AttestationUnavailable: No quote at Tee, or no collateral.
         """
+        try:
+            accepted = await self._judge(quote, event_log, expected)
+        except AttestationRefused as error:
+            self.heard("refused", error.check)
+            raise
+        except AttestationUnavailable:
+            self.heard("unavailable", "")
+            raise
+        if accepted.quote is not None:
+            self.heard("accepted", "")
+        return accepted
+
+    async def _judge(self, quote: bytes | None, event_log: str, expected: Expected) -> Accepted:
         # 1. Nothing is asked for: below Tee the VMM is trusted, and the launch secret authenticates.
         if not self.asks_for_quotes:
             return Accepted(AttestationKind.NONE, None)

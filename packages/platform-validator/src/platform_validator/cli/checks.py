@@ -12,12 +12,13 @@ import aiohttp
 
 from platform_protocol.platform_messages import IsolationLevel
 from platform_protocol.signing import Keypair
+from platform_validator.attestation.collateral import CollateralUnavailable, from_pccs
 from platform_validator.challenges.resolve import Unfit, choose_image
 from platform_validator.config import ConfigFaults, Settings, load_settings
 from platform_validator.config.hosts import HostSettings
 from platform_validator.config.promises import promised_beyond
 from platform_validator.cvm.vmm import VmmClient, VmmError, VmmFacts
-from platform_validator.daemon.parts import make_connections
+from platform_validator.daemon.parts import images_file, make_connections, make_rules
 from platform_validator.errors import ValidatorError
 from platform_validator.keys import find_hotkey
 from platform_validator.machine import machine_resources
@@ -74,7 +75,7 @@ async def _outside(settings: Settings, keypair: Keypair) -> list[Check]:
         for host, vmm in zip(settings.hosts, connections.vmms, strict=True):
             checks = [*await check_vmm(vmm, settings.level), *await check_open_vmm(host.url)]
             found += [_of_host(check, host, settings) for check in checks]
-        return [*found, check_base_url(settings)]
+        return [*found, check_base_url(settings), *await check_attestation(settings)]
     finally:
         await connections.close()
 
@@ -103,6 +104,36 @@ async def check_vmm(vmm: VmmClient, level: IsolationLevel) -> list[Check]:
     except VmmError as error:
         return [Check("vmm", "fail", f"{error}: is DSTACK_VMM_URL right, and the VMM up?")]
     return [Check("vmm", "ok", f"version {facts.version}"), check_image(facts, level)]
+
+
+async def check_attestation(settings: Settings) -> list[Check]:
+    """Whether quotes can be judged at all: known images, what was relaxed, the collateral service."""
+    if settings.level is not IsolationLevel.TEE:
+        word = "simulated quotes" if settings["attestation.allow_simulated"] else "no quotes"
+        return [Check("attestation", "ok", f"at level {settings.level.value} {word} are asked for")]
+    rules, path = make_rules(settings), images_file(settings)
+    known, relaxed = (
+        rules.images(),
+        sorted(name for name, word in rules.outcomes.chosen.items() if word != "required"),
+    )
+    found = []
+    if known.fault is not None:
+        found.append(Check("os images", "fail", known.fault))
+    elif known.pinned or known.published:
+        count = len(known.pinned) + len(known.published)
+        found.append(Check("os images", "ok", f"{count} entries in {path}"))
+    else:
+        detail = f"none is known in {path}: start the daemon, then validator attestation pin"
+        found.append(Check("os images", "warn", detail))
+    if relaxed:
+        found.append(Check("attestation", "warn", f"these do not refuse a CVM: {', '.join(relaxed)}"))
+    if settings["attestation.offline"]:
+        return [*found, Check("collateral", "warn", "offline: what is kept must do, and is not refreshed")]
+    try:
+        await from_pccs(settings["attestation.pccs_url"])("/sgx/certification/v4/rootcacrl")
+    except CollateralUnavailable as error:
+        return [*found, Check("collateral", "fail", f"{error}: set PCCS_URL, or let this machine reach it")]
+    return [*found, Check("collateral", "ok", f"{settings['attestation.pccs_url']} answers")]
 
 
 def check_image(facts: VmmFacts, level: IsolationLevel) -> Check:

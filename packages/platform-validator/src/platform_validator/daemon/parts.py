@@ -271,6 +271,7 @@ def make_components(
     """Quota, fleet, challenges, outbox, executor, job manager."""
     clock, client, rng = outside.clock, outside.client, outside.rng
     outside.renewer.heard = metrics.lease_renewed
+    outside.policy.heard = metrics.attested
     hosts = Hosts(outside.hosts, clock=clock)
     quota = Quota(Limits(settings.limits, settings["resource_limits.max_cvms"]), hosts.states)
     fleet = Fleet(

@@ -65,6 +65,9 @@ class Metrics:
         self._orphans = self._counter("orphans_found", "CVMs of ours that nobody held", "where")
         self._reclaimed = self._counter("orphans_reclaimed", "Those of them that are gone", "where")
         self._strays = self._gauge("stray_vms", "VMs with our state id that are not in our journal")
+        self._attestations = self._counter(
+            "attestations", "Quotes judged, by answer and the check that refused", "answer", "check"
+        )
         self._store_failures = self._counter("store_failures", "Journal writes that failed")
         self._gates = self._gauge(
             "claim_gate_closed", "1 while no job of a challenge is claimed", "challenge_id"
@@ -93,11 +96,17 @@ class Metrics:
         ):
             for value in values:
                 counter.labels(value)
+        for answer in ("accepted", "unavailable"):
+            self._attestations.labels(answer, "")
         self._used, self._total = self._slots.labels("used"), self._slots.labels("total")
 
     def text(self) -> bytes:
         """The exposition."""
         return generate_latest(self.registry)
+
+    def attested(self, answer: str, check: str) -> None:
+        """A quote was judged: accepted, refused by a check, or unavailable."""
+        self._attestations.labels(answer, str(check)).inc()
 
     # What jobs report
 
