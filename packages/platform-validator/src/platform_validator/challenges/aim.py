@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 
 from platform_protocol.platform_messages import ActiveChallenge
 from platform_validator.challenges.instance import generation_of, instance_key
 from platform_validator.challenges.settling import followed_at
-from platform_validator.store.records import InstanceRecord
+from platform_validator.store.records import InstanceRecord, InstanceState
 
 _CHANGES = 32
 
@@ -57,6 +58,20 @@ class Aim:
             return Target(listed, key, digest)
         earlier = {"github_repo": before.repository, "github_commit": before.commit, "compose_hash": None}
         return Target(listed.model_copy(update=earlier), before.key, before.spec_digest)
+
+    def record(self, target: Target, at: datetime) -> InstanceRecord:
+        """The instance as it begins."""
+        return InstanceRecord(
+            key=target.key,
+            challenge_id=target.wanted.id,
+            name=target.wanted.name,
+            repository=target.wanted.github_repo,
+            commit=target.wanted.github_commit,
+            spec_digest=target.digest,
+            state=InstanceState.CREATED,
+            since=at,
+            failures=self.failures(target.key),
+        )
 
     def restores(self, key: str) -> InstanceRecord | None:
         """What served before, if that is its key."""

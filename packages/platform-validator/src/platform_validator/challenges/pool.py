@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import timedelta
+from typing import Any
 
 import structlog
 
@@ -48,7 +49,7 @@ class Pool:
         challenge_id: ChallengeId,
         parts: RunnerParts,
         *,
-        broke: Callable[[Instance, str], Awaitable[None]],
+        broke: Callable[[Instance, str], Coroutine[Any, Any, None]],
         refused: Callable[[Instance, AttestationRefused], Awaitable[None]],
         wake: Callable[[], None],
     ) -> None:
@@ -167,10 +168,25 @@ class Pool:
         for task in self._watching:
             task.cancel()
 
-    def taken(self) -> None:
+    # What references tell: see `instance.Landlord`
+
+    def changed(self) -> None:
+        """Somebody took or gave back."""
+        self._wake()
+
+    def claimed(self) -> None:
         """A job was claimed for what stands ready here."""
         self._ended_by_themselves = 0
         self.demand.claimed(self._parts.clock.monotonic())
+
+    def vacated(self, resident: Resident) -> None:
+        """A retired CVM has lost its last job."""
+        self._parts.fleet.destroy(resident.cvm.name)
+
+    def condemn(self, instance: Instance, resident: Resident, reason: str) -> None:
+        """A shared CVM did not serve a job to its end: no other job is given to it."""
+        if instance.resident is resident and self.tasks is not None:
+            self.tasks.create_task(self._broke(instance, f"its CVM failed a job: {reason}"))
 
     def _wanted(self, instance: Instance) -> int:
         if instance.spec is None:

@@ -124,7 +124,9 @@ class Provisioner:
                 await beside.drain_serving(f"drained first: no room for both ({answer})")
             await parts.clock.sleep(_LOOK_FOR_ROOM)
 
-    async def boot(self, candidate: Instance, reservation: Reservation, booted: Callable[[], None]) -> Guest:
+    async def boot(
+        self, candidate: Instance, reservation: Reservation, booted: Callable[[], object]
+    ) -> Guest:
         """Its first CVM; `booted` is called when the SDK inside says that the challenge is imported.
 
         Raises:

@@ -9,22 +9,24 @@ import asyncio
 import contextlib
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import structlog
 
 from platform_protocol.ids import ChallengeId
 from platform_protocol.platform_messages import ActiveChallenge
 from platform_protocol.spec import SpecInvalid
-from platform_validator.challenges.aim import Aim, Target
+from platform_validator.challenges.aim import Aim
+from platform_validator.challenges.chronicle import Chronicle
 from platform_validator.challenges.instance import (
     ChallengeView,
     Instance,
     InstanceRef,
-    Resident,
     generation_of,
     instance_key,
 )
-from platform_validator.challenges.lifecycle import DEADLINES, RETRY, Aside, Fact
+from platform_validator.challenges.leaving import Leaving
+from platform_validator.challenges.lifecycle import RETRY, Aside, Fact
 from platform_validator.challenges.parts import RunnerParts
 from platform_validator.challenges.pool import REFILL_RETRY, Pool
 from platform_validator.challenges.provision import Provisioner, told
@@ -38,7 +40,6 @@ from platform_validator.store.port import StoreUnavailable
 from platform_validator.store.records import InstanceRecord, InstanceState
 
 _LOOK = 60.0
-_MAX_REASON, _KEPT_HEAD = 2000, 500
 _LASTING_STEPS = 3
 LOOK_AGAIN = timedelta(seconds=15)
 
@@ -63,12 +64,13 @@ class ChallengeRunner:
         self._name = ""
         self._serving: Instance | None = None
         self._candidate: Instance | None = None
-        self._old: list[Instance] = []
+        self._leaving = Leaving(parts)
         self._changed = asyncio.Event()
         self._bringing: asyncio.Task[None] | None = None
         self._retry_at = 0.0
         self._look_closer = False
         self._refusal: tuple[str, AttestationRefused] | None = None
+        self._chronicle = Chronicle(challenge_id, parts)
         self._provisioner = Provisioner(parts)
         self._pool = Pool(challenge_id, parts, broke=self._broke, refused=self._is_refused, wake=self.wake)
 
@@ -107,11 +109,11 @@ class ChallengeRunner:
         serving = self._serving
         if serving is None or not self.active or serving.plan is None or serving.spec is None:
             return None
-        return InstanceRef(serving, serving.plan, serving.spec, self, self._parts.clock.monotonic)
+        return InstanceRef(serving, serving.plan, serving.spec, self._pool, self._parts.clock.monotonic)
 
     def bundles_in_use(self) -> set[str]:
         """Hashes of the bundles that its instances boot CVMs from."""
-        instances = (self._serving, self._candidate, *self._old)
+        instances = (self._serving, self._candidate, *self._leaving.instances)
         return {each.plan.bundle_sha256 for each in instances if each is not None and each.plan is not None}
 
     def oldest_ready(self) -> float | None:
@@ -124,34 +126,16 @@ class ChallengeRunner:
 
     def view(self) -> ChallengeView:
         """As shown."""
-        shown = self._serving or self._candidate or (self._old[-1] if self._old else None)
+        old = self._leaving.instances
+        shown = self._serving or self._candidate or (old[-1] if old else None)
         return ChallengeView(
             id=self._id,
             name=self._name,
             state=shown.state if shown else InstanceState.CREATED,
             serving=self._serving.view() if self._serving else None,
             candidate=self._candidate.view() if self._candidate else None,
-            old=tuple(each.view() for each in self._old),
+            old=tuple(each.view() for each in old),
         )
-
-    # What references tell
-
-    def changed(self) -> None:
-        """Somebody took or gave back."""
-        self.wake()
-
-    def claimed(self) -> None:
-        """A job was claimed."""
-        self._pool.taken()
-
-    def vacated(self, resident: Resident) -> None:
-        """A retired CVM has lost its last job."""
-        self._parts.fleet.destroy(resident.cvm.name)
-
-    def condemn(self, instance: Instance, resident: Resident, reason: str) -> None:
-        """A shared CVM did not serve a job to its end."""
-        if instance.resident is resident and self._pool.tasks is not None:
-            self._pool.tasks.create_task(self._broke(instance, f"its CVM failed a job: {reason}"))
 
     # The task
 
@@ -165,17 +149,17 @@ class ChallengeRunner:
                 self._pool.end()
         finally:
             self._pool.tasks = None
-            for instance in (self._serving, self._candidate, *self._old):
+            for instance in (self._serving, self._candidate, *self._leaving.instances):
                 if instance is not None:
                     self._pool.clear(instance)
 
     async def _step(self, group: asyncio.TaskGroup) -> bool:
         try:
-            await self._retire()
+            await self._leaving.retire()
             await self._take_refusal()
             if self._aim.listed is None:
                 await self._withdraw()
-                return not self._old and self._candidate is None and self._serving is None
+                return not self._leaving.instances and self._candidate is None and self._serving is None
             await self._follow(self._aim.listed, group)
             self._pool.refill(group)
         except StoreUnavailable as error:
@@ -210,7 +194,8 @@ class ChallengeRunner:
         if self._candidate is None:
             if now < self._aim.followed_at:
                 return
-            await self._begin(Instance(self._record(target), target.wanted))
+            record = self._aim.record(target, self._parts.clock.now())
+            await self._begin(Instance(record, target.wanted))
         candidate = self._candidate
         if candidate is None or (self._bringing is not None and not self._bringing.done()):
             return
@@ -230,7 +215,7 @@ class ChallengeRunner:
             self._retry_at = self._parts.clock.monotonic() + LOOK_AGAIN.total_seconds()
             return
         candidate.refused_under = None
-        await self._tell(candidate, Fact.RETRIED)
+        await self._chronicle.tell(candidate, Fact.RETRIED)
 
     async def _bring_back(self) -> None:
         """What served and broke is its own candidate, before anything newer that has failed (I8)."""
@@ -271,23 +256,10 @@ class ChallengeRunner:
             return
         await self._parts.store.put_instance(candidate.record)
         crashpoint("instance_created")
-        self._said(candidate)
+        self._chronicle.said(candidate)
         if self._serving is not None:
             self._serving.record = replace(self._serving.record, superseded_by=candidate.key)
             await self._parts.store.put_instance(self._serving.record)
-
-    def _record(self, target: Target) -> InstanceRecord:
-        return InstanceRecord(
-            key=target.key,
-            challenge_id=self._id,
-            name=target.wanted.name,
-            repository=target.wanted.github_repo,
-            commit=target.wanted.github_commit,
-            spec_digest=target.digest,
-            state=InstanceState.CREATED,
-            since=self._parts.clock.now(),
-            failures=self._aim.failures(target.key),
-        )
 
     async def _bring_up(self, candidate: Instance) -> None:
         """Created to Active, or to Failed with the reason."""
@@ -309,15 +281,16 @@ class ChallengeRunner:
         candidate.waits = None
         began = self._parts.clock.monotonic()
         try:
-            await self._tell(candidate, Fact.FETCHED)
+            await self._chronicle.tell(candidate, Fact.FETCHED)
         except BaseException:
             self._parts.quota.release(reservation)
             raise
         crashpoint("instance_fetched")
-        cvm = await provisioner.boot(candidate, reservation, lambda: self._note(candidate, Fact.BOOTED))
+        booted = partial(self._chronicle.note, candidate, Fact.BOOTED)
+        cvm = await provisioner.boot(candidate, reservation, booted)
         try:
             self._pool.demand.booted(self._parts.clock.monotonic() - began)
-            await self._store(candidate)
+            await self._chronicle.store(candidate)
             crashpoint("instance_booted")
             await provisioner.probe(cvm)
             await self._switch(candidate)
@@ -338,21 +311,14 @@ class ChallengeRunner:
         """It takes no more jobs, and gives its room to the candidate as those that run end."""
         serving = self._serving
         if serving is not None and self.active:
-            await self._drained_for(serving, reason)
+            await self._chronicle.drained_for(serving, reason)
             self._pool.clear(serving)
             crashpoint("instance_draining")
 
     async def _take_jobs_again(self) -> None:
         """The candidate that the serving instance was drained for is no more."""
         if self._serving is not None and self._serving.drained_for is not None:
-            await self._drained_for(self._serving, None)
-
-    async def _drained_for(self, serving: Instance, reason: str | None) -> None:
-        serving.drained_for = reason
-        serving.record = replace(serving.record, reason=reason, since=self._parts.clock.now())
-        self._said(serving)
-        with contextlib.suppress(StoreUnavailable):
-            await self._parts.store.put_instance(serving.record)
+            await self._chronicle.drained_for(self._serving, None)
 
     async def _switch(self, candidate: Instance) -> None:
         """The candidate serves and the old one recycles: one store transaction, then both in memory."""
@@ -375,17 +341,16 @@ class ChallengeRunner:
         self._aim.served()
         candidate.boot_failures, candidate.restoring = 0, False
         if old is not None:
-            self._leaves(old)
-            self._said(old)
-        self._said(candidate)
+            self._leave(old)
+            self._chronicle.said(old)
+        self._chronicle.said(candidate)
 
     # Ends
 
     async def _broke(self, instance: Instance, reason: str) -> None:
-        if instance.told(Fact.BROKE, at=self._parts.clock.now(), reason=_shortened(reason)) is Aside.IGNORED:
+        if self._chronicle.note(instance, Fact.BROKE, reason) is Aside.IGNORED:
             return
         self._pool.clear(instance)
-        self._said(instance)
         failures = instance.record.failures + (_LASTING_STEPS if instance.lasting else 0)
         self._retry_at = self._parts.clock.monotonic() + max(1.0, RETRY.wait(failures, self._parts.rng))
         with contextlib.suppress(StoreUnavailable):
@@ -409,45 +374,21 @@ class ChallengeRunner:
         if refusal is not None and serving is not None and serving.key == refusal[0]:
             await self._is_refused(serving, refusal[1])
 
-    def _note(self, instance: Instance, fact: Fact) -> None:
-        instance.told(fact, at=self._parts.clock.now())
-        self._said(instance)
-
-    async def _tell(self, instance: Instance, fact: Fact) -> None:
-        self._note(instance, fact)
-        await self._store(instance)
-
-    async def _store(self, instance: Instance) -> None:
-        """What is being restored stays in the journal as what served, until it serves or has failed."""
-        if not instance.restoring:
-            await self._parts.store.put_instance(instance.record)
-
-    def _said(self, instance: Instance) -> None:
-        record = instance.record
-        log = _log.warning if record.state is InstanceState.FAILED else _log.info
-        log(
-            "challenge_state",
-            challenge_id=self._id,
-            name=record.name,
-            commit=record.commit,
-            state=record.state.value,
-            reason=record.reason,
-            failures=record.failures,
-        )
-        self._parts.on_state(self._id, record.state.value)
-
     async def _drop_candidate(self, fact: Fact) -> None:
         candidate, self._candidate = self._candidate, None
         if candidate is None:
             return
-        if self._bringing is not None:
+        if self._bringing is not None and not self._bringing.done():
             self._bringing.cancel()
-            self._bringing = None
+            if self._serving is not None:
+                # The switch may have been written, and taken back here.
+                await self._parts.store.put_instance(self._serving.record)
+        self._bringing = None
         now = self._parts.clock.now()
         if candidate.told(fact, at=now) is Aside.FORGOTTEN:
             await self._parts.store.remove_instance(candidate.key, at=now, reason=fact.value)
         else:
-            self._leaves(candidate)
+            self._leave(candidate)
             await self._parts.store.put_instance(candidate.record)
         self._pool.clear(candidate)
         await self._take_jobs_again()
@@ -458,34 +399,11 @@ class ChallengeRunner:
         self._pool.serving = None
         if serving is not None:
             serving.told(Fact.REMOVED, at=self._parts.clock.now())
-            self._leaves(serving)
-            self._said(serving)
+            self._leave(serving)
+            self._chronicle.said(serving)
             await self._parts.store.put_instance(serving.record)
-        await self._retire()
+        await self._leaving.retire()
 
-    def _leaves(self, instance: Instance) -> None:
-        """It finishes its jobs, as long as the longest of them may take."""
-        longest = instance.plan.timeout if instance.plan is not None else timedelta(0)
-        patience = longest + (DEADLINES[InstanceState.RECYCLING] or timedelta(0))
-        instance.leaves_at = self._parts.clock.monotonic() + patience.total_seconds()
-        instance.drained_for = None
-        self._old.append(instance)
+    def _leave(self, instance: Instance) -> None:
+        self._leaving.add(instance)
         self._pool.clear(instance)
-
-    async def _retire(self) -> None:
-        now = self._parts.clock.monotonic()
-        for instance in [each for each in self._old if each.users == 0 or now >= each.leaves_at]:
-            instance.told(Fact.DRAINED, at=self._parts.clock.now())
-            crashpoint("instance_recycled")
-            await self._parts.store.remove_instance(instance.key, at=self._parts.clock.now())
-            self._old.remove(instance)
-            for resident in instance.leaving:
-                self._parts.fleet.destroy(resident.cvm.name)
-            _log.info("instance_gone", challenge_id=self._id, commit=instance.record.commit)
-
-
-def _shortened(reason: str) -> str:
-    """Its head and its end: an import error says what happened in its last line."""
-    if len(reason) <= _MAX_REASON:
-        return reason
-    return f"{reason[:_KEPT_HEAD]} … {reason[_KEPT_HEAD - _MAX_REASON :]}"
