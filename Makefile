@@ -81,4 +81,4 @@ docs: setup ## check the pages' links and commands; write docs/openapi.json
 
 lock: ## make requirements.lock anew (needs uv)
 	uv pip compile --universal --generate-hashes --no-emit-index-url --no-header --no-annotate --python-version 3.11 \
-	  --group dev packages/*/pyproject.toml --extra signing $(foreach p,$(PACKAGES),--no-emit-package $(notdir $(p))) -o requirements.lock
+	  --group dev packages/*/pyproject.toml --extra signing --extra receipts $(foreach p,$(PACKAGES),--no-emit-package $(notdir $(p))) -o requirements.lock

@@ -74,6 +74,7 @@ class Demo:
         self._made: dict[str, Upload] = {}
         self._challenges: dict[str, str] = {}
         self._miners: dict[str, Keypair] = {}
+        self._receipts = 0
 
     def run(self) -> int:
         """The whole of it."""
@@ -88,6 +89,7 @@ class Demo:
         self._watch()
         jobs = stack.jobs()
         boards = {name: self._board(identity) for name, identity in self._challenges.items()}
+        self._keep_receipts(jobs)
         if self._keep:
             report, faults = self._report(jobs, boards, vms_left=0, left_over={}), self._faults(jobs)
             self._finish(report, faults)
@@ -104,6 +106,20 @@ class Demo:
         faults += [f"{vms_left} VMs left"] if vms_left else []
         self._finish(report, faults)
         return int(bool(faults))
+
+    def _keep_receipts(self, jobs: list[dict[str, Any]]) -> None:
+        """Beside the report, with what verifies them: `validator verify`, `examples/verify_receipt.py`."""
+        folder = self._output / "receipts"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for job in jobs:
+            found = self._stack.receipt(job["id"])
+            if found is not None:
+                self._receipts += 1
+                (folder / f"{self._made[job['id']].name}.json").write_text(json.dumps(found))
+        shutil.copy(self._stack.state / "vmm" / "simulated-root.pem", folder / "simulated-root.pem")
+        for kept in (self._stack.state / "validator" / "cache" / "collateral").glob("*/*.json"):
+            shutil.copy(kept, folder / "collateral.json")
 
     def _register(self) -> None:
         for name in sorted({one.challenge for one in find_uploads(EXAMPLES)}):
@@ -181,6 +197,7 @@ class Demo:
             "scored": outcomes.count("succeeded"),
             "failed_submissions": outcomes.count("failed") + outcomes.count("timeout"),
             "infra_errors": outcomes.count("infra_error") + outcomes.count("sandbox_died"),
+            "receipts": self._receipts,
             "results_lost": sum(job["status"] not in _FINISHED for job in jobs),
             "vms_left": vms_left,
             "processes_left": len(left_over.get("processes", [])),
@@ -192,7 +209,7 @@ class Demo:
         """What differs from examples/expectations.json."""
         table = json.loads((EXAMPLES / "expectations.json").read_text())["submissions"]
         expected = {(row["challenge"], row["miner"], row["name"]): row for row in table}
-        faults = []
+        faults = [f"{self._receipts} receipts for {len(jobs)} jobs"] if self._receipts != len(jobs) else []
         for job in jobs:
             what = self._made[job["id"]]
             wanted = expected[what.challenge, what.miner, what.name]

@@ -8,6 +8,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -133,6 +134,15 @@ class Stack:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:  # noqa: S310 - our own loopback URL
             board: list[dict[str, Any]] = json.load(answer)["leaderboard"]
         return board
+
+    def receipt(self, job_id: str) -> dict[str, Any] | None:
+        """A job's receipt, as the public sees it; None where it has none."""
+        try:
+            with urllib.request.urlopen(f"{self.base}/jobs/{job_id}/receipt", timeout=_TIMEOUT) as answer:  # noqa: S310 - our own loopback URL
+                found: dict[str, Any] = json.load(answer)
+        except urllib.error.HTTPError:
+            return None
+        return found
 
     def vms(self) -> list[dict[str, Any]]:
         """Every VM, as the VMM sees it."""

@@ -57,6 +57,24 @@ def check_folder(folder: Path, runtime: str | None = None) -> list[Finding]:
     return found
 
 
+def compose_of_folder(folder: Path, runtime: str) -> bytes | str:
+    """The app-compose bytes that a challenge's folder makes under a runtime, or why it makes none."""
+    spec, found = _check_toml(folder)
+    sha256, about_bundle = _check_bundle(folder)
+    found += about_bundle
+    compose_file = None
+    if spec is not None and spec.cvm.compose is not None:
+        compose_file, about = _check_compose_file(folder, spec.cvm.compose)
+        found.append(about)
+    fails = [f"{one.check}: {one.detail}" for one in found if one.result == "fail"]
+    if spec is None or sha256 is None or fails:
+        return "; ".join(fails)
+    try:
+        return app_compose(spec, bundle_sha256=sha256, runtime=runtime, compose_file=compose_file)
+    except ComposeInvalid as error:
+        return str(error)
+
+
 def _check_toml(folder: Path) -> tuple[ChallengeSpec | None, list[Finding]]:
     path = folder / "platform.toml"
     if path.is_symlink() or not path.is_file():

@@ -31,6 +31,7 @@ from platform_validator.cli.cvms import cvms
 from platform_validator.cli.hosts import hosts
 from platform_validator.cli.jobs import jobs
 from platform_validator.cli.values import values
+from platform_validator.cli.verify import verify
 from platform_validator.config import Settings, load_settings
 from platform_validator.errors import ValidatorError
 from platform_validator.keys import find_hotkey
@@ -43,6 +44,7 @@ app.add_typer(cvms, name="cvms")
 app.add_typer(hosts, name="hosts")
 app.add_typer(challenges, name="challenges")
 app.add_typer(values, name="values")
+app.command()(verify)
 app.add_typer(attestation, name="attestation")
 
 _GRACE = 30.0

@@ -44,6 +44,7 @@ from platform_validator.jobs.giving_back import GivingBack
 from platform_validator.jobs.lease import LeaseRules, Renewer, ThreadRenewer
 from platform_validator.jobs.manager import JobManager
 from platform_validator.jobs.outbox import Outbox
+from platform_validator.jobs.receipts import ReceiptMaker
 from platform_validator.jobs.submissions import Submissions
 from platform_validator.jobs.tenure import Tenure
 from platform_validator.keyring import Keyring
@@ -267,8 +268,9 @@ def make_components(
     values: ValueKeeper,
     metrics: Metrics,
     cache: Path,
+    receipts: ReceiptMaker | None = None,
 ) -> Components:
-    """Quota, fleet, challenges, outbox, executor, job manager."""
+    """Quota, fleet, challenges, outbox, executor, job manager. Without `receipts` results have none."""
     clock, client, rng = outside.clock, outside.client, outside.rng
     outside.renewer.heard = metrics.lease_renewed
     outside.policy.heard = metrics.attested
@@ -330,6 +332,7 @@ def make_components(
         ),
         ends=ends,
         metrics=metrics,
+        receipts=receipts,
     )
     jobs = JobManager(
         client=client,

@@ -34,6 +34,7 @@ from platform_validator.daemon.parts import (
 from platform_validator.daemon.pinning import Pinner
 from platform_validator.daemon.systemd import Systemd
 from platform_validator.daemon.watchdog import Watchdog
+from platform_validator.jobs.receipts import ReceiptMaker
 from platform_validator.keyring import Keyring, KeyringBroken
 from platform_validator.state import StateDirectory, StateLocked, StateUnusable
 from platform_validator.store.port import StoreCorrupt, StoreUnavailable
@@ -169,6 +170,7 @@ class Daemon:
                 values=values,
                 metrics=self._metrics,
                 cache=cache,
+                receipts=ReceiptMaker(self._keypair, connections.clock),
             )
             source.in_use = parts.challenges.bundles_in_use
             pinner = Pinner(

@@ -28,6 +28,7 @@ from platform_validator.jobs.ends import JobEnds
 from platform_validator.jobs.giving_back import GivingBack
 from platform_validator.jobs.left_cvm import LeftCvm
 from platform_validator.jobs.observe import JobMetrics
+from platform_validator.jobs.receipts import ReceiptMaker
 from platform_validator.jobs.recovery import RESTARTED
 from platform_validator.jobs.result import Finding, judge, result_body
 from platform_validator.jobs.submissions import Submissions
@@ -61,6 +62,7 @@ class JobExecutor:
         scoring: The operator's rule; a challenge's `[scoring]` wins over it.
         ends: Writes down how jobs without a result ended.
         metrics: Is told.
+        receipts: Signs what is submitted; None: no receipts.
     """
 
     def __init__(
@@ -76,8 +78,10 @@ class JobExecutor:
         scoring: ScoringRule,
         ends: JobEnds,
         metrics: JobMetrics,
+        receipts: ReceiptMaker | None = None,
     ) -> None:
         self._store = store
+        self._receipts = receipts
         self._fleet = fleet
         self._quota = quota
         self.tenure = tenure
@@ -219,7 +223,8 @@ class JobExecutor:
         """Store the body that will be sent; the outbox delivers it. Then the SDK may forget it."""
         await self.tenure.assured(job)
         limit_ms = _milliseconds(job.time_limit)
-        body = result_body(
+        body = await asyncio.to_thread(
+            result_body,
             finding,
             claim=job.claim,
             logs=[*job.logs, *(result.logs if result else ())],
@@ -229,6 +234,7 @@ class JobExecutor:
             compose_hash=job.plan.compose_hash,
             isolation_level=cvm.isolation_level,
             attestation=cvm.attestation,
+            receipt=lambda shown: self._receipts.seal(job, shown, result) if self._receipts else None,
         )
         outcome = _OUTCOMES[finding.outcome]
         await self._diary.keep_result(job, outcome, body)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -117,8 +117,12 @@ def result_body(
     compose_hash: str,
     isolation_level: IsolationLevel,
     attestation: AttestationKind,
+    receipt: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda _: None,
 ) -> bytes:
-    """The exact bytes that are stored and sent: RFC 8785 of the result body."""
+    """The exact bytes that are stored and sent: RFC 8785 of the result body.
+
+    `receipt` is given the body, and makes what goes into its `receipt`.
+    """
     body = ResultBody(
         lease_token=claim.lease.token,
         attempt=claim.attempt,
@@ -136,7 +140,8 @@ def result_body(
         attestation=attestation,
         receipt=None,
     )
-    return canonical_json(body.model_dump(mode="json"))
+    shown = body.model_dump(mode="json")
+    return canonical_json(shown | {"receipt": receipt(shown)})
 
 
 def last_lines(lines: Sequence[str], limit: int) -> list[str]:
