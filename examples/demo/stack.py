@@ -138,7 +138,7 @@ class Stack:
     def receipt(self, job_id: str) -> dict[str, Any] | None:
         """A job's receipt, as the public sees it; None where it has none."""
         try:
-            with urllib.request.urlopen(f"{self.base}/jobs/{job_id}/receipt", timeout=_TIMEOUT) as answer:  # noqa: S310 - our own loopback URL
+            with urllib.request.urlopen(f"{self.base}/jobs/{job_id}/receipt", timeout=TIMEOUT) as answer:  # noqa: S310 - our own loopback URL
                 found: dict[str, Any] = json.load(answer)
         except urllib.error.HTTPError:
             return None

@@ -11,6 +11,7 @@ from collections import Counter
 import structlog
 from tests.attestation.evidence import ACCEPTED, World, judged
 from tests.attestation.honest import honest, real_chains, real_measurements, real_replays
+from tests.attestation.tampered_receipts import receipts
 from tests.attestation.tampering import cases
 
 
@@ -26,6 +27,13 @@ async def run() -> int:
         areas[case.area] += 1
         if answer != case.answer:
             wrong.append(f"{case}: expected {case.answer}, got {answer}")
+    for lie in receipts():
+        refuted = lie.refuted(world)
+        accepted += not refuted
+        answers.add(f"refuted {lie.check}")
+        areas["receipt"] += 1
+        if lie.check not in refuted:
+            wrong.append(f"{lie}: expected {lie.check} to refute it, got {refuted}")
     for line in wrong:
         sys.stdout.write(f"WRONG {line}\n")
     for area, count in areas.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def _command(output: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "examples.demo", "--output", str(output), *arguments]
+
+
+def assert_verified_by_a_second_program(*files: Path) -> None:
+    """`examples/verify_receipt.py` imports nothing of the project; all of it holds, up to the signatures."""
+    program = ROOT / "examples" / "verify_receipt.py"
+    words = re.findall(r"^(?:import|from) (\w+)", program.read_text(), re.MULTILINE)
+    assert not [word for word in words if word.startswith("platform")]
+    assert len(program.read_text().splitlines()) <= 150
+    command = [sys.executable, str(program), *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the quote's signatures hold" in done.stdout
 
 
 @pytest.mark.slow(reason="starts the whole system and evaluates twelve submissions")
@@ -36,6 +49,11 @@ def test_every_submission_ends_as_expected_although_the_platform_api_is_killed_f
     assert (report["jobs"], report["scored"], report["failed_submissions"]) == (12, 6, 6)
     for name in ("infra_errors", "results_lost", "vms_left", "processes_left"):
         assert report[name] == 0, name
+    assert report["receipts"] == report["jobs"]
+    receipts = tmp_path / "receipts"
+    for name in ("deflate", "crash"):
+        what = [receipts / f"{name}.json", receipts / "simulated-root.pem", receipts / "collateral.json"]
+        assert_verified_by_a_second_program(*what)
 
 
 @pytest.mark.slow(reason="starts the whole system twice")
