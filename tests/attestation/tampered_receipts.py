@@ -1,4 +1,4 @@
-"""Receipts that were changed after they were signed, or lied before; each refuted by the check that names it."""
+"""Receipts that were changed after they were signed, or lied before; each refuted by its check."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def result(world: World, **changed: Any) -> str:
 def evidence(world: World, text: str, **td: Any) -> tuple[str, str]:
     """A quote that binds a record, and its event log."""
     made = world.evidence(td={"report_data": result_report_data(text.encode()), **td})
-    return base64.b64encode(made.quote).decode(), made.event_log
+    return base64.b64encode(made.quote or b"").decode(), made.event_log
 
 
 def facts(world: World, **changed: Any) -> ReceiptFacts:
@@ -227,7 +227,7 @@ def receipts() -> list[ReceiptCase]:
         _said(
             "a quote of a handshake",
             "binding",
-            lambda world: {"quote": base64.b64encode(world.evidence().quote).decode()},
+            lambda world: {"quote": base64.b64encode(world.evidence().quote or b"").decode()},
         ),
         _said("a quote that is none", "binding", lambda _: {"quote": base64.b64encode(b"no quote").decode()}),
         _said("no quote, without a reason", "binding", lambda _: {"quote": None}),
@@ -244,7 +244,7 @@ def receipts() -> list[ReceiptCase]:
         _said(
             "an event log without its first event",
             "event_log",
-            lambda world: _log(world, lambda events: events.pop(0) and None),
+            lambda world: _log(world, lambda events: events.__delitem__(0)),
         ),
         _said(
             "an event log out of order",

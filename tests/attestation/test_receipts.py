@@ -1,4 +1,4 @@
-"""Receipts: an honest one is proved, others are refuted by the check that names it; what is missing is said."""
+"""Receipts: an honest one is proved, others are refuted by name; what is missing is said."""
 
 from __future__ import annotations
 
