@@ -127,7 +127,7 @@ def test_an_older_journal_gets_the_newest_schema_and_keeps_every_value(version: 
         name: list(rows[0]) for name, rows in newest.items() if name in before or name in FILLED
     }
     assert [found[name] for name in FILLED] == [newest[name] for name in FILLED]
-    assert [name for name in found if name not in before] == [name for name in newest if name not in before]
+    assert set(found) - set(before) == set(newest) - set(before)
     assert len(schema) == len(newest_schema)
     assert found.pop("migrations") == newest["migrations"]
     before.pop("migrations")
@@ -211,6 +211,7 @@ async def test_an_older_journal_is_read_and_written_by_this_version(version: int
         host=HostName("small") if version >= 4 else DEFAULT_HOST,
     )
     assert await store.open_vms() == [destroying]
+    assert [each.name for each in await store.env()] == (["KEY"] if version >= 6 else [])
     assert await store.drained_hosts() == ({HostName("small"): at(3)} if version >= 4 else {})
     gone = await store.vm(VmName("pv-gone"))
     assert gone is not None

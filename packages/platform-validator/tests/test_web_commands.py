@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from platform_protocol.ids import ChallengeId, JobId, VmName
 from platform_protocol.values import ValueInvalid
 from platform_validator.attestation.os_image import Shape
+from platform_validator.challenges.environment import EnvCommand, EnvRefused
 from platform_validator.cvm.hosts import UnknownHost
 from platform_validator.cvm.vmm import VmmUnavailable
 from platform_validator.host_name import HostName
@@ -37,6 +38,7 @@ POSTS = [
     "/api/v1/hosts/big/drain",
     "/api/v1/hosts/big/undrain",
     "/api/v1/values",
+    "/api/v1/env",
     PIN,
     "/api/v1/reload",
 ]
@@ -81,6 +83,12 @@ class Controlled:
         if isinstance(self.host, Exception):
             raise self.host
         return self.host
+
+    async def env(self, command: EnvCommand) -> dict[str, Any]:
+        self.asked.append(command)
+        if isinstance(self.valued, Exception):
+            raise self.valued
+        return self.valued
 
     async def values(self, command: ValueCommand) -> dict[str, Any]:
         self.asked.append(command)
@@ -354,6 +362,7 @@ async def test_a_tool_with_the_token_can_ask(controlled: Controlled, own_page: b
             bodies = {
                 "reclaim": {"names": []},
                 "values": {"do": "scopes"},
+                "env": {"do": "list"},
                 "pin": {"image": "i", "cpu": 1, "memory_mb": 1},
             }
             body = bodies.get(path.rsplit("/")[-1], {})
@@ -406,6 +415,39 @@ async def test_strays_that_cannot_be_reclaimed(
         assert answer.status == status
         assert (await answer.json())["error"]
     assert len(controlled.asked) == (fault is not None)
+
+
+@pytest.mark.parametrize(
+    ("body", "fault", "status", "code"),
+    [
+        (b'{"do": "list"}', None, 200, None),
+        (
+            b'{"do": "unset", "challenge_id": "c", "name": "N"}',
+            EnvRefused("not_found", "no"),
+            404,
+            "not_found",
+        ),
+        (b'{"do": "unset", "challenge_id": "c", "name": "N"}', EnvRefused("bad_name", "no"), 422, "bad_name"),
+        (b'{"do": "list"}', NotStarted("soon"), 409, "not_started"),
+        (b'{"do": "list"}', StoreUnavailable("full"), 503, "journal_unavailable"),
+        (b'{"do": "set", "value": {"secret": "canary"}}', None, 400, "bad_body"),
+        (b'{"do": "show"}', None, 400, "bad_body"),
+        (b"[" * 100_000, None, 400, "bad_body"),
+        (b" " * 600_000, None, 413, "too_large"),
+    ],
+)
+async def test_environment_goes_in_by_post(
+    controlled: Controlled, body: bytes, fault: Exception | None, status: int, code: str | None
+) -> None:
+    """Every refusal has its word, and none repeats what was sent."""
+    controlled.valued = fault or {"env": []}
+    async with (
+        served(over_tcp(controlled)) as client,
+        client.post("/api/v1/env", data=body, headers=TOKEN) as answer,
+    ):
+        said = await answer.json()
+        assert (answer.status, said.get("code")) == (status, code)
+        assert "canary" not in str(said)
 
 
 async def test_values_are_asked_for_by_commands(controlled: Controlled) -> None:

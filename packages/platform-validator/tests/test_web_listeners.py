@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from platform_protocol.ids import JobId, VmName
 from platform_validator.attestation.os_image import Shape
+from platform_validator.challenges.environment import EnvCommand
 from platform_validator.host_name import HostName
 from platform_validator.values.commands import ValueCommand
 from platform_validator.web.control import Cancelling, Draining, HostDraining, Reloaded
@@ -82,6 +83,9 @@ class Uncontrolled:
 
     async def undrain_host(self, name: HostName) -> HostDraining:
         raise NotImplementedError
+
+    async def env(self, command: EnvCommand) -> dict[str, Any]:
+        return {}
 
     async def values(self, command: ValueCommand) -> dict[str, Any]:
         raise NotImplementedError

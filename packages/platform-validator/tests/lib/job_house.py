@@ -16,6 +16,7 @@ from platform_protocol.ids import ChallengeId, JobId
 from platform_protocol.platform_messages import ActiveChallenge, IsolationLevel
 from platform_protocol.resources import Resources
 from platform_protocol.session.messages import JobError
+from platform_validator.challenges.environment import EnvSource
 from platform_validator.challenges.git_source import GitSource
 from platform_validator.challenges.manager import ChallengeManager
 from platform_validator.challenges.memory import MemoryFleet, MemorySession
@@ -97,6 +98,7 @@ class House:
     max_concurrent: int = 4
     platform: MemoryPlatform = field(default_factory=lambda: MemoryPlatform(term=timedelta(seconds=0.6)))
     store: MemoryStore = field(default_factory=MemoryStore)
+    env: EnvSource | None = None
 
     def __post_init__(self) -> None:
         clock, rng = QuickClock(), random.Random(7)  # noqa: S311 - jitter
@@ -119,6 +121,7 @@ class House:
             rules=HostRules(level=IsolationLevel.CONTAINER, limits=self.limits),
             clock=clock,
             rng=rng,
+            env=self.env,
         )
         self.outbox = Outbox(client=self.client, store=self.store, clock=clock, rng=rng, metrics=Unmeasured())
         ends = JobEnds(store=self.store, clock=clock)
@@ -182,14 +185,20 @@ class House:
                 for task in loops:
                     task.cancel()
 
-    def publish(self, commit: str, challenge_id: ChallengeId = CHALLENGE, name: str = "digits") -> None:
+    def publish(
+        self,
+        commit: str,
+        challenge_id: ChallengeId = CHALLENGE,
+        name: str = "digits",
+        repository: str | None = None,
+    ) -> None:
         """List a challenge at a commit."""
         self.platform.put_challenge(
             ActiveChallenge(
                 id=challenge_id,
                 name=name,
                 status="active",
-                github_repo=str(self.folder / "repository"),
+                github_repo=repository or str(self.folder / "repository"),
                 github_commit=commit,
                 resources=CVM,
             )

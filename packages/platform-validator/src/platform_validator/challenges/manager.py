@@ -13,6 +13,7 @@ import structlog
 
 from platform_protocol.ids import ChallengeId
 from platform_protocol.resources import Resources
+from platform_validator.challenges.environment import EnvSource, NoEnvironments
 from platform_validator.challenges.instance import ChallengeView, InstanceRef
 from platform_validator.challenges.parts import RunnerParts
 from platform_validator.challenges.resolve import HostRules
@@ -54,6 +55,7 @@ class ChallengeManager:
         on_active: Called when a challenge became Active or a ready CVM came: jobs may be claimable.
         policy: A fingerprint of the attestation policy in force.
         on_state: Called with each state that an instance enters.
+        env: What operators gave to challenges; None: nothing.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class ChallengeManager:
         on_active: Callable[[], None] = lambda: None,
         policy: Callable[[], str] = lambda: "",
         on_state: Callable[[ChallengeId, str], None] = lambda _challenge_id, _state: None,
+        env: EnvSource | None = None,
     ) -> None:
         self._client = client
         self._store = store
@@ -90,6 +93,7 @@ class ChallengeManager:
             fleet=fleet,
             quota=quota,
             rules=rules,
+            env=env or NoEnvironments(),
             clock=clock,
             rng=rng,
             room=self,
@@ -106,6 +110,12 @@ class ChallengeManager:
     def wake(self) -> None:
         """Look at the list now (a push hinted at a change)."""
         self._wake.set()
+
+    def env_changed(self, challenge_id: ChallengeId) -> None:
+        """An operator gave or took a variable: what waits for it is tried at once."""
+        runner = self._runners.get(challenge_id)
+        if runner is not None:
+            runner.try_again()
 
     def resize(self, limits: Resources) -> None:
         """Other totals for all CVMs: what Failed for being larger is tried again as for any reason."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from platform_protocol.ids import ChallengeId
+from platform_validator.challenges.environment import EnvSource
 from platform_validator.challenges.resolve import HostRules
 from platform_validator.challenges.room import CvmFleet, Images
 from platform_validator.challenges.source import Source
@@ -37,6 +38,7 @@ class RunnerParts:
     fleet: CvmFleet
     quota: Quota
     rules: HostRules
+    env: EnvSource
     clock: Clock
     rng: random.Random
     room: RoomMaker

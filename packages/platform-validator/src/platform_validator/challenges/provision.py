@@ -189,6 +189,7 @@ class Provisioner:
             compose_file=compose_file,
             facts=await self._parts.vmm.facts(),
             rules=self._parts.rules,
+            env=await self._parts.env.given(instance.wanted.id, instance.wanted.github_repo),
         )
 
     async def _compose_file(self, tree: FetchedTree, path: str | None) -> str | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 
 from platform_protocol.compose import ComposeInvalid, app_compose, compose_hash
 from platform_protocol.platform_messages import ActiveChallenge, IsolationLevel
 from platform_protocol.resources import Resources
 from platform_protocol.spec import ChallengeSpec
+from platform_validator.challenges.environment import GivenEnv
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.vmm import VmmFacts, VmmImage
 from platform_validator.errors import ValidatorError
@@ -37,7 +38,6 @@ class HostRules:
     level: IsolationLevel
     limits: Resources
     runtime: str | None = None
-    env: Mapping[str, str] = field(default_factory=dict)
 
 
 def resolve(
@@ -49,12 +49,13 @@ def resolve(
     compose_file: str | None,
     facts: VmmFacts,
     rules: HostRules,
+    env: GivenEnv,
 ) -> CvmPlan:
     """The plan of an instance's CVMs.
 
     Raises:
-        Unfit: `does_not_fit`, `image_unknown`, `image_below_level`, `runtime_unknown`, `env_missing`,
-            `compose_hash_mismatch`.
+        Unfit: `does_not_fit`, `image_unknown`, `image_below_level`, `runtime_unknown`,
+            `compose_hash_mismatch`, `env_needs_confirmation`, `env_unreadable`, `env_missing`.
     """
     resources = cvm_size(wanted, spec)
     _fits(resources, rules.limits)
@@ -79,7 +80,7 @@ def resolve(
         bundle_sha256=bundle_sha256,
         resources=resources,
         timeout=timedelta(seconds=spec.execution.timeout_s or DEFAULT_TIMEOUT_S),
-        env=_env(spec, rules.env),
+        env=_env(wanted, spec, env),
     )
 
 
@@ -140,10 +141,30 @@ def _fits(resources: Resources, limits: Resources) -> None:
             raise Unfit("does_not_fit", f"one CVM wants {what} = {wanted}, the limit for all is {limit}")
 
 
-def _env(spec: ChallengeSpec, given: Mapping[str, str]) -> dict[str, str]:
-    missing = sorted(
-        name for name, declared in spec.env.items() if name not in given and not declared.optional
-    )
+def _env(wanted: ActiveChallenge, spec: ChallengeSpec, given: GivenEnv) -> dict[str, str]:
+    moved = [name for name in sorted(spec.env) if name in given.elsewhere]
+    if moved:
+        raise Unfit(
+            "env_needs_confirmation",
+            f"{', '.join(moved)} was given for {given.elsewhere[moved[0]]}, and github_repo is now "
+            f"{wanted.github_repo}: if its code may have it, give it again: {_commands(wanted, moved)}",
+        )
+    damaged = [name for name in sorted(spec.env) if name in given.unreadable]
+    if damaged:
+        raise Unfit(
+            "env_unreadable",
+            f"{', '.join(damaged)} does not open with this keyring: {_commands(wanted, damaged)}",
+        )
+    missing = [
+        name
+        for name, declared in sorted(spec.env.items())
+        if name not in given.values and not declared.optional
+    ]
     if missing:
-        raise Unfit("env_missing", f"values that the operator must give: {', '.join(missing)}")
-    return {name: given[name] for name in spec.env if name in given}
+        wants = "; ".join(f"{name} ({spec.env[name].description or 'not described'})" for name in missing)
+        raise Unfit("env_missing", f"it wants {wants}: {_commands(wanted, missing)}")
+    return {name: given.values[name] for name in spec.env if name in given.values}
+
+
+def _commands(wanted: ActiveChallenge, names: Sequence[str]) -> str:
+    return "; ".join(f"validator env set {wanted.id} {name}" for name in names)

@@ -94,6 +94,11 @@ class ChallengeRunner:
         self._look_closer = True
         self.wake()
 
+    def try_again(self) -> None:
+        """Something that a candidate may have failed for has changed: no backoff, and a closer look."""
+        self._retry_at = 0.0
+        self.look_closer()
+
     def wake(self) -> None:
         """Look again."""
         self._changed.set()

@@ -28,6 +28,7 @@ from platform_validator.cli.command import (
 )
 from platform_validator.cli.configuration import configuration
 from platform_validator.cli.cvms import cvms
+from platform_validator.cli.env import env
 from platform_validator.cli.hosts import hosts
 from platform_validator.cli.jobs import jobs
 from platform_validator.cli.values import values
@@ -43,6 +44,7 @@ app.add_typer(jobs, name="jobs")
 app.add_typer(cvms, name="cvms")
 app.add_typer(hosts, name="hosts")
 app.add_typer(challenges, name="challenges")
+app.add_typer(env, name="env")
 app.add_typer(values, name="values")
 app.command()(verify)
 app.add_typer(attestation, name="attestation")

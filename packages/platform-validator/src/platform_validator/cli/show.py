@@ -213,6 +213,11 @@ def challenge(found: dict[str, Any], console: Console) -> None:
     _table(past, ("at", "commit", "state", "reason"), console, "no history yet")
 
 
+def env(found: list[dict[str, Any]], console: Console) -> None:
+    """Variables that were given, without their values."""
+    _table(found, ("challenge_id", "name", "repository", "given_at"), console, "no variables were given")
+
+
 def config(rows: list[dict[str, Any]], console: Console) -> None:
     """Settings with their origins."""
     _table(rows, ("setting", "value", "from", "reloads", "meaning"), console, "")

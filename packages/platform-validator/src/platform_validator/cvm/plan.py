@@ -27,5 +27,5 @@ class CvmPlan:
     bundle_sha256: str
     resources: Resources
     timeout: timedelta
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
     pins: bool = False

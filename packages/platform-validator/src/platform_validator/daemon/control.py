@@ -11,6 +11,7 @@ import structlog
 
 from platform_protocol.ids import JobId, VmName
 from platform_validator.attestation.os_image import Shape
+from platform_validator.challenges.environment import EnvCommand, ListEnv
 from platform_validator.config import ConfigFaults, Settings
 from platform_validator.cvm.quota import Limits
 from platform_validator.daemon.board import Board, plain
@@ -148,6 +149,17 @@ class DaemonControl:
         if self._started is None:
             raise NotStarted("the daemon is starting: ask again when it is running")
         return await perform(self._started.engine.parts.values, command)
+
+    async def env(self, command: EnvCommand) -> dict[str, Any]:
+        """See the port."""
+        if self._started is None:
+            raise NotStarted("the daemon is starting: ask again when it is running")
+        parts = self._started.engine.parts
+        done = await parts.env.perform(command)
+        if not isinstance(command, ListEnv):
+            _log.info("challenge_env_changed", challenge_id=command.challenge_id, variable=command.name)
+            parts.challenges.env_changed(command.challenge_id)
+        return done
 
     def pinning(self) -> dict[str, Any]:
         """See the port."""

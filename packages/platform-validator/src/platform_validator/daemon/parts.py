@@ -22,6 +22,7 @@ from platform_validator.attestation.os_image import ImagesFile
 from platform_validator.attestation.policy import AttestationPolicy, AttestationRules
 from platform_validator.attestation.quote import QuoteChecker
 from platform_validator.attestation.tcb import TcbRules
+from platform_validator.challenges.environment import Environments
 from platform_validator.challenges.git import Credentials
 from platform_validator.challenges.git_source import GitSource
 from platform_validator.challenges.manager import ChallengeManager
@@ -107,6 +108,7 @@ class Components:
     outbox: Outbox
     jobs: JobManager
     values: ValueKeeper
+    env: Environments
 
 
 def make_connections(settings: Settings, keypair: Keypair, instance: str) -> Connections:
@@ -298,8 +300,10 @@ def make_components(
         on_orphan=metrics.orphan_found,
         on_reclaimed=metrics.reclaimed,
     )
+    env = Environments(store=store, keyring=keyring, clock=clock)
     challenges = ChallengeManager(
         on_state=lambda _challenge_id, state: metrics.instance_entered(state),
+        env=env,
         client=client,
         store=store,
         source=outside.source,
@@ -350,4 +354,4 @@ def make_components(
     )
     fleet.on_refused = challenges.refused
     challenges.on_active = lambda: jobs.wake("local")
-    return Components(quota, fleet, challenges, outbox, jobs, values)
+    return Components(quota, fleet, challenges, outbox, jobs, values, env)

@@ -11,7 +11,7 @@ from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
 from platform_validator.host_name import DEFAULT_HOST, HostName
 from platform_validator.store.compaction_conformance import CASES as COMPACTION
 from platform_validator.store.port import DuplicateRecord, Store, UnknownRecord
-from platform_validator.store.records import InstanceState, JobOutcome, Stage, VmPhase
+from platform_validator.store.records import EnvRecord, InstanceState, JobOutcome, Stage, VmPhase
 from platform_validator.store.specimens import CHALLENGE, NOW, cvm, instance, job, refuses, require
 from platform_validator.store.value_conformance import CASES as VALUES
 
@@ -247,6 +247,21 @@ async def a_cancelled_write_happens_wholly_or_not_at_all(store: Store) -> None:
         require(record is not None and (record.outcome is not None) == listed, f"half a write: {record}")
 
 
+async def a_variable_is_kept_once_under_its_name(store: Store) -> None:
+    """The newest of a name stands, with its repository; each challenge has its own."""
+    old = EnvRecord(CHALLENGE, "KEY", "https://old.example/x", b"\x00old", NOW)
+    new = replace(old, repository="https://new.example/x", sealed=b"\xffnew", given_at=NOW + timedelta(1))
+    other = replace(old, challenge_id=ChallengeId("other"))
+    another = replace(old, name="ANOTHER")
+    for record in (old, other, new, another):
+        await store.put_env(record)
+    require(await store.env(CHALLENGE) == [another, new], "not the newest, by name")
+    require(await store.env() == [another, new, other], "not all, by challenge")
+    require(await store.remove_env(CHALLENGE, "KEY"), "it was there")
+    require(not await store.remove_env(CHALLENGE, "KEY"), "it was gone")
+    require(await store.env() == [another, other], "another one went")
+
+
 async def a_cvm_is_not_given_to_an_unknown_claim(store: Store) -> None:
     """Refused wholly: the CVM stays ready."""
     await store.intend_vm(cvm())
@@ -269,6 +284,7 @@ CASES: tuple[Check, ...] = (
     a_drained_host_is_remembered,
     instances_switch_together,
     what_became_of_instances_is_kept,
+    a_variable_is_kept_once_under_its_name,
     a_stage_never_goes_back,
     an_ended_job_stays_ended_when_its_result_is_delivered,
     a_cancelled_write_happens_wholly_or_not_at_all,

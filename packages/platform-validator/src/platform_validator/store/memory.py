@@ -12,6 +12,7 @@ from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
 from platform_validator.host_name import HostName
 from platform_validator.store.port import DuplicateRecord, StoreUnavailable, UnknownRecord
 from platform_validator.store.records import (
+    EnvRecord,
     InstanceEvent,
     InstanceRecord,
     InstanceState,
@@ -49,6 +50,7 @@ class MemoryStore:
         self._instances: dict[str, InstanceRecord] = {}
         self._history: list[InstanceEvent] = []
         self._drained: dict[HostName, datetime] = {}
+        self._env: dict[tuple[ChallengeId, str], EnvRecord] = {}
         self._values = ValueMemory()
         self._closed = False
 
@@ -327,6 +329,21 @@ class MemoryStore:
     def now_history(self, challenge_id: ChallengeId) -> list[InstanceEvent]:
         """What became of a challenge's instances, newest first; at once, for whoever looks on."""
         return [each for each in reversed(self._history) if each.challenge_id == challenge_id]
+
+    async def put_env(self, record: EnvRecord) -> None:
+        """See the port."""
+        self._check("put_env")
+        self._env[record.challenge_id, record.name] = record
+
+    async def remove_env(self, challenge_id: ChallengeId, name: str) -> bool:
+        """See the port."""
+        self._check("remove_env")
+        return self._env.pop((challenge_id, name), None) is not None
+
+    async def env(self, challenge_id: ChallengeId | None = None) -> Sequence[EnvRecord]:
+        """See the port."""
+        self._check("env")
+        return [self._env[key] for key in sorted(self._env) if challenge_id in (None, key[0])]
 
     # Values
 

@@ -14,6 +14,7 @@ from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
 from platform_validator.errors import ValidatorError
 from platform_validator.host_name import HostName
 from platform_validator.store.records import (
+    EnvRecord,
     InstanceEvent,
     InstanceRecord,
     JobOutcome,
@@ -214,6 +215,15 @@ class Store(Protocol):
 
     async def challenge_history(self, challenge_id: ChallengeId, limit: int) -> Sequence[InstanceEvent]:
         """What became of a challenge's instances, newest first."""
+
+    async def put_env(self, record: EnvRecord) -> None:
+        """Keep a variable of a challenge; the one of that name before it is gone."""
+
+    async def remove_env(self, challenge_id: ChallengeId, name: str) -> bool:
+        """Forget a variable; False when there was none."""
+
+    async def env(self, challenge_id: ChallengeId | None = None) -> Sequence[EnvRecord]:
+        """The variables of a challenge, or of all, by challenge and name."""
 
     # Values
 

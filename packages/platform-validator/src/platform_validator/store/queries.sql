@@ -204,3 +204,15 @@ ORDER BY session_id, request_id LIMIT :limit OFFSET :skip;
 -- name: reply_reseal
 UPDATE values_replies SET reply = :reply, key_id = :key_id
 WHERE session_id = :session_id AND request_id = :request_id;
+
+-- name: env_put
+INSERT INTO challenges_env (challenge_id, name, repository, sealed, given_at)
+VALUES (:challenge_id, :name, :repository, :sealed, :at)
+ON CONFLICT (challenge_id, name)
+DO UPDATE SET repository = excluded.repository, sealed = excluded.sealed, given_at = excluded.given_at;
+
+-- name: env_delete
+DELETE FROM challenges_env WHERE challenge_id = :challenge_id AND name = :name;
+
+-- name: env_all
+SELECT * FROM challenges_env WHERE :challenge_id IS NULL OR challenge_id = :challenge_id ORDER BY challenge_id, name;

@@ -221,6 +221,17 @@ class ValueSlot:
 
 
 @dataclass(frozen=True, slots=True)
+class EnvRecord:
+    """A variable that an operator gave to a challenge, for the repository that it had then; sealed."""
+
+    challenge_id: ChallengeId
+    name: str
+    repository: str
+    sealed: bytes
+    given_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class ValueChange:
     """What a change does: `put` a new value of `size` bytes in clear, `remove` the key, or neither."""
 

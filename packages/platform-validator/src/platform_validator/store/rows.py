@@ -10,6 +10,7 @@ from platform_protocol.ids import ChallengeId, ClaimId, JobId, LeaseToken, VmId,
 from platform_protocol.resources import Resources
 from platform_validator.host_name import DEFAULT_HOST, HostName
 from platform_validator.store.records import (
+    EnvRecord,
     InstanceEvent,
     InstanceRecord,
     InstanceState,
@@ -168,6 +169,17 @@ def event_of(row: sqlite3.Row) -> InstanceEvent:
         state=None if row["state"] == GONE else InstanceState(row["state"]),
         reason=row["reason"],
         at=moment(row["at"]),
+    )
+
+
+def env_of(row: sqlite3.Row) -> EnvRecord:
+    """A row of challenges_env."""
+    return EnvRecord(
+        challenge_id=ChallengeId(row["challenge_id"]),
+        name=row["name"],
+        repository=row["repository"],
+        sealed=row["sealed"],
+        given_at=moment(row["given_at"]),
     )
 
 

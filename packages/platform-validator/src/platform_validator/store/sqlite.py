@@ -12,6 +12,7 @@ from platform_protocol.ids import ChallengeId, ClaimId, LeaseToken, VmId, VmName
 from platform_validator.host_name import HostName
 from platform_validator.store.port import DuplicateRecord, StoreCorrupt, UnknownRecord
 from platform_validator.store.records import (
+    EnvRecord,
     InstanceEvent,
     InstanceRecord,
     JobOutcome,
@@ -31,6 +32,7 @@ from platform_validator.store.records import (
 )
 from platform_validator.store.rows import (
     GONE,
+    env_of,
     event_of,
     instance_of,
     instance_row,
@@ -327,6 +329,22 @@ class SqliteStore:
             lambda: self._db.all("history_newest", challenge_id=challenge_id, limit=limit)
         )
         return [event_of(row) for row in rows]
+
+    async def put_env(self, record: EnvRecord) -> None:
+        """See the port."""
+        row = {name: getattr(record, name) for name in ("challenge_id", "name", "repository", "sealed")}
+        await self._db.do(lambda: self._db.run("env_put", **row, at=stamp(record.given_at)))
+
+    async def remove_env(self, challenge_id: ChallengeId, name: str) -> bool:
+        """See the port."""
+        return bool(
+            await self._db.do(lambda: self._db.run("env_delete", challenge_id=challenge_id, name=name))
+        )
+
+    async def env(self, challenge_id: ChallengeId | None = None) -> Sequence[EnvRecord]:
+        """See the port."""
+        rows = await self._db.read(lambda: self._db.all("env_all", challenge_id=challenge_id))
+        return [env_of(row) for row in rows]
 
     # Values
 

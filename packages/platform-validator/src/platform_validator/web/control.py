@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from platform_protocol.ids import JobId, VmName
 from platform_validator.attestation.os_image import Shape
+from platform_validator.challenges.environment import EnvCommand
 from platform_validator.host_name import HostName
 from platform_validator.values.commands import ValueCommand
 
@@ -106,6 +107,14 @@ class Control(Protocol):
         Raises:
             NotStarted: They are not open yet.
             ValueRefused: Or what else `values.commands.perform` names.
+        """
+
+    async def env(self, command: EnvCommand) -> dict[str, Any]:
+        """Give or take a challenge's environment, or list its names.
+
+        Raises:
+            NotStarted: Challenges are not known yet.
+            EnvRefused: Or StoreUnavailable, as `challenges.environment.Environments.perform` says.
         """
 
     def pinning(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from platform_validator.web.commands import command_routes, refused
 from platform_validator.web.control import Control
+from platform_validator.web.env import env_route
 from platform_validator.web.values import value_route
 from platform_validator.web.views import Views
 
@@ -24,7 +25,7 @@ def operators_app(views: Views, control: Control) -> Starlette:
     """`/api/v1`: whoever reaches it may read everything, and control the daemon.
 
     GET `/status` `/jobs` `/cvms` `/challenges` `/challenges/{id or name}`;
-    POST `/drain` `/jobs/{id}/cancel` `/cvms/reclaim` `/attestation/pin` `/values` `/reload`.
+    POST `/drain` `/jobs/{id}/cancel` `/cvms/reclaim` `/attestation/pin` `/values` `/env` `/reload`.
     """
 
     async def status(_: Request) -> Response:
@@ -61,6 +62,7 @@ def operators_app(views: Views, control: Control) -> Starlette:
             Route("/api/v1/challenges/{named}", challenge),
             *command_routes(control),
             value_route(control),
+            env_route(control),
         ]
     )
 

@@ -173,6 +173,15 @@ _ROWS: dict[str, list[dict[str, object]]] = {
             "at": _AT[2],
         },
     ],
+    "challenges_env@6": [
+        {
+            "challenge_id": "challenge",
+            "name": "KEY",
+            "repository": "https://example.org/challenge",
+            "sealed": b"\x00sealed-env",
+            "given_at": _AT[3],
+        },
+    ],
     "values_current": [
         {
             "challenge_id": "challenge",
