@@ -58,10 +58,11 @@ class HttpProbe:
                 except VmmUnavailable as error:
                     # A VMM that restarts says nothing about its VMs: dstack's go on without it.
                     now = self._clock.monotonic()
-                    away_since = now if away_since is None else away_since
+                    if away_since is None:
+                        away_since = now
+                        _log.warning("vmm_away_while_booting", vm=vm_id, reason=str(error))
                     if now - away_since >= ABSENCE.total_seconds():
                         raise
-                    _log.warning("vmm_away_while_booting", vm=vm_id, reason=str(error))
                 else:
                     if vm is not None and vm.address is not None and await _healthy(http, vm.address):
                         return vm.address
