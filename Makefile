@@ -13,7 +13,9 @@ SEEDS ?= 1000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help setup system demo test lint bench simulate chaos attest-matrix values-drill update-drill docs lock clean
+export URL IMAGE TOKEN
+
+.PHONY: help setup system demo test lint bench simulate chaos attest-matrix vmm-conformance values-drill update-drill docs lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -68,6 +70,10 @@ chaos: setup system ## real processes under kill -9, SIGSTOP and a failing netwo
 
 attest-matrix: setup ## every check of attestation against real and generated quotes, honest and tampered
 	@$(BIN)/python -m tests.attestation
+
+vmm-conformance: setup ## judge a VMM: URL=… IMAGE=… [TOKEN=…] [ARGS=--start]; makes only stopped VMs
+	@: $${URL:?URL=… the VMM: http, https or unix:} $${IMAGE:?IMAGE=… the image of which VMs are made}
+	@DSTACK_VMM_TOKEN="$${TOKEN:-$${DSTACK_VMM_TOKEN:-}}" $(BIN)/validator vmm conformance --url "$$URL" --image "$$IMAGE" $(ARGS)
 
 values-drill: setup system ## 10,000 increments from 20 CVMs across a kill -9 of the validator
 	@$(BIN)/python -m tests.drills.values $(ARGS)

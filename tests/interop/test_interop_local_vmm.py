@@ -25,18 +25,16 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from platform_protocol.bundle import TreeEntry, pack
 from platform_protocol.canonical import sha256_hex
 from platform_protocol.compose import app_compose, compose_hash
-from platform_protocol.ids import ChallengeId, Hotkey, JobId, VmName
+from platform_protocol.ids import ChallengeId, Hotkey, JobId
 from platform_protocol.platform_messages import AttestationKind, IsolationLevel
 from platform_protocol.resources import Resources
 from platform_protocol.session.messages import ValuesRequest, ValuesResult
 from platform_protocol.spec import parse_platform_toml
-from platform_protocol.user_config import UserConfig
 from platform_validator.attestation.collateral_cache import CollateralCache
 from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.attestation.quote import QuoteChecker
 from platform_validator.clock import SystemClock
 from platform_validator.cvm.collateral import from_vmm
-from platform_validator.cvm.conformance import CASES, Case
 from platform_validator.cvm.dstack import DstackVmm
 from platform_validator.cvm.errors import AttestationRefused
 from platform_validator.cvm.fleet import Fleet, FleetRules
@@ -46,7 +44,7 @@ from platform_validator.cvm.jobs import JobOrder
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.probe import HttpProbe
 from platform_validator.cvm.quota import Limits, Quota, Reservation
-from platform_validator.cvm.vmm import VmmClient, VmSpec
+from platform_validator.cvm.vmm import VmmClient
 from platform_validator.host_name import DEFAULT_HOST
 from platform_validator.keyring import Keyring
 from platform_validator.store.records import Purpose, StateIdentity
@@ -122,45 +120,10 @@ async def client(local_vmm: LocalVmm) -> AsyncIterator[DstackVmm]:
     await vmm.close()
 
 
-@dataclass
-class Harness:
-    client: VmmClient
-    compose: bytes
-    patience: float = 20.0
-    has_tee: bool = False
-
-    def spec(self, name: VmName) -> VmSpec:
-        config = UserConfig(
-            vm=name,
-            launch_secret=UserConfig.encode_secret(b"s" * 32),
-            validator_base_url="http://10.0.2.2:18080",
-            proxy_url=None,
-            max_lifetime_s=60,
-            hard_lifetime_s=60,
-        )
-        return VmSpec(
-            name=name,
-            image=IMAGE,
-            compose=self.compose,
-            user_config=config.model_dump_json(),
-            resources=SIZE.model_copy(update={"disk_mb": 1024}),
-            host_port=free_ports(1)[0],
-            guest_port=10000,
-            tee=False,
-            simulated_tee=False,
-        )
-
-
 async def compose_for(client: VmmClient, bundle_sha256: str) -> bytes:
     [image] = [image for image in (await client.facts()).images if image.name == IMAGE]
     runtime = f"platform-runtime@{image.runtimes['platform-runtime']}"
     return app_compose(parse_platform_toml(PLATFORM_TOML), bundle_sha256=bundle_sha256, runtime=runtime)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-async def test_the_real_local_vmm_conforms(case: Case, client: DstackVmm) -> None:
-    """The port's suite, over the wire, with real sandboxes."""
-    await case(Harness(client, await compose_for(client, "a" * 64)))
 
 
 class NoValues:

@@ -315,7 +315,7 @@ async def test_an_answer_over_the_limit_is_cut_off(
     memory: MemoryVmm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A VMM cannot fill our memory."""
-    monkeypatch.setattr("platform_validator.cvm.dstack._MAX_ANSWER", 1000)
+    monkeypatch.setattr("platform_validator.cvm.dstack.wire.MAX_ANSWER", 1000)
     dstack = Dstack(memory, answers={"Status": (200, b" " * 5000)})
     async with serving(dstack, tmp_path) as client:
         with pytest.raises(VmmUnavailable, match="over 1000 bytes"):

@@ -151,6 +151,7 @@ class Machines:
         for port in configuration.ports:
             if port.host_port in taken:
                 raise VmmError(f"port mapping tcp:{port.host_port} conflicts with VM {taken[port.host_port]}")
+            taken[port.host_port] = "that is being made"
 
     def _begin(self, machine: Machine) -> None:
         if self._tasks is None:

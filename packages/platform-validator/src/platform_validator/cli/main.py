@@ -33,6 +33,7 @@ from platform_validator.cli.hosts import hosts
 from platform_validator.cli.jobs import jobs
 from platform_validator.cli.values import values
 from platform_validator.cli.verify import verify
+from platform_validator.cli.vmm import vmm
 from platform_validator.config import Settings, load_settings
 from platform_validator.errors import ValidatorError
 from platform_validator.keys import find_hotkey
@@ -48,6 +49,7 @@ app.add_typer(env, name="env")
 app.add_typer(values, name="values")
 app.command()(verify)
 app.add_typer(attestation, name="attestation")
+app.add_typer(vmm, name="vmm")
 
 _GRACE = 30.0
 

@@ -11,7 +11,7 @@ import structlog
 
 from platform_protocol.ids import VmId
 from platform_validator.clock import Clock
-from platform_validator.cvm.errors import BootFailed
+from platform_validator.cvm.errors import BootFailed, NoCapacity
 from platform_validator.cvm.vmm import Vm, VmmClient, VmmError, VmmUnavailable, VmState
 
 _FIRST, _MOST = 0.1, 2.0
@@ -34,6 +34,7 @@ class Probe(Protocol):
 
         Raises:
             BootFailed: The VMM or the SDK says that it failed, with the reason.
+            NoCapacity: Its process ended for want of memory, a GPU or the like.
             VmmUnavailable: The VMM has not answered for `ABSENCE`.
         """
 
@@ -74,6 +75,8 @@ class HttpProbe:
             raise BootFailed("the VMM has no such VM any more")
         if vm.boot_error:
             raise BootFailed(f"boot_error: {vm.boot_error}")
+        if vm.lacked:
+            raise NoCapacity(f"the VMM's host lacked something when it started: {vm.lacked}")
         if vm.state in _ENDED:
             raise BootFailed(
                 f"it {vm.state.value} while booting; its console ends: {await self._console(vm_id)}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -74,7 +74,8 @@ class VmmFacts:
 class VmSpec:
     """A VM to be made. `disk_mb` is rounded up where a VMM counts in GB.
 
-    `tee` asks for a real TEE; `simulated_tee` for simulated quotes (never together).
+    `tee` asks for a real TEE; `simulated_tee` for simulated quotes (never together). GPUs are chosen by the
+    VMM's side, `resources.gpu_count` of them, unless `gpus` names them. `environment` is sealed to the VM.
     """
 
     name: VmName
@@ -87,11 +88,15 @@ class VmSpec:
     tee: bool
     simulated_tee: bool
     gpus: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Vm:
-    """A VM as the VMM shows it. `address` is (host, port) of the mapped guest port, None while unknown."""
+    """A VM as the VMM shows it. `address` is (host, port) of the mapped guest port, None while unknown.
+
+    `lacked`: what its process said that the host lacked when it ended; empty otherwise.
+    """
 
     id: VmId
     name: VmName
@@ -101,6 +106,11 @@ class Vm:
     instance: str | None
     address: tuple[str, int] | None
     resources: Resources
+    lacked: str = ""
+
+    def lacking(self, what: str) -> Vm:
+        """The same, ended for want of something."""
+        return replace(self, lacked=what)
 
 
 class VmmClient(Protocol):

@@ -1,0 +1,78 @@
+"""dstack's answers as the port's words: fields may be missing, null, or of a version yet to come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from platform_protocol.ids import VmId, VmName
+from platform_protocol.platform_messages import IsolationLevel
+from platform_protocol.resources import Resources
+from platform_validator.cvm.vmm import Vm, VmmImage, VmState
+
+_MOST = 2**31 - 1
+
+
+def read_vm(info: Mapping[str, Any], port_address: str) -> Vm:
+    """A VmInfo. `port_address` is the host under which its mapped ports are reached."""
+    configuration = _fields(info.get("configuration"))
+    port = next((number(one.get("host_port")) for one in objects(configuration.get("ports"))), 0)
+    gpus = _fields(configuration.get("gpus"))
+    return Vm(
+        id=VmId(_text(info.get("id"))),
+        name=VmName(_text(info.get("name"))),
+        state=_state(info.get("status")),
+        boot_progress=_text(info.get("boot_progress")),
+        boot_error=_text(info.get("boot_error"))[:4096],
+        instance=_text(info.get("instance_id")) or None,
+        address=(port_address, port) if port else None,
+        resources=Resources(
+            cpu_cores=number(configuration.get("vcpu")),
+            memory_mb=number(configuration.get("memory")),
+            disk_mb=min(_MOST, number(configuration.get("disk_size")) * 1024),
+            gpu_count=len(objects(gpus.get("gpus"))),
+        ),
+    )
+
+
+def read_image(image: Mapping[str, Any]) -> VmmImage:
+    """An image of ListImages. One without our description is dstack's own: a TDX image."""
+    name = _text(image.get("name"))
+    try:
+        described = json.loads(image.get("description") or "{}")
+    except (ValueError, TypeError, RecursionError):
+        described = {}
+    if not isinstance(described, dict) or "isolation_level" not in described:
+        return VmmImage(name, IsolationLevel.TEE)
+    try:
+        level = IsolationLevel(described["isolation_level"])
+    except ValueError:
+        level = IsolationLevel.NONE
+    runtimes = _fields(described.get("runtimes"))
+    return VmmImage(name, level, {str(key): str(value) for key, value in runtimes.items()}, local=True)
+
+
+def objects(value: object) -> list[dict[str, Any]]:
+    """The objects of a list; of anything else none."""
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def number(value: object) -> int:
+    """A count; 0 for what is none."""
+    return min(value, _MOST) if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
+
+
+def _fields(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _state(word: object) -> VmState:
+    try:
+        return VmState(str(word))
+    except ValueError:
+        return VmState.UNKNOWN

@@ -1,0 +1,1 @@
+"""VMMs against the documented behaviour of dstack's versions."""

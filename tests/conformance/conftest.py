@@ -1,0 +1,82 @@
+"""One running server a kind and run: the real local VMM, and the double as each version."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from tests.dstack_double import VERSIONS, DstackDouble, Running
+from tests.dstack_double.server import IMAGE
+
+LOCAL = "local"
+DOUBLES = {"head" if version == VERSIONS[-1] else f"v{version}": version for version in VERSIONS}
+SERVERS = (LOCAL, *DOUBLES)
+TOKEN = "double-token"
+
+
+class Server(NamedTuple):
+    """Where it is, and what its VMs are made of."""
+
+    url: str
+    token: str | None
+    image: str
+
+
+@pytest.fixture(scope="session")
+def server_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
+    """Starts each server when it is first asked for."""
+    with contextlib.ExitStack() as stack:
+        running: dict[str, Server] = {}
+
+        def get(name: str) -> Server:
+            if name not in running:
+                made = local_vmm() if name == LOCAL else double(name, tmp_path_factory.mktemp("double"))
+                running[name] = stack.enter_context(made)
+            return running[name]
+
+        yield get
+
+
+@contextlib.contextmanager
+def double(name: str, folder: Path) -> Iterator[Server]:
+    """Versions differ in where they listen as well: a Unix socket, or TCP."""
+    version = DOUBLES[name]
+    where = folder / "vmm.sock" if version in ("0.5.2", "0.5.7") else 0
+    made = DstackDouble(version, token=TOKEN, bare_empty=version == "0.5.5")
+    with Running(made, where).serving() as server:
+        yield Server(server.url, TOKEN, IMAGE)
+
+
+@contextlib.contextmanager
+def local_vmm() -> Iterator[Server]:
+    """`platform-vmm serve`, with its sandboxes."""
+    if os.getuid() != 0 or shutil.which("bwrap") is None:
+        pytest.skip("needs root and bubblewrap")
+    with tempfile.TemporaryDirectory(prefix="pvmm-") as folder:
+        state, path = Path(folder, "state"), Path(folder, "vmm.sock")
+        program = str(Path(sys.executable).parent / "platform-vmm")
+        with subprocess.Popen(
+            [program, "serve", "--listen", f"unix:{path}", "--state-dir", str(state)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            try:
+                deadline = time.monotonic() + 50
+                while not path.exists():
+                    assert process.poll() is None, "the VMM ended"
+                    assert time.monotonic() < deadline, "the VMM does not listen"
+                    time.sleep(0.05)
+                yield Server(f"unix:{path}", (state / "token").read_text().strip(), "local-sandbox")
+            finally:
+                process.send_signal(signal.SIGTERM)
+                process.wait(20)
