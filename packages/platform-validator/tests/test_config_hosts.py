@@ -62,7 +62,7 @@ def test_without_vmm_tables_the_vmm_url_is_the_only_host(tmp_path: Path) -> None
     [vmm] = make_vmms(settings)
     [host] = make_hosts(settings, (vmm,), SystemClock())
     assert (host.name, host.limits, host.base_url) == ("default", None, None)
-    assert vmm._headers["X-Admin-Token"] == "t0ken"
+    assert vmm._wire._headers["X-Admin-Token"] == "t0ken"
 
 
 def test_each_table_is_a_host(tmp_path: Path) -> None:
