@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from nacl import pwhash
+from nacl.secret import SecretBox
 
 from platform_protocol.signing import Keypair
+from platform_validator import wallet_file
 from platform_validator.keys import KeyNotFound, KeyUnusable, find_hotkey, keypair_from_text
 
 # Substrate's published development accounts (docs.substrate.io, "Accounts, addresses, and keys").
@@ -100,10 +103,98 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
         find(tmp_path, hotkey_file=path)
 
 
-def test_an_encrypted_keyfile_is_named_as_such(tmp_path: Path) -> None:
+WALLET = Path(__file__).parent / "data" / "wallet" / "hotkey"
+"""Made by bittensor-wallet 4.1.1 of the published phrase, under the password below."""
+PASSWORD = "made-up password"
+PHRASE_S = "5DfhGyQdFobKM8NsWvEeAKk5EQQgYe9AydgJ7rMB6E1EqRzV"
+
+
+@pytest.mark.slow(reason="the wallet's key derivation: 8 passes over 512 MiB")
+@pytest.mark.timeout(240)
+def test_a_real_encrypted_wallet_key_is_opened_with_its_password(tmp_path: Path) -> None:
+    """Found by the address that the wallet wrote beside it; the password from a file; the coldkey unread."""
+    hotkeys = tmp_path / ".bittensor" / "wallets" / "mine" / "hotkeys"
+    private(hotkeys.parent / "coldkey", "").chmod(0)
+    private(hotkeys / "default", "").write_bytes(WALLET.read_bytes())
+    private(hotkeys / "defaultpub.txt", json.dumps({"ss58Address": PHRASE_S}))
+    password = private(tmp_path / "password", f"{PASSWORD}\n")
+    found = find_hotkey(PHRASE_S, passphrase=None, hotkey_file=None, home=tmp_path, password_file=password)
+    assert found.address == PHRASE_S
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key derivation at its least cost."""
+    monkeypatch.setattr(pwhash.argon2i, "OPSLIMIT_SENSITIVE", pwhash.argon2i.OPSLIMIT_MIN)
+    monkeypatch.setattr(pwhash.argon2i, "MEMLIMIT_SENSITIVE", pwhash.argon2i.MEMLIMIT_MIN)
+
+
+def locked(path: Path, text: str) -> Path:
+    """An encrypted key file at that cost."""
+    passes, memory = pwhash.argon2i.OPSLIMIT_MIN, pwhash.argon2i.MEMLIMIT_MIN
+    key = pwhash.argon2i.kdf(
+        SecretBox.KEY_SIZE, PASSWORD.encode(), wallet_file._SALT, opslimit=passes, memlimit=memory
+    )
+    private(path, "").write_bytes(b"$NACL" + SecretBox(key).encrypt(text.encode()))
+    return path
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_password_comes_from_a_file_a_credential_or_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In that order; without a terminal nobody is asked."""
+    path = locked(tmp_path / "hotkey", json.dumps({"secretSeed": ALICE_SEED}))
+    password = private(tmp_path / "password", PASSWORD)
+    assert find(tmp_path, hotkey_file=path, password_file=password).address == ALICE
+    private(tmp_path / "credentials" / "hotkey.password", f"{PASSWORD}\n")
+    assert find(tmp_path, hotkey_file=path, credentials=tmp_path / "credentials").address == ALICE
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("getpass.getpass", lambda prompt: PASSWORD if str(path) in prompt else "")
+    assert find(tmp_path, hotkey_file=path).address == ALICE
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("data", "password", "said"),
+    [
+        (None, None, "give its password in a file"),
+        (None, "wrong", "is not that of this file"),
+        (b"$NACLshort", PASSWORD, "is not that of this file"),
+        (b"$ANSIBLE_VAULT;1.1", PASSWORD, "update it there"),
+        (b"gAAAAABl", PASSWORD, "update it there"),
+    ],
+)
+def test_an_encrypted_file_that_cannot_be_opened_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes | None, password: str | None, said: str
+) -> None:
+    """And shows neither password nor key."""
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    path = locked(tmp_path / "hotkey", json.dumps({"secretSeed": ALICE_SEED}))
+    if data is not None:
+        path.write_bytes(data)
+    file = private(tmp_path / "password", password) if password is not None else None
+    with pytest.raises(KeyUnusable, match=said) as caught:
+        find(tmp_path, hotkey_file=path, password_file=file)
+    assert PASSWORD not in str(caught.value)
+    assert ALICE_SEED not in repr(caught.value.__cause__)
+
+
+def test_a_password_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    """Like a key."""
     path = private(tmp_path / "hotkey", "$NACLxxxx")
-    with pytest.raises(KeyUnusable, match="is encrypted, which is not supported yet"):
-        find(tmp_path, hotkey_file=path)
+    password = private(tmp_path / "password", PASSWORD)
+    password.chmod(0o644)
+    with pytest.raises(KeyUnusable, match="password can be read by others: chmod 600"):
+        find(tmp_path, hotkey_file=path, password_file=password)
+
+
+def test_an_encrypted_wallet_key_without_its_address_is_to_be_named(tmp_path: Path) -> None:
+    """Its address cannot be seen: it is listed, and nobody is asked for every wallet's password."""
+    path = private(tmp_path / ".bittensor" / "wallets" / "a" / "hotkeys" / "locked", "$NACLxxxx")
+    with pytest.raises(KeyNotFound, match="encrypted, without its address beside it: name it") as caught:
+        find(tmp_path)
+    assert str(path) in str(caught.value)
 
 
 def test_another_address_is_refused(tmp_path: Path) -> None:

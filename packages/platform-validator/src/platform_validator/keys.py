@@ -12,6 +12,7 @@ from mnemonic import Mnemonic
 
 from platform_protocol.signing import BadKey, Keypair
 from platform_validator.errors import ValidatorError
+from platform_validator.wallet_file import Ask, PasswordUnusable, is_encrypted, open_key_file, password_source
 
 _SEED = re.compile(r"0x([0-9a-fA-F]{64})")
 _JUNCTION = re.compile(r"(//?)([^/]+)")
@@ -25,7 +26,7 @@ class KeyNotFound(ValidatorError):
 
 
 class KeyUnusable(ValidatorError):
-    """A key is there and cannot be used: readable by others, encrypted, malformed, or another address."""
+    """A key is there and cannot be used: readable by others, locked, malformed, or another address."""
 
 
 def find_hotkey(
@@ -35,17 +36,20 @@ def find_hotkey(
     hotkey_file: Path | None,
     home: Path,
     credentials: Path | None = None,
+    password_file: Path | None = None,
 ) -> Keypair:
     """The key pair of `address`.
 
     Looked for in HOTKEY_PASSPHRASE, the hotkey file, the service credential `hotkey` (systemd's
-    CREDENTIALS_DIRECTORY), and every wallet's hotkeys below `home`.
+    CREDENTIALS_DIRECTORY), and every wallet's hotkeys below `home`. An encrypted file's password comes from
+    `password_file`, the credential `hotkey.password`, or the terminal. Coldkeys are never read.
 
     Raises:
         KeyNotFound: None of them has it.
         KeyUnusable: One that was named cannot be used, or is another address.
     """
     looked: list[str] = []
+    ask = password_source(password_file, credentials)
     if passphrase is not None:
         return _same(keypair_from_text(passphrase), address, "HOTKEY_PASSPHRASE")
     credential = credentials / "hotkey" if credentials is not None else None
@@ -53,12 +57,15 @@ def find_hotkey(
         if path is None:
             continue
         if path.exists():
-            return _same(_read(path), address, str(path))
+            return _same(_read(path, ask), address, str(path))
         looked.append(f"{path}: not there")
     for path in sorted((home / _WALLETS).glob("*/hotkeys/*")):
-        if _address_in(path) == address:
-            return _same(_read(path), address, str(path))
-        looked.append(f"{path}: another address")
+        found = _address_in(path)
+        if found == address:
+            return _same(_read(path, ask), address, str(path))
+        if path.suffix != ".txt":
+            what = "another address" if found else "encrypted, without its address beside it: name it"
+            looked.append(f"{path}: {what}")
     looked.append(f"{home / _WALLETS}/*/hotkeys/*: no key with ss58Address {address}")
     raise KeyNotFound(
         f"no private key for {address}. Looked in: {'; '.join(looked)}. "
@@ -104,29 +111,27 @@ def _chain_code(name: str) -> bytes:
     return code.ljust(_JUNCTION_BYTES, b"\0")
 
 
-def _read(path: Path) -> Keypair:
+def _read(path: Path, ask: Ask) -> Keypair:
     try:
         mode = path.stat().st_mode
         if mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise KeyUnusable(f"{path} can be read by others: chmod 600 {path}")
-        data = path.read_bytes()[:_MAX_FILE]
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE)
     except OSError as error:
         raise KeyUnusable(f"{path} cannot be read: {error.strerror}") from error
-    if data.startswith((b"$NACL", b"$ANSIBLE_VAULT", b"gAAAA")):
-        raise KeyUnusable(
-            f"{path} is encrypted, which is not supported yet: "
-            "give the key with HOTKEY_PASSPHRASE, or an unencrypted hotkey"
-        )
     try:
-        text = data.decode()
+        text = (open_key_file(path, data, ask) if is_encrypted(data) else data).decode()
         value = json.loads(text) if text.lstrip().startswith("{") else None
         if not isinstance(value, dict):
             return keypair_from_text(text)
         return _from_keyfile(value)
+    except PasswordUnusable as error:
+        raise KeyUnusable(str(error)) from error
     except (ValueError, BadKey) as error:
         raise KeyUnusable(
-            f"{path}: expected a Bittensor keyfile, a mnemonic or a 0x seed: {error}"
-        ) from error
+            f"{path}: expected a Bittensor keyfile, a mnemonic or a 0x seed: {type(error).__name__}"
+        ) from None
 
 
 def _from_keyfile(value: dict[str, object]) -> Keypair:
@@ -141,12 +146,17 @@ def _from_keyfile(value: dict[str, object]) -> Keypair:
 
 
 def _address_in(path: Path) -> str | None:
-    try:
-        value = json.loads(path.read_bytes()[:_MAX_FILE])
-    except (OSError, ValueError):
-        return None
-    found = value.get("ss58Address") if isinstance(value, dict) else None
-    return found if isinstance(found, str) else None
+    """What a key file says of itself; of an encrypted one, what the wallet wrote beside it."""
+    for place in (path, path.with_name(f"{path.name}pub.txt")):
+        try:
+            with place.open("rb") as file:
+                value = json.loads(file.read(_MAX_FILE))
+        except (OSError, ValueError):
+            continue
+        found = value.get("ss58Address") if isinstance(value, dict) else None
+        if isinstance(found, str):
+            return found
+    return None
 
 
 def _same(keypair: Keypair, address: str, where: str) -> Keypair:

@@ -44,7 +44,8 @@ def run_checks(environment: Mapping[str, str], config: Path | None, *, home: Pat
     except ConfigFaults as error:
         return [Check("configuration", "fail", fault) for fault in error.faults]
     found = [Check("configuration", "ok", f"state in {settings.db_path.parent}"), *_limits(settings)]
-    file, credentials = settings["keys.hotkey_file"], environment.get("CREDENTIALS_DIRECTORY")
+    file, password_file = settings["keys.hotkey_file"], settings["keys.password_file"]
+    credentials = environment.get("CREDENTIALS_DIRECTORY")
     try:
         keypair = find_hotkey(
             settings["validator.hotkey"],
@@ -52,6 +53,7 @@ def run_checks(environment: Mapping[str, str], config: Path | None, *, home: Pat
             hotkey_file=Path(file) if file else None,
             home=home,
             credentials=Path(credentials) if credentials else None,
+            password_file=Path(password_file) if password_file else None,
         )
     except ValidatorError as error:
         return [*found, Check("key", "fail", str(error))]

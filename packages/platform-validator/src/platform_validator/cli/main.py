@@ -143,7 +143,7 @@ def main() -> None:
 
 def _keypair(settings: Settings) -> Keypair:
     file = settings["keys.hotkey_file"]
-    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+    credentials, password_file = os.environ.get("CREDENTIALS_DIRECTORY"), settings["keys.password_file"]
     try:
         return find_hotkey(
             settings["validator.hotkey"],
@@ -151,6 +151,7 @@ def _keypair(settings: Settings) -> Keypair:
             hotkey_file=Path(file) if file else None,
             home=Path.home(),
             credentials=Path(credentials) if credentials else None,
+            password_file=Path(password_file) if password_file else None,
         )
     except ValidatorError as error:
         failed(str(error))

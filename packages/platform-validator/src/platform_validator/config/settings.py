@@ -305,6 +305,13 @@ OPTIONS: tuple[Option, ...] = (
         "VALIDATOR_HOTKEY_FILE",
     ),
     _o(
+        "keys.password_file",
+        parse.text,
+        None,
+        "the password of an encrypted hotkey file, in its first line (0600)",
+        "VALIDATOR_HOTKEY_PASSWORD_FILE",
+    ),
+    _o(
         "keys.passphrase",
         parse.text,
         None,
