@@ -18,7 +18,7 @@ from platform_protocol.platform_messages import ActiveChallenge, IsolationLevel
 from platform_protocol.resources import Resources
 from platform_protocol.session.v2 import Offer
 from platform_validator.attestation.policy import AttestationPolicy
-from platform_validator.challenges.source import FetchedTree
+from platform_validator.challenges.source import FetchedTree, Source
 from platform_validator.config import Settings, load_settings
 from platform_validator.cvm.connection import Callee, Judge, SessionPace
 from platform_validator.cvm.errors import SessionLost
@@ -186,6 +186,7 @@ class World:
         self.store = MemoryStore(identity=StateIdentity("0123456789", "instance"))
         self.vmm = StuckVmm()
         self.value_keys = MemoryKeys()
+        self.source: Source = Tree()
         self.settings: Settings = load_settings(
             {"VALIDATOR_HOTKEY": HOTKEY, "PLATFORM_BASE_API": "http://nowhere"},
             flags={"sandbox_config.isolation_level": "Container"},
@@ -220,7 +221,7 @@ class World:
             client=client,
             hosts=(VmmHost(DEFAULT_HOST, self.vmm, self, HostPorts(10_000, 19_999)),),
             sessions=self.guests.session,
-            source=Tree(),
+            source=self.source,
             policy=AttestationPolicy(level=IsolationLevel.CONTAINER, allow_simulated=False, checker=None),
             renewer=self.renewer,
             rng=rng,

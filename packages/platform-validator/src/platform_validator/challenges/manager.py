@@ -13,6 +13,7 @@ import structlog
 
 from platform_protocol.ids import ChallengeId
 from platform_protocol.resources import Resources
+from platform_protocol.spec import ChallengeSpec
 from platform_validator.challenges.environment import EnvSource, NoEnvironments
 from platform_validator.challenges.instance import ChallengeView, InstanceRef
 from platform_validator.challenges.parts import RunnerParts
@@ -23,6 +24,7 @@ from platform_validator.challenges.source import Source
 from platform_validator.challenges.standing import Standing
 from platform_validator.clock import Clock
 from platform_validator.cvm.errors import AttestationRefused
+from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.quota import Quota
 from platform_validator.platform_client.port import PlatformClient, PlatformError
 from platform_validator.platform_client.retries import TABLE, Kind
@@ -188,6 +190,11 @@ class ChallengeManager:
             StoreUnavailable: The journal cannot be read.
         """
         return await self._store.challenge_history(challenge_id, HISTORY)
+
+    def planned(self, challenge_id: ChallengeId) -> tuple[ChallengeSpec, CvmPlan] | None:
+        """What a challenge's CVMs are made of, where that is known."""
+        runner = self._runners.get(challenge_id)
+        return runner.planned() if runner is not None else None
 
     def views(self) -> list[ChallengeView]:
         """Every challenge, by name."""

@@ -15,7 +15,7 @@ import structlog
 
 from platform_protocol.ids import ChallengeId
 from platform_protocol.platform_messages import ActiveChallenge
-from platform_protocol.spec import SpecInvalid
+from platform_protocol.spec import ChallengeSpec, SpecInvalid
 from platform_validator.challenges.aim import Aim
 from platform_validator.challenges.chronicle import Chronicle
 from platform_validator.challenges.instance import (
@@ -34,6 +34,7 @@ from platform_validator.challenges.resolve import Unfit
 from platform_validator.challenges.source import SourceError
 from platform_validator.crashpoint import crashpoint
 from platform_validator.cvm.errors import AttestationRefused, CvmError
+from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.quota import Use
 from platform_validator.cvm.vmm import VmmError
 from platform_validator.store.port import StoreUnavailable
@@ -141,6 +142,13 @@ class ChallengeRunner:
             candidate=self._candidate.view() if self._candidate else None,
             old=tuple(each.view() for each in old),
         )
+
+    def planned(self) -> tuple[ChallengeSpec, CvmPlan] | None:
+        """What its serving instance, or else its candidate, is made of; None before that is known."""
+        for instance in (self._serving, self._candidate):
+            if instance is not None and instance.spec is not None and instance.plan is not None:
+                return instance.spec, instance.plan
+        return None
 
     # The task
 

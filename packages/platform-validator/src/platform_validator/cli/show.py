@@ -200,6 +200,8 @@ def challenge(found: dict[str, Any], console: Console) -> None:
     ]
     columns = ("", "state", "since", "commit", "mode", "ready", "jobs", "failures", "reason")
     _table(rows, columns, console, "no instance yet")
+    if found.get("effective"):
+        in_force(found["effective"], console)
     past = [
         {
             "at": str(event["at"])[:23],
@@ -211,6 +213,29 @@ def challenge(found: dict[str, Any], console: Console) -> None:
     ]
     console.print()
     _table(past, ("at", "commit", "state", "reason"), console, "no history yet")
+
+
+def in_force(found: dict[str, Any], console: Console) -> None:
+    """What is in force for a challenge here, the operator's side applied."""
+    network, size, limits = found["network"], found["resources"], found["limits"]
+    refused = [*network["refused_hosts"], *network["refused_ports"]]
+    hosts = ", ".join(network["hosts"]) or "nothing"
+    reached = f"{hosts} at {', '.join(map(str, network['ports']))}" if network["ports"] else hosts
+    rule = {key: value for key, value in found["scoring"].items() if value != {}}
+    env = [f"{name} {said}" for name, said in found["env"].items()]
+    lines = {
+        "image": found["image"],
+        "one CVM": ", ".join(f"{kind} {count} of {limits[kind]}" for kind, count in size.items()),
+        "jobs": f"{found['cvm']}, {found['timeout_s']:.0f} s at most, {found['ready']} CVMs kept ready",
+        "result": f"{found['max_result_bytes']} bytes at most",
+        "network policy": reached + (f"; refused: {', '.join(map(str, refused))}" if refused else ""),
+        "scoring": ", ".join(f"{key} {value}" for key, value in rule.items()),
+        "environment": ", ".join(env) or "none declared",
+        "compose hash": found["compose_hash"],
+    }
+    console.print("\nin force:")
+    for name, what in lines.items():
+        console.print(f"  {name:<16} {escape(str(what))}", soft_wrap=True, highlight=False)
 
 
 def env(found: list[dict[str, Any]], console: Console) -> None:

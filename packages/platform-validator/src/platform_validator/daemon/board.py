@@ -13,13 +13,17 @@ from typing import Any
 
 from platform_protocol.ids import ChallengeId
 from platform_protocol.resources import Resources
+from platform_protocol.spec import ChallengeSpec
+from platform_validator.challenges.effective import NetworkPolicy, effective
 from platform_validator.challenges.git_source import GitSource
 from platform_validator.config import Settings
 from platform_validator.config.promises import promised_beyond
+from platform_validator.cvm.plan import CvmPlan
 from platform_validator.daemon.accounts import KINDS, counts, shown_host, shown_quota
 from platform_validator.daemon.parts import Components
 from platform_validator.machine import machine_resources
 from platform_validator.platform_client.notifications import NotificationLoop
+from platform_validator.scoring import ScoringRule
 from platform_validator.telemetry.metrics import Metrics
 from platform_validator.web.views import Health
 
@@ -142,9 +146,28 @@ class Board:
         """See the port."""
         for found in self.challenges():
             if self.components is not None and named in (found["id"], found["name"]):
-                history = await self.components.challenges.history(ChallengeId(found["id"]))
-                return found | {"history": plain(history)}
+                challenge_id = ChallengeId(found["id"])
+                history = await self.components.challenges.history(challenge_id)
+                in_force = self._in_force(self.components.challenges.planned(challenge_id))
+                return found | {"effective": in_force, "history": plain(history)}
         return None
+
+    def _in_force(self, planned: tuple[ChallengeSpec, CvmPlan] | None) -> dict[str, Any] | None:
+        if planned is None:
+            return None
+        settings, (spec, plan) = self.settings, planned
+        policy = NetworkPolicy(
+            allow_outbound=settings["sandbox_config.network_policy.allow_outbound"],
+            hosts=tuple(settings["sandbox_config.network_policy.allowed_hosts"]),
+            ports=tuple(settings["sandbox_config.network_policy.allowed_ports"]),
+        )
+        rule = ScoringRule.named(
+            settings["scoring_config.algorithm"], settings["scoring_config.normalization"]
+        ).overridden(spec)
+        shown: dict[str, Any] = plain(
+            effective(spec, plan, limits=settings.limits, policy=policy, scoring=plain(rule))
+        )
+        return shown
 
     def _reasons(self) -> dict[str, str | None]:
         parts = self.components
