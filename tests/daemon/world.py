@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -16,6 +16,7 @@ from tests.simulation.virtual import VirtualLoop, Wall
 from platform_protocol.ids import ChallengeId, Hotkey, JobId, VmId, VmName
 from platform_protocol.platform_messages import ActiveChallenge, IsolationLevel
 from platform_protocol.resources import Resources
+from platform_protocol.session.messages import JobError
 from platform_protocol.session.v2 import Offer
 from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.challenges.source import FetchedTree, Source
@@ -90,6 +91,9 @@ class Guests:
     booting: asyncio.Event = field(default_factory=asyncio.Event)
     running: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: list[JobId] = field(default_factory=list)
+    error: JobError | None = None
+    dies: bool = False
+    acknowledge: Callable[[GuestResult], Awaitable[None]] | None = None
 
     def session(
         self,
@@ -135,11 +139,14 @@ class GatedSession:
         on_started(self._resume)
         self._guests.running.set()
         await self._guests.may_finish.wait()
+        if self._guests.dies:
+            raise SessionLost("its CVM died")
+        error = self._guests.error
         return GuestResult(
             job_id=order.job_id,
             attempt=order.attempt,
-            result={"score": 0.5},
-            error=None,
+            result={"score": 0.5} if error is None else None,
+            error=error,
             evidence=None,
             logs=[],
             execution_time_ms=5,
@@ -153,7 +160,8 @@ class GatedSession:
         pass
 
     async def acknowledge(self, result: GuestResult) -> None:
-        pass
+        if self._guests.acknowledge is not None:
+            await self._guests.acknowledge(result)
 
     async def lost(self) -> Exception:
         await self._closed.wait()

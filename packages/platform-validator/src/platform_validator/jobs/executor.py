@@ -103,8 +103,9 @@ class JobExecutor:
         try:
             ending = await self.tenure.run(job, self._steps)
         except asyncio.CancelledError:
-            if not job.stored:
-                await self._finish(job, Ending(JobOutcome.CANCELLED, "drained", ReleaseReason.DRAIN))
+            # A result that is stored by now is how it ended, whatever ends us.
+            kept = job.ending if job.stored else None
+            await self._finish(job, kept or Ending(JobOutcome.CANCELLED, "drained", ReleaseReason.DRAIN))
             raise
         else:
             await self._finish(job, ending)
@@ -310,6 +311,8 @@ class JobExecutor:
         """Give back what an earlier process held, until that is answered; then the journal forgets it."""
         if job.token is not None:
             await self._giving_back.release(job.job_id, job.token, ReleaseReason.INFRA, patience=None)
+        self._metrics.job_ended(job.challenge_id, JobOutcome.INFRA_ERROR)
+        _log.info("job_ended", job_id=job.job_id, outcome=JobOutcome.INFRA_ERROR, reason=RESTARTED)
         await self._ends.end(job.claim_id, JobOutcome.INFRA_ERROR, RESTARTED)
 
     def left_cvms(self, names: Iterable[VmName]) -> dict[VmName, LeftCvm]:

@@ -410,7 +410,7 @@ class JobManager:
         match ending.outcome:
             case JobOutcome.SUCCEEDED | JobOutcome.FAILED | JobOutcome.TIMEOUT:
                 return gate.succeeded()
-            case JobOutcome.INFRA_ERROR if ending.release is not ReleaseReason.CAPACITY:
+            case JobOutcome.INFRA_ERROR:
                 return gate.failed(ending.stage, self._clock.monotonic())
             case _:
                 return gate.withdrawn()
