@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1000, help="how many, from --first on")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, help="replay this one, and show what happened")
-    parser.add_argument("--jobs", type=int, default=104, help="queued in each seed")
+    parser.add_argument("--jobs", type=int, default=101, help="queued in each seed")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--bug", choices=sorted(BUGS), help="break the validator like this first")
     parser.add_argument("--until", help="end with the seed that breaks this law, as I2 or liveness")

@@ -57,7 +57,7 @@ class Outcome:
 
 
 def run_seed(
-    seed: int, *, jobs: int = 104, keep: int = 0, plan: Plan | None = None, until: str | None = None
+    seed: int, *, jobs: int = 101, keep: int = 0, plan: Plan | None = None, until: str | None = None
 ) -> Outcome:
     """Run one seed's world. The same seed gives the same world, event for event.
 

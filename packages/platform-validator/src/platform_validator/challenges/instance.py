@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import lru_cache
 from typing import Protocol
 
 from platform_protocol.canonical import canonical_json, sha256_hex
@@ -59,14 +60,20 @@ def instance_key(wanted: ActiveChallenge, generation: int = 0) -> tuple[str, str
 
     `generation` tells instances apart that differ in what the API does not list: image, environment, limits.
     """
-    specification = {
-        "github_repo": wanted.github_repo,
-        "compose_hash": wanted.compose_hash,
-        "resources": wanted.resources.model_dump(mode="json"),
-    }
-    digest = sha256_hex(canonical_json(specification))
+    digest = _digest(wanted.github_repo, wanted.compose_hash, wanted.resources)
     again = f":{generation}" if generation else ""
     return f"{wanted.id}:{wanted.github_commit[:64]}:{digest[:16]}{again}", digest
+
+
+@lru_cache(maxsize=1024)
+def _digest(repository: str, compose_hash: str | None, resources: Resources) -> str:
+    """Asked for at every step of every challenge, and rarely another."""
+    specification = {
+        "github_repo": repository,
+        "compose_hash": compose_hash,
+        "resources": resources.model_dump(mode="json"),
+    }
+    return sha256_hex(canonical_json(specification))
 
 
 def generation_of(key: str) -> int:

@@ -90,7 +90,7 @@ class Engine:
         self.phase = "starting"
         self.on_phase: Callable[[str], None] = lambda _phase: None
         self.notifications = NotificationLoop(
-            client=client, listener=self, clock=clock, rng=rng, on_reconnect=metrics.connected
+            client=client, listener=self, clock=clock, rng=rng, on_connect=metrics.connected
         )
         parts.fleet.beat, parts.outbox.beat = self.pulse.of("fleet"), self.pulse.of("outbox")
         parts.challenges.beat, parts.jobs.beat = self.pulse.of("challenges"), self.pulse.of("jobs")

@@ -161,7 +161,7 @@ class NotificationLoop:
         rng: Jitter.
         backoff: Between connections.
         good_after: A connection that lasted this long starts the backoff anew.
-        on_reconnect: Counted by whoever measures.
+        on_connect: Told of each connection that was opened.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class NotificationLoop:
         rng: random.Random,
         backoff: Backoff = TABLE[Kind.PUSH].pause,
         good_after: timedelta = timedelta(seconds=60),
-        on_reconnect: Callable[[], None] = lambda: None,
+        on_connect: Callable[[], None] = lambda: None,
     ) -> None:
         self._client = client
         self._listener = listener
@@ -181,7 +181,7 @@ class NotificationLoop:
         self._rng = rng
         self._backoff = backoff
         self._good_after = good_after.total_seconds()
-        self._on_reconnect = on_reconnect
+        self._on_connect = on_connect
         self._connected = False
         self._since: datetime | None = None
         self._stream: str | None = None
@@ -224,7 +224,6 @@ class NotificationLoop:
             good = self._clock.monotonic() - begun >= self._good_after
             failures = 1 if good else failures + 1
             self._reconnects += 1
-            self._on_reconnect()
             await self._clock.sleep(max(self._backoff.wait(failures, self._rng), asked))
 
     async def _listen(self) -> None:
@@ -232,6 +231,7 @@ class NotificationLoop:
             if not self._connected:
                 self._connected = True
                 self._since = self._clock.now()
+                self._on_connect()
                 _log.info("notifications_connected")
             self._received += 1
             self._take(notification)

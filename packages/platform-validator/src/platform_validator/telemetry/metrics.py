@@ -252,8 +252,9 @@ class Metrics:
         self._restarts.labels(loop).inc()
 
     def connected(self) -> None:
-        """A notification WebSocket was opened."""
+        """A notification WebSocket was opened: an answer as well."""
         self._reconnects.inc()
+        self.platform_contact()
 
     def notified(self, *, connected: bool) -> None:
         """Whether the WebSocket is open now."""
