@@ -23,7 +23,7 @@ from platform_protocol.session.messages import ValuesRequest, ValuesResult
 from platform_protocol.session.v2 import Offer
 from platform_protocol.user_config import UserConfig
 from platform_validator.cvm.connection import Callee, SessionPace
-from platform_validator.cvm.errors import SessionRefused
+from platform_validator.cvm.errors import SessionLost, SessionRefused
 from platform_validator.cvm.jobs import GuestResult, JobOrder
 from platform_validator.cvm.session import CvmSession
 
@@ -52,6 +52,8 @@ class Guest:
 
     port: int
     server: ChallengeServer
+    end: Callable[[], None]
+    start_again: Callable[[], None]
     may_end: dict[int, asyncio.Event] = field(default_factory=dict)
 
     def event(self, number: int) -> asyncio.Event:
@@ -59,15 +61,15 @@ class Guest:
         return self.may_end.setdefault(number, asyncio.Event())
 
     @contextlib.asynccontextmanager
-    async def session(self, *, resume: bool = False) -> AsyncIterator[CvmSession]:
-        """One validator's end."""
+    async def session(self, *, resume: bool = False, patience: float = 5) -> AsyncIterator[CvmSession]:
+        """One validator's end; so many seconds it dials a CVM that does not answer."""
         session = CvmSession(
             Callee(("127.0.0.1", self.port), VM, SECRET, SESSION, Hotkey("5DD")),
             challenge_id=CHALLENGE,
             env={},
             judge=accept,
             values=NoValues(),
-            pace=SessionPace(resume_for=5, retry=0.01, retry_most=0.05),
+            pace=SessionPace(resume_for=patience, retry=0.01, retry_most=0.05),
             resume=resume,
         )
         async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
@@ -83,6 +85,16 @@ class Guest:
         live = self.server._live
         assert live is not None
         live.transport.abort()
+
+    async def ended(self) -> None:
+        """Wait until nothing serves any more."""
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            except ConnectionRefusedError:
+                return
+            writer.close()
+            await asyncio.sleep(0.005)
 
     async def running(self, jobs: int) -> None:
         """Wait until so many run."""
@@ -115,13 +127,25 @@ async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
         max_lifetime_s=60,
         hard_lifetime_s=60,
     )
-    held = HeldJobs(per_job=False, concurrency=SEATS)
-    server = ChallengeServer(challenge, config, Health("ready"), jobs=held, scratch=tmp_path)
-    found, stop = Guest(port, server), asyncio.Event()
+    stops: list[asyncio.Event] = []
+
+    def serve() -> ChallengeServer:
+        held = HeldJobs(per_job=False, concurrency=SEATS)
+        server = ChallengeServer(challenge, config, Health("ready"), jobs=held, scratch=tmp_path)
+        stops.append(asyncio.Event())
+        tasks.create_task(server.serve("127.0.0.1", port, stops[-1]))
+        return server
+
+    def again() -> None:
+        serve()
+
+    def end() -> None:
+        stops[-1].set()
+
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(server.serve("127.0.0.1", port, stop))
+        found = Guest(port, serve(), end, again)
         yield found
-        stop.set()
+        found.end()
 
 
 def job_of(number: int) -> JobId:
@@ -251,3 +275,27 @@ async def _collected(
     result = await run(session, number, told=lambda n, what: told.append((n, what)))
     await session.acknowledge(result)
     return result
+
+
+async def test_a_guest_that_ends_is_noticed_while_nobody_uses_it(guest: Guest) -> None:
+    """An idle CVM that exits: its session is lost, and says so."""
+    async with guest.session(patience=0.2) as session:
+        lost = asyncio.ensure_future(session.lost())
+        guest.end()
+        async with asyncio.timeout(20):
+            error = await lost
+    assert isinstance(error, SessionLost)
+    assert "cannot be reached any more" in str(error)
+
+
+async def test_a_guest_that_was_started_anew_is_noticed_while_nobody_uses_it(guest: Guest) -> None:
+    """Dstack restarts a VM that exited by itself: it answers again, and does not know the session."""
+    async with guest.session() as session:
+        lost = asyncio.ensure_future(session.lost())
+        guest.end()
+        await guest.ended()
+        guest.start_again()
+        async with asyncio.timeout(20):
+            error = await lost
+    assert isinstance(error, SessionLost)
+    assert "rebooted" in str(error)
