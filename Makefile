@@ -16,9 +16,10 @@ export PIP_NO_INPUT := 1
 export URL IMAGE TOKEN
 
 .PHONY: help setup system demo test lint bench simulate chaos attest-matrix vmm-conformance values-drill update-drill docs lock clean
+.PHONY: help setup system demo hosts-demo test lint bench simulate chaos attest-matrix values-drill update-drill docs lock clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## install the locked dependencies and the five packages into .venv
 
@@ -38,6 +39,9 @@ system: ## install bubblewrap and nftables (Debian or Ubuntu, as root), or say h
 
 demo: setup system ## run the whole job on this machine; ARGS=--keep, ARGS="--outage 10"
 	@$(BIN)/python -m examples.demo $(ARGS)
+
+hosts-demo: setup system ## two VMMs of different size, one killed in the middle; ARGS=--short
+	@$(BIN)/python -m examples.demo.hosts $(ARGS)
 
 test: setup system $(WS16)/.stamp ## all tests; ARGS="-k lease" narrows them
 	@$(BIN)/python -m pytest -n 2 --ignore tests/e2e/test_demo.py $(ARGS)

@@ -21,22 +21,21 @@ class Machine:
 
 def look(state: Path) -> Machine:
     """Processes in this run's groups or named for its state, their namespaces, its groups; all mounts."""
-    known = state / "vmm" / "id"
-    name = f"platform-vmm-{known.read_text().strip()}" if known.exists() else "platform-vmm--"
+    names = [f"platform-vmm-{known.read_text().strip()}" for known in sorted(state.glob("vmm*/id"))]
     processes: set[tuple[int, float]] = set()
     namespaces: set[str] = set()
     for process in psutil.process_iter():
         try:
             with process.oneshot():
                 groups = Path(f"/proc/{process.pid}/cgroup").read_text()
-                ours = name in groups or str(state) in " ".join(process.cmdline())
+                ours = any(name in groups for name in names) or str(state) in " ".join(process.cmdline())
                 if ours and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
                     processes.add((process.pid, process.create_time()))
                     namespaces.add(str(Path(f"/proc/{process.pid}/ns/net").readlink()))
         except (psutil.Error, OSError):
             continue
     mounts = frozenset(line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
-    left_groups = Path("/sys/fs/cgroup").glob(f"**/{name}")
+    left_groups = [group for name in names for group in Path("/sys/fs/cgroup").glob(f"**/{name}")]
     return Machine(frozenset(processes), mounts, frozenset(map(str, left_groups)), frozenset(namespaces))
 
 

@@ -57,10 +57,8 @@ class RunFolder:
 
 def _reclaim(state: Path) -> None:
     """Guests die with their VMM; their empty control groups stay until somebody removes them."""
-    identity = state / "vmm" / "id"
-    if not identity.exists():
-        return
-    for base in Path("/sys/fs/cgroup").glob(f"**/platform-vmm-{identity.read_text().strip()}"):
+    names = [f"platform-vmm-{identity.read_text().strip()}" for identity in state.glob("vmm*/id")]
+    for base in [base for name in names for base in Path("/sys/fs/cgroup").glob(f"**/{name}")]:
         for group in [*(each for each in base.iterdir() if each.is_dir()), base]:
             _remove(group)
 

@@ -59,13 +59,16 @@ class ValidatorPart:
         )
 
     def environment(self) -> dict[str, str]:
-        """What it needs to know."""
+        """What it needs to know; its VMM among it, unless its configuration lists several."""
+        token = self.vmm / "token"
+        socket = {"DSTACK_VMM_URL": f"unix:{self.vmm.parent / 'vmm.sock'}"} if token.exists() else {}
+        secret = {"DSTACK_VMM_TOKEN": token.read_text().strip()} if token.exists() else {}
         return {
+            **socket,
+            **secret,
             "VALIDATOR_HOTKEY": self.keypair.address,
             "VALIDATOR_HOTKEY_FILE": str(self.folder.with_suffix(".hotkey")),
             "PLATFORM_BASE_API": self.api,
-            "DSTACK_VMM_URL": f"unix:{self.vmm.parent / 'vmm.sock'}",
-            "DSTACK_VMM_TOKEN": (self.vmm / "token").read_text().strip(),
             "VALIDATOR_DB_PATH": str(self.database),
             "VALIDATOR_HTTP_LISTEN": f"127.0.0.1:{self.guest_port}",
             "VALIDATOR_ADMIN_LISTEN": f"127.0.0.1:{self.admin_port}",

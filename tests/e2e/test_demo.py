@@ -56,6 +56,28 @@ def test_every_submission_ends_as_expected_although_the_platform_api_is_killed_f
         assert_verified_by_a_second_program(*what)
 
 
+@pytest.mark.slow(reason="starts two VMMs, and waits for the dead one's jobs to be given back")
+@pytest.mark.timeout(300)
+def test_every_job_ends_although_one_of_two_vmms_is_killed(tmp_path: Path) -> None:
+    """Its jobs are the infrastructure's failures and run again; what is on it is gone once it is back."""
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.demo.hosts", "--short", "--output", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["succeeded"] == report["jobs"] == 8
+    assert report["released_as_infra"] == report["attempts"] - report["jobs"] >= 1
+    assert min(report["cvms_made"].values()) >= 1
+    for name in ("blamed_on_submissions", "cvms_not_gone", "vms_left"):
+        assert report[name] == 0, name
+    assert report["left"] == {}
+
+
 @pytest.mark.slow(reason="starts the whole system twice")
 @pytest.mark.timeout(240)
 def test_after_a_kill_9_of_the_demo_the_next_one_cleans_up_and_holds(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from job_house import CHALLENGE, TOML, House, answered, good, new_commit, tick
 
-from platform_protocol.ids import JobId
+from platform_protocol.ids import JobId, VmName
 from platform_protocol.platform_messages import ActiveChallenge
 from platform_protocol.resources import Resources
 from platform_validator.challenges import yielding
@@ -317,3 +317,18 @@ def test_the_key_of_a_generation_is_read_back() -> None:
     keys = [instance_key(wanted, number)[0] for number in (0, 1, 12)]
     assert [generation_of(key) for key in keys] == [0, 1, 12]
     assert len(set(keys)) == 3
+
+
+async def test_what_stands_ready_on_a_host_that_is_drained_goes_and_another_is_booted(house: House) -> None:
+    """The challenge stays Active; CVMs that are not named stay."""
+    async with house.open():
+        await house.state(InstanceState.ACTIVE)
+        (ready,) = house.fleet.alive
+        house.challenges.let_go({VmName("somebody-elses")})
+        assert ready in house.fleet.alive
+        house.challenges.let_go({ready})
+        while not house.fleet.alive or ready in house.fleet.alive:
+            await tick()
+        (view,) = house.challenges.views()
+        assert view.state is InstanceState.ACTIVE
+        assert house.fleet.destroyed == [ready]

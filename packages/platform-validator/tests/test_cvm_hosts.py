@@ -296,7 +296,7 @@ async def test_a_drained_host_gets_no_more_cvms_and_a_restart_remembers_it(world
     """What runs there goes on; what stands ready is named, for whoever keeps it."""
     cvm = await world.boot()
     let_go: list[frozenset[VmName]] = []
-    world.fleet.keeper.on_drained = let_go.append
+    world.fleet.keeper.on_let_go = let_go.append
     await world.fleet.keeper.drain(BIG)
     assert (world.state(BIG), let_go) == ("drained", [frozenset({cvm.name})])
     for _ in range(2):

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import structlog
 
-from platform_protocol.ids import ChallengeId
+from platform_protocol.ids import ChallengeId, VmName
 from platform_protocol.resources import Resources
 from platform_protocol.spec import ChallengeSpec
 from platform_validator.challenges.environment import EnvSource, NoEnvironments
@@ -168,6 +168,11 @@ class ChallengeManager:
             return False
         min(idle, key=lambda each: each[0])[1].yield_ready()
         return True
+
+    def let_go(self, names: Collection[VmName]) -> None:
+        """What stands ready among these CVMs goes: their host is drained or gone."""
+        for runner in self._runners.values():
+            runner.let_go(names)
 
     def room_taken(self) -> None:
         """Whoever waited for room has it: refills may go on."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from datetime import timedelta
 from typing import Any
 
 import structlog
 
-from platform_protocol.ids import ChallengeId
+from platform_protocol.ids import ChallengeId, VmName
 from platform_validator.challenges.demand import Demand
 from platform_validator.challenges.instance import Instance, Resident
 from platform_validator.challenges.parts import RunnerParts
@@ -145,6 +145,20 @@ class Pool:
             cvm = serving.ready.pop(0)[1]
         _log.info("ready_cvm_yields", challenge_id=self._id, vm=cvm.name)
         self._parts.fleet.destroy(cvm.name)
+        self._wake()
+
+    def let_go(self, names: Collection[VmName]) -> None:
+        """Their host is drained or gone: what is idle goes, a shared one with its last job."""
+        serving = self.serving
+        if serving is None:
+            return
+        for each in [each for each in serving.ready if each[1].name in names]:
+            serving.ready.remove(each)
+            self._parts.fleet.destroy(each[1].name)
+        resident = serving.resident
+        if resident is not None and resident.cvm.name in names:
+            serving.resident = None
+            self._retire(serving, resident)
         self._wake()
 
     def clear(self, instance: Instance) -> None:

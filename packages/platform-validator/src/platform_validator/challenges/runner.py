@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Collection
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
 import structlog
 
-from platform_protocol.ids import ChallengeId
+from platform_protocol.ids import ChallengeId, VmName
 from platform_protocol.platform_messages import ActiveChallenge
 from platform_protocol.spec import ChallengeSpec, SpecInvalid
 from platform_validator.challenges.aim import Aim
@@ -129,6 +130,10 @@ class ChallengeRunner:
     def yield_ready(self) -> None:
         """Destroy the oldest idle ready CVM."""
         self._pool.yield_oldest()
+
+    def let_go(self, names: Collection[VmName]) -> None:
+        """What stands ready among these CVMs goes: their host is drained or gone."""
+        self._pool.let_go(names)
 
     def view(self) -> ChallengeView:
         """As shown."""

@@ -54,7 +54,7 @@ class HostKeeper:
         self._held = held
         self._alive = alive
         self.tasks: asyncio.TaskGroup | None = None
-        self.on_drained: Callable[[frozenset[VmName]], None] = lambda _names: None
+        self.on_let_go: Callable[[frozenset[VmName]], None] = lambda _names: None
         hosts.on_silent, hosts.on_back = self._fell_silent, self._came_back
 
     async def trouble(self, name: VmName) -> str | None:
@@ -73,7 +73,7 @@ class HostKeeper:
         await self._store.drain_host(name, at=self._clock.now())
         self._hosts.drained(await self._store.drained_hosts())
         _log.info("host_drained", host=name)
-        self.on_drained(self._names_on(name))
+        self.on_let_go(self._names_on(name))
 
     async def undrain(self, name: HostName) -> None:
         """It may have CVMs again.
@@ -114,6 +114,8 @@ class HostKeeper:
                 await session.confirm()
         except (TimeoutError, CvmError):
             _log.warning("cvm_lost_with_its_host", vm=member.record.name, host=member.record.host)
+            # Before its session ends: what stands ready did not end by itself.
+            self.on_let_go(frozenset({member.record.name}))
             session.close()
 
     def _came_back(self, host: HostName) -> None:

@@ -353,5 +353,6 @@ def make_components(
         can_attest=outside.policy.can_attest,
     )
     fleet.on_refused = challenges.refused
+    fleet.keeper.on_let_go = challenges.let_go
     challenges.on_active = lambda: jobs.wake("local")
     return Components(quota, fleet, challenges, outbox, jobs, values, env)
