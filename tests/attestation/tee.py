@@ -39,7 +39,7 @@ from platform_validator.cvm.memory import IMAGE, Machine, MemoryVmm
 from platform_validator.cvm.probe import HttpProbe
 from platform_validator.cvm.session import CvmSession
 from platform_validator.cvm.testing_guest import GuestScript, Outcome, ScriptedGuest
-from platform_validator.cvm.vmm import VmSpec
+from platform_validator.cvm.vmm import VmmFacts, VmmImage, VmSpec
 from platform_validator.daemon.engine import Engine
 from platform_validator.daemon.parts import Outside, make_components, make_values
 from platform_validator.daemon.pinning import Pinner
@@ -93,6 +93,15 @@ class RememberingVmm(MemoryVmm):
     def __init__(self, **how: Any) -> None:
         super().__init__(**how)
         self.guests: list[ScriptedGuest] = []
+        self._more: tuple[VmmImage, ...] = ()
+
+    def new_image(self, name: str) -> None:
+        """Somebody put another image there."""
+        self._more = (VmmImage(name, IsolationLevel.CONTAINER),)
+
+    async def facts(self) -> VmmFacts:
+        found = await super().facts()
+        return VmmFacts(found.version, (*found.images, *self._more))
 
     def _boot(self, machine: Machine) -> None:
         super()._boot(machine)
@@ -201,16 +210,7 @@ class TeeHouse:
         """Run the engine, with one challenge; with `pinned` its image is known."""
         if pinned:
             self.images.add(self.pinned)
-        self.platform.put_challenge(
-            ActiveChallenge(
-                id=CHALLENGE,
-                name="digits",
-                status="active",
-                github_repo="https://github.com/o/digits",
-                github_commit="a" * 40,
-                resources=_SIZE,
-            )
-        )
+        self.publish("a" * 40)
         async with asyncio.timeout(40), self.vmm, asyncio.TaskGroup() as group:
             running = group.create_task(self.engine.run())
             try:
@@ -219,6 +219,26 @@ class TeeHouse:
                 self.engine.drain("the test is over")
                 self.engine.drain("now")
                 await asyncio.wait({running}, timeout=20)
+
+    def publish(self, commit: str) -> None:
+        """List the challenge at a commit."""
+        self.platform.put_challenge(
+            ActiveChallenge(
+                id=CHALLENGE,
+                name="digits",
+                status="active",
+                github_repo="https://github.com/o/digits",
+                github_commit=commit,
+                resources=_SIZE,
+            )
+        )
+
+    async def look_again(self) -> None:
+        """The next time for a retry has come, and passed: white-box, for it is minutes away."""
+        for runner in self.engine.parts.challenges._runners.values():
+            runner._retry_at = 0.0
+            runner.wake()
+        await asyncio.sleep(0.5)
 
     def submit(self) -> MemoryJob:
         """A job with a submission."""

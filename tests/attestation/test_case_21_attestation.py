@@ -131,11 +131,17 @@ async def test_case_21_without_the_collateral_service_nothing_is_sent_and_nothin
 ) -> None:
     """Given back as attestation_unavailable after the boot deadline; it goes on when the service is back."""
     house = TeeHouse(tmp_path)
+    house.info = forge.tcb_info() | {"nextUpdate": forge.when(forge.NOW + timedelta(hours=1))}
     async with house.open():
         await house.state(InstanceState.ACTIVE)
         honest = len(house.vmm.guests)
-        house.service_down = True
-        house.advance(forge.NOW + timedelta(days=31))
+
+        def expires(_boot: Boot) -> None:
+            # While it boots, and after the claim: before it there would be none.
+            house.service_down = True
+            house.advance(forge.NOW + timedelta(minutes=61))
+
+        house.lie = expires
         house.allow(timedelta(seconds=1))
         job = house.submit()
         while not job.releases:
@@ -147,6 +153,8 @@ async def test_case_21_without_the_collateral_service_nothing_is_sent_and_nothin
         assert "no valid collateral" in str(house.policy.trouble())
         assert job.attempt == 1
         # Back, with collateral of today.
+        house.lie = None
+        house.allow(timedelta(seconds=20))
         house.advance(forge.NOW)
         house.service_down = False
         while not job.finished:
@@ -183,6 +191,7 @@ async def test_case_21_no_quote_at_tee_stops_the_claiming_for_a_while(tmp_path: 
             boot.quote = False
 
         house.lie = none
+        house.allow(timedelta(seconds=0.3))
         job = house.submit()
         while not job.releases:
             await asyncio.sleep(0.005)

@@ -153,11 +153,14 @@ def test_a_host_without_quotes_is_tried_ever_less_often() -> None:
     """30 s, doubled, up to ten minutes; the first quote opens."""
     gate, pauses = QuoteGate(), []
     assert gate.admits(0)
+    now = 1000.0
     for _ in range(8):
-        gate = gate.without(1000.0)
-        assert not gate.admits(1000.0)
-        pauses.append(gate.closed_until - 1000.0)
-        assert gate.admits(gate.closed_until)
+        gate = gate.without(now)
+        assert not gate.admits(now)
+        assert gate.without(now + 1) == gate
+        pauses.append(gate.closed_until - now)
+        now = gate.closed_until
+        assert gate.admits(now)
     assert pauses[:3] == [FIRST_PAUSE.total_seconds() * factor for factor in (1, 2, 4)]
     assert pauses[-1] == LONGEST_PAUSE.total_seconds()
     assert gate.shown().admits(1000.0)

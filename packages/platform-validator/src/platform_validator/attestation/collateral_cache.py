@@ -140,6 +140,18 @@ class CollateralCache:
                 return f"collateral of platform {key[0]} serves until {until:%Y-%m-%dT%H:%M:%SZ}: {error}"
         return None
 
+    def views(self) -> list[dict[str, str]]:
+        """What is held, for `validator status`: platform, CA, when it was asked for, until when it serves."""
+        return [
+            {
+                "fmspc": fmspc,
+                "ca": authority,
+                "asked_at": _shown(held.asked_at),
+                "until": _shown(held.collateral.valid_until),
+            }
+            for (fmspc, authority), held in sorted(self._held.items())
+        ]
+
     def _key(self, fmspc: str, authority: str) -> Key:
         key = fmspc.lower(), authority.lower()
         if re.fullmatch(r"[0-9a-f]{12}", key[0]) is None or key[1] not in _AUTHORITIES:
@@ -249,3 +261,7 @@ class CollateralCache:
         except OSError as error:
             # It is held in memory: only a restart without the service would miss it.
             _log.warning("collateral_not_kept", path=str(path), reason=str(error))
+
+
+def _shown(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -17,8 +17,8 @@ class AttestationRefused(CvmError):
 class AttestationUnavailable(CvmError):
     """It could not be judged: no quote where one is needed, or no collateral. Says nothing about the CVM.
 
-    `passing`: it may be judged a little later (the collateral service does not answer), so that a CVM that
-    has just booted is asked again until its deadline.
+    `passing`: it may be judged a little later (the collateral service does not answer, the guest agent is not
+    up yet), so that a CVM that has just booted is asked again until its deadline.
     """
 
     def __init__(self, detail: str, *, passing: bool = False) -> None:

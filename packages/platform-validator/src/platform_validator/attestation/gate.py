@@ -29,6 +29,8 @@ class QuoteGate:
         return QuoteGate()
 
     def without(self, now: float) -> QuoteGate:
-        """None came."""
+        """None came. A CVM is asked again until its deadline: while closed, that changes nothing."""
+        if not self.admits(now):
+            return self
         pause = min(FIRST_PAUSE * 2 ** min(self.missing, 16), LONGEST_PAUSE)
         return QuoteGate(self.missing + 1, now + pause.total_seconds())

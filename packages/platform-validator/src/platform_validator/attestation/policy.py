@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 
@@ -149,8 +149,30 @@ class AttestationPolicy:
     def trouble(self) -> str | None:
         """Why CVMs cannot be attested now, or None."""
         if self._gate.missing:
-            return f"{self._gate.missing} CVMs in a row showed no quote: is the VMM's host a TDX host?"
+            return "a CVM showed no quote: is the VMM's host a TDX host, and its guest agent up?"
         return self.collateral.trouble() if self.collateral is not None else None
+
+    def view(self) -> dict[str, Any]:
+        """For `validator status`: whether quotes are asked for, what is known, which collateral is held."""
+        known = self.rules.images()
+        return {
+            "quotes": self.asks_for_quotes,
+            "tcb_statuses": list(self.rules.tcb.statuses),
+            "known_images": len(known.pinned) + len(known.published),
+            "collateral": self.collateral.views() if self.collateral is not None else [],
+        }
+
+    def warnings(self) -> list[str]:
+        """What an operator should know though quotes can be judged."""
+        if not self.asks_for_quotes:
+            return []
+        found = [
+            f"attestation.checks.{check.value} is {outcome.value}: it refuses no CVM"
+            for check, outcome in sorted(self.rules.outcomes.chosen.items())
+            if outcome is not Outcome.REQUIRED
+        ]
+        stale = self.collateral.stale() if self.collateral is not None else None
+        return [*found, *(one for one in (self.rules.images().fault, stale) if one is not None)]
 
     def can_attest(self) -> bool:
         """Whether jobs may be claimed: collateral is held for every platform that was seen, and quotes come.
@@ -215,7 +237,7 @@ class AttestationPolicy:
                     Check.QUOTE_MISSING, "allow_simulated asks for a simulated quote, none came"
                 )
             self._gate = self._gate.without(self._clock.monotonic())
-            raise AttestationUnavailable("the level is Tee and the CVM showed no quote")
+            raise AttestationUnavailable("the level is Tee and the CVM showed no quote", passing=True)
         self._gate = self._gate.shown()
         if self._checker is None:
             raise AttestationUnavailable("a quote is asked for, and nothing here can verify one")

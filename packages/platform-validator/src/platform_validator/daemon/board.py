@@ -14,6 +14,7 @@ from typing import Any
 from platform_protocol.ids import ChallengeId
 from platform_protocol.resources import Resources
 from platform_protocol.spec import ChallengeSpec
+from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.challenges.effective import NetworkPolicy, effective
 from platform_validator.challenges.git_source import GitSource
 from platform_validator.config import Settings
@@ -39,7 +40,7 @@ class Board:
         self.source: GitSource | None = None
         self.notifications: NotificationLoop | None = None
         self.journal: Callable[[], str | None] = lambda: None
-        self.attestation: Callable[[], str | None] = lambda: None
+        self.policy: AttestationPolicy | None = None
         self.silent: Callable[[], dict[str, float]] = dict
         self.extra: dict[str, Any] = {}
         self._has: Resources | None = None
@@ -90,6 +91,7 @@ class Board:
             **shown_quota(parts.quota.view()),
             "waiting": plain(parts.jobs.waiting),
             "warnings": self.warnings(),
+            "attestation": self.policy.view() if self.policy is not None else None,
             "outbox": parts.outbox.depth,
             "active_jobs": plain(active),
             "challenges": self.challenges(),
@@ -102,8 +104,9 @@ class Board:
         return shown
 
     def warnings(self) -> list[str]:
-        """Limits that this machine cannot keep, where VMMs are on it."""
-        return list(promised_beyond(self.settings, self._machine()))
+        """Limits that this machine cannot keep, where VMMs are on it; what attestation does not insist on."""
+        of_policy = self.policy.warnings() if self.policy is not None else []
+        return [*promised_beyond(self.settings, self._machine()), *of_policy]
 
     def _machine(self) -> Resources:
         if self._has is None:
@@ -181,7 +184,7 @@ class Board:
             "notifications": push,
             "vmm": "not asked yet" if parts is None else parts.fleet.hosts.error,
             "fleet": None if parts is None else parts.fleet.last_error,
-            "attestation": self.attestation(),
+            "attestation": self.policy.trouble() if self.policy is not None else None,
             "journal": self.journal(),
             "loops": self._stuck(),
         }

@@ -204,7 +204,7 @@ class Daemon:
             self._lag.beat = engine.pulse.of("loop_lag")
             board = self._board
             board.components, board.notifications = parts, engine.notifications
-            board.attestation = outside.policy.trouble
+            board.policy = outside.policy
             board.journal, board.silent = lambda: engine.store_error or store.trouble.now, engine.pulse.silent
             self._control.start(Started(engine, store, outside.renewer, pinner))
             watchdog = Watchdog(self._systemd, silent=engine.pulse.silent, status=board.line)
