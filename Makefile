@@ -15,8 +15,7 @@ export PIP_NO_INPUT := 1
 
 export URL IMAGE TOKEN
 
-.PHONY: help setup system demo test lint bench simulate chaos attest-matrix vmm-conformance values-drill update-drill docs lock clean
-.PHONY: help setup system demo hosts-demo test lint bench simulate chaos attest-matrix values-drill update-drill docs lock clean
+.PHONY: help setup system demo test lint bench simulate chaos attest-matrix vmm-conformance values-drill update-drill docs lock clean hosts-demo canary
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -84,6 +83,9 @@ values-drill: setup system ## 10,000 increments from 20 CVMs across a kill -9 of
 
 update-drill: setup system ## three commits (good, broken, good) while 200 jobs flow, in both modes of cvm
 	@$(BIN)/python -m tests.drills.updates $(ARGS)
+
+canary: setup system ## secrets of every kind over a full run, and a search for them in everything that is left
+	@$(BIN)/python -m tests.canary $(ARGS)
 
 docs: setup ## check the pages' links and commands; write docs/openapi.json
 	@$(BIN)/python scripts/openapi.py docs/openapi.json

@@ -34,7 +34,7 @@ from platform_validator.cli.jobs import jobs
 from platform_validator.cli.values import values
 from platform_validator.cli.verify import verify
 from platform_validator.cli.vmm import vmm
-from platform_validator.config import Settings, load_settings
+from platform_validator.config import OPTIONS, Settings, load_settings
 from platform_validator.errors import ValidatorError
 from platform_validator.keys import find_hotkey
 from platform_validator.telemetry.logging import BadDirectives, Directives, configure_logging
@@ -83,8 +83,15 @@ def run(context: typer.Context, *, config: ConfigFile = None) -> None:
     configure_logging(directives, settings["validator.log_format"])
     from platform_validator.daemon import run as run_daemon  # noqa: PLC0415 - commands start fast without it
 
+    environment = dict(os.environ)
+    for option in OPTIONS:
+        if option.secret:
+            # Nothing that is started from here has it in its environment.
+            for name in option.env:
+                os.environ.pop(name, None)
+
     def reread() -> Settings:
-        return load_settings(dict(os.environ), flag_file=path)
+        return load_settings(environment, flag_file=path)
 
     raise typer.Exit(run_daemon(settings, keypair, reread=reread))
 

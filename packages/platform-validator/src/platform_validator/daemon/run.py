@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import secrets
 import signal
 import sys
@@ -82,6 +83,8 @@ def run(settings: Settings, keypair: Keypair, *, reread: Callable[[], Settings] 
         keypair: The hotkey's.
         reread: Reads the configuration anew for a reload (raises ConfigFaults); None: it never changes.
     """
+    # A core file would hold the hotkey.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     state = StateDirectory(settings.db_path)
     systemd = Systemd.from_environment(os.environ, pid=os.getpid())
     try:

@@ -1,0 +1,1 @@
+"""Secrets seeded everywhere, and looked for everywhere else."""
