@@ -90,11 +90,11 @@ def test_each_fault_has_its_line_and_what_to_do(tmp_path: Path, more: str, line:
 
 
 def test_all_faults_are_told_at_once_and_no_more_than_twenty(tmp_path: Path) -> None:
-    """A hundred thousand faults are no work: the first twenty are told, and how many more there are."""
-    many = "".join(f"k{number} = 1\n" for number in range(20_000))
+    """The first twenty are told, and how many more there are."""
+    many = "".join(f"k{number} = 1\n" for number in range(3000))
     found = failures(check_folder(folder_of(tmp_path, many)))
     assert len(found) == 21
-    assert "and 19982 faults more" in found[-1][2]
+    assert "and 2982 faults more" in found[-1][2]
 
 
 @pytest.mark.parametrize(

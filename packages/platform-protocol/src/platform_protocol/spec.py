@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from platform_protocol.errors import ProtocolError
-from platform_protocol.spec_faults import SpecFault, faults_of, too_deep, too_long_key
+from platform_protocol.spec_faults import TOO_DEEP, SpecFault, faults_of, too_long_key, too_much
 
 MAX_SPEC_BYTES = 256 * 1024
 MAX_RESULT_BYTES = 16 * 1024 * 1024
@@ -204,7 +204,7 @@ def parse_platform_toml(data: bytes) -> ChallengeSpec:
     """
     if len(data) > MAX_SPEC_BYTES:
         raise SpecInvalid([SpecFault("", f"expected at most {MAX_SPEC_BYTES} bytes, got {len(data)}")])
-    deep = SpecInvalid([SpecFault("", "nested too deep")])
+    deep = SpecInvalid([SpecFault("", TOO_DEEP)])
     try:
         text = data.decode("utf-8")
         if too_long_key(text):
@@ -213,14 +213,14 @@ def parse_platform_toml(data: bytes) -> ChallengeSpec:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise SpecInvalid([SpecFault("", f"expected UTF-8, byte {error.start} is not", line)]) from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # tomllib's own, or Python's about a number of over 4300 digits
         at = _AT_LINE.search(str(error))
         line_at = int(at[1]) if at else None
         raise SpecInvalid([SpecFault("", f"not TOML: {error}"[:200], line_at)]) from error
     except RecursionError:
         raise deep from None
-    if too_deep(table):
-        raise deep
+    if (shape := too_much(table)) is not None:
+        raise SpecInvalid([SpecFault("", shape)])
     try:
         return ChallengeSpec.model_validate(table)
     except ValidationError as error:

@@ -13,16 +13,24 @@ from pydantic import BaseModel, ValidationError
 
 MAX_FAULTS = 20
 MAX_DEPTH = 16
+MAX_ENTRIES = 4096
+TOO_DEEP = "nested too deep"
 _SHOWN = 80
 
-# Strings and comments, so that what looks like a key in them is none.
+# An author's text is hostile: every pattern here takes time in proportion to its length. A string without
+# an end reaches to the end of the text, and a key begins where no key could have begun before.
 _TEXT = re.compile(
-    r'"""(?:\\.|[^\\])*?"""' r"|'''.*?'''" r'|"(?:\\.|[^"\\\n])*"' r"|'[^'\n]*'" r"|\#[^\n]*", re.DOTALL
+    r'"""(?:\\.|.)*?(?:"""|\Z)'
+    r"|'''.*?(?:'''|\Z)"
+    r'|"(?:\\[^\n]|[^"\\\n])*"'
+    r"|'[^'\n]*'"
+    r"|\#[^\n]*",
+    re.DOTALL,
 )
-_LONG_KEY = re.compile(rf"(?:[A-Za-z0-9_-]+[ \t]*\.[ \t]*){{{MAX_DEPTH}}}")
-_HEADER = re.compile(r"\s*\[\[?\s*([^\]]+?)\s*\]")
+_LONG_KEY = re.compile(rf"(?<![A-Za-z0-9_-])(?:[A-Za-z0-9_-]+[ \t]*\.[ \t]*){{{MAX_DEPTH}}}")
+_HEADER = re.compile(r"[ \t]*\[\[?([^\]]*)\]")
 _KEY = re.compile(
-    r"""\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*="""
+    r"""[ \t]*((?:[\w-]+|"[^"]*"|'[^']*')(?:[ \t]*\.[ \t]*(?:[\w-]+|"[^"]*"|'[^']*'))*)[ \t]*="""
 )
 _PART = re.compile(r"""[A-Za-z0-9_-]+|"[^"]*"|'[^']*'""")
 
@@ -47,10 +55,14 @@ def too_long_key(text: str) -> bool:
     return _LONG_KEY.search(_TEXT.sub("s", text)) is not None
 
 
-def too_deep(table: Mapping[str, Any]) -> bool:
-    """Whether tables and arrays are nested over 16 deep: nothing of ours is, and what walks them recurses."""
+def too_much(table: Mapping[str, Any]) -> str | None:
+    """What is wrong with the shape: over 16 deep, which recurses what walks it, or over 4096 entries."""
     level: list[Any] = [table]
+    entries = 0
     for _ in range(MAX_DEPTH):
+        entries += sum(map(len, level))
+        if entries > MAX_ENTRIES:
+            return f"expected at most {MAX_ENTRIES} keys and entries"
         level = [
             inner
             for each in level
@@ -58,8 +70,8 @@ def too_deep(table: Mapping[str, Any]) -> bool:
             if isinstance(inner, dict | list)
         ]
         if not level:
-            return False
-    return True
+            return None
+    return TOO_DEEP
 
 
 def faults_of(error: ValidationError, model: type[BaseModel], text: str) -> list[SpecFault]:
@@ -92,6 +104,8 @@ def _fault(fault: dict[str, Any], model: type[BaseModel], text: str) -> SpecFaul
 def _shown(value: Any) -> str:
     if isinstance(value, dict | list):
         return f"a {'table' if isinstance(value, dict) else 'list'} of {len(value)}"
+    if isinstance(value, int) and value.bit_length() > _SHOWN:
+        return f"a number of {value.bit_length()} bits"  # longer ones than Python writes out in decimal
     return repr(value)[:_SHOWN]
 
 
@@ -126,7 +140,7 @@ def line_of(text: str, path: Sequence[str]) -> int | None:
     """The line (from 1) of a key, or of the nearest table around it that is written down."""
     table: tuple[str, ...] = ()
     best, line = 0, None
-    for number, written in enumerate(text.splitlines(), 1):
+    for number, written in enumerate(_TEXT.sub(_on_its_lines, text).split("\n"), 1):
         header, key = _HEADER.match(written), _KEY.match(written)
         if header is not None:
             table = full = _parts(header[1])
@@ -137,6 +151,12 @@ def line_of(text: str, path: Sequence[str]) -> int | None:
         if best < len(full) <= len(path) and tuple(path[: len(full)]) == full:
             best, line = len(full), number
     return line
+
+
+def _on_its_lines(found: re.Match[str]) -> str:
+    """Strings of several lines hold no keys; lines keep their numbers."""
+    several = found[0].startswith(('"""', "'''"))
+    return "s" + "\n" * found[0].count("\n") if several else found[0]
 
 
 def _parts(dotted: str) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ _MIB = 1024 * 1024
 _LOOK_FIRST, _LOOK_EVERY = 0.005, 0.1
 _ENDS_WITHIN = 10.0
 _SAID = 500
+_BLOCK = 4096
 _MEMORY = 2048 * _MIB
 _PROXIES = ("https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
@@ -34,6 +35,7 @@ _WORDS: tuple[tuple[str, str, bool], ...] = (
     ("out of memory", "repository_too_large", False),
     ("fsck error", "tree_refused", True),
     ("bad tree", "tree_refused", True),
+    ("returned error: 30", "repository_moved", False),
     ("could not read username", "repository_not_found", False),
     ("authentication failed", "repository_not_found", False),
     ("not found", "repository_not_found", False),
@@ -121,15 +123,19 @@ class Git:
             self._file("out", arguments[0]).open("wb") as stdout,
             self._file("err", arguments[0]).open("wb") as stderr,
         ):
-            return subprocess.Popen(
-                argv,
-                cwd=self.folder,
-                env=self._environment(),
-                stdin=stdin,
-                stdout=stdout,
-                stderr=stderr,
-                start_new_session=True,
-            )
+            try:
+                return subprocess.Popen(
+                    argv,
+                    cwd=self.folder,
+                    env=self._environment(),
+                    stdin=stdin,
+                    stdout=stdout,
+                    stderr=stderr,
+                    start_new_session=True,
+                )
+            except FileNotFoundError as error:
+                missing = "git, prlimit (util-linux) and timeout (coreutils) must be installed"
+                raise SourceError("git_failed", f"{missing}: {error.strerror}") from error
 
     def _file(self, kind: str, command: str) -> Path:
         return self.folder / f"{kind}-{command}"
@@ -216,8 +222,7 @@ class Git:
             "GIT_ALLOW_PROTOCOL": ":".join(schemes),
             "GIT_LFS_SKIP_SMUDGE": "1",
             "GIT_NO_LAZY_FETCH": "1",
-            "GIT_SSH_VARIANT": "ssh",
-            "GIT_SSH_COMMAND": self._ssh(),
+            **({"GIT_SSH_VARIANT": "ssh", "GIT_SSH_COMMAND": self._ssh()} if "ssh" in self.allow else {}),
         }
 
     def _ssh(self) -> str:
@@ -285,11 +290,12 @@ def _runs(session: int) -> bool:
 
 
 def _size(folder: Path) -> int:
+    """Bytes of its files, each at least a block: a million empty files fill a disk, too."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
             try:
-                total += os.lstat(os.path.join(parent, name)).st_size  # noqa: PTH118 - a tight loop over a pack's folder
+                total += max(os.lstat(os.path.join(parent, name)).st_size, _BLOCK)  # noqa: PTH118 - a tight loop over a pack's folder
             except OSError:
                 continue
     return total

@@ -99,6 +99,8 @@ class GitSource:
                 sha256 = await self._fetch(url, commit)
                 await self._evict()
             return await asyncio.to_thread(self._tree, sha256)
+        except BundleInvalid as error:
+            raise SourceError("cache_failed", f"the cache {self._folder} is damaged: {error}") from error
         except OSError as error:
             why = error.strerror or error
             raise SourceError("cache_failed", f"the cache {self._folder} cannot be used: {why}") from error
@@ -141,7 +143,9 @@ class GitSource:
             credentials=self._credentials,
         )
         kind = "sha256" if len(commit) == 64 else "sha1"  # noqa: PLR2004 - hex digits of SHA-256
-        await git.run("init", "--quiet", "--bare", f"--object-format={kind}", "repo", repo=False)
+        await git.run(
+            "init", "--quiet", "--bare", "--template=", f"--object-format={kind}", "repo", repo=False
+        )
         await self._fetch_commit(git, url, commit)
         blobs = await self._list(git, commit)
         wanted = work / "wanted"

@@ -17,6 +17,7 @@ class SourceError(ValidatorError):
     | `not_a_commit` | `github_commit` is a branch or an abbreviation |
     | `repository_refused` | a scheme or form that `sources.allow` does not allow |
     | `repository_not_found` | the server has no such repository, or wants credentials |
+    | `repository_moved` | the server redirects, and redirects are not followed |
     | `commit_not_found` | it has no such commit (any more) |
     | `git_unreachable` | the server does not answer |
     | `git_timed_out` | the fetch took too long |
