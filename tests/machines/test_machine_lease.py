@@ -186,7 +186,8 @@ TestLeaseMachine = LeaseMachine.TestCase
 
 
 def _silence_is_yes(patch: pytest.MonkeyPatch) -> None:
-    def silent(self: LeaseState, asked_at: float) -> LeaseState:
+    def silent(self: LeaseState, asked_at: float, held_off: float = 0.0) -> LeaseState:
+        del held_off
         return self.granted(asked_at, self.term)
 
     patch.setattr(LeaseState, "silent", silent)

@@ -96,12 +96,14 @@ class House:
     folder: Path
     limits: Resources = LIMITS
     max_concurrent: int = 4
+    poll_every: float = 0.05
+    clock: SystemClock = field(default_factory=QuickClock)
     platform: MemoryPlatform = field(default_factory=lambda: MemoryPlatform(term=timedelta(seconds=0.6)))
     store: MemoryStore = field(default_factory=MemoryStore)
     env: EnvSource | None = None
 
     def __post_init__(self) -> None:
-        clock, rng = QuickClock(), random.Random(7)  # noqa: S311 - jitter
+        clock, rng = self.clock, random.Random(7)  # noqa: S311 - jitter
         self.client = self.platform.client()
         self.images = Images()
         self.quota = Quota(Limits(resources=self.limits, max_cvms=16))
@@ -156,7 +158,7 @@ class House:
             max_concurrent=self.max_concurrent,
             ends=ends,
             metrics=Unmeasured(),
-            poll_every=timedelta(seconds=0.05),
+            poll_every=timedelta(seconds=self.poll_every),
         )
         self.challenges.on_active = lambda: self.jobs.wake("local")
         self.in_use: list[bool] = []

@@ -27,7 +27,7 @@ from platform_validator.cvm.errors import AttestationRefused
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.quota import Quota
 from platform_validator.platform_client.port import PlatformClient, PlatformError
-from platform_validator.platform_client.retries import TABLE, Kind
+from platform_validator.platform_client.retries import TABLE, Kind, asked_for
 from platform_validator.store.port import Store, StoreUnavailable
 from platform_validator.store.records import InstanceEvent, InstanceRecord, InstanceState
 
@@ -35,6 +35,8 @@ MONITOR_EVERY = timedelta(seconds=60)
 HISTORY = 200
 """So many of its newest rows are shown."""
 RESTARTED = "the validator was restarted"
+_APART = 0.5
+"""Seconds between two looks, however many pushes ask for one, and longer when the server asks for it."""
 RETRY_AFTER = TABLE[Kind.LIST].pause.first
 _YIELDING = 10.0
 
@@ -85,6 +87,7 @@ class ChallengeManager:
         self._yielding_until = 0.0
         self._yielded_at: int | None = None
         self._last_error: str | None = "not listed yet"
+        self._hold_off = 0.0
         self._before: dict[ChallengeId, InstanceRecord] = {}
         self.on_active = on_active
         self.beat: Callable[[], None] = lambda: None
@@ -130,10 +133,14 @@ class ChallengeManager:
             while True:
                 self.beat()
                 listed = await self._look(group)
+                looked_at = self._clock.monotonic()
                 pause = MONITOR_EVERY if listed else RETRY_AFTER
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause.total_seconds()):
                         await self._wake.wait()
+                earliest = looked_at + max(_APART, self._hold_off)
+                if (left := earliest - self._clock.monotonic()) > 0.0:
+                    await self._clock.sleep(left)
                 self._wake.clear()
 
     def active_ids(self) -> Sequence[ChallengeId]:
@@ -249,9 +256,10 @@ class ChallengeManager:
             listed = await self._client.active_challenges()
         except PlatformError as error:
             self._last_error = str(error)
+            self._hold_off = asked_for(Kind.LIST, error)
             _log.warning("challenges_not_listed", error=str(error))
             return False
-        self._last_error = None
+        self._last_error, self._hold_off = None, 0.0
         wanted = {challenge.id: challenge for challenge in listed.challenges}
         for challenge_id, challenge in wanted.items():
             runner = self._runner(challenge_id, group)

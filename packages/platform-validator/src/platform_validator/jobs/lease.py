@@ -19,7 +19,7 @@ import structlog
 from platform_protocol.ids import JobId, LeaseToken
 from platform_validator.clock import Clock
 from platform_validator.platform_client.port import JobUnknown, LeaseRefused, PlatformClient, PlatformError
-from platform_validator.platform_client.retries import TABLE, Kind
+from platform_validator.platform_client.retries import TABLE, Kind, asked_for
 
 _log = structlog.get_logger(__name__)
 
@@ -41,7 +41,8 @@ class LeaseState:
     """What is known of a lease. Times are CLOCK_BOOTTIME seconds, taken before the request was sent.
 
     `gap`: for longer than a term nobody asked (a stopped process, a suspended machine), and nothing was
-    answered since. An outage is no gap: in one, the questions are asked and stay unanswered.
+    answered since. An outage is no gap: in one, the questions are asked and stay unanswered. `held_off`:
+    seconds after the last of them before which the server does not want the next.
     """
 
     term: float
@@ -50,6 +51,7 @@ class LeaseState:
     unanswered: int = 0
     refused: str | None = None
     gap: bool = False
+    held_off: float = 0.0
 
     @property
     def answer(self) -> str:
@@ -62,10 +64,15 @@ class LeaseState:
         """A renewal was answered with a new term."""
         return LeaseState(term, granted_at=asked_at, asked_at=asked_at)
 
-    def silent(self, asked_at: float) -> LeaseState:
-        """A renewal got no answer: nothing is known."""
+    def silent(self, asked_at: float, held_off: float = 0.0) -> LeaseState:
+        """A renewal got no answer: nothing is known, but for how long the server wants to be left alone."""
         return LeaseState(
-            self.term, self.granted_at, asked_at, self.unanswered + 1, gap=self.in_doubt(asked_at)
+            self.term,
+            self.granted_at,
+            asked_at,
+            self.unanswered + 1,
+            gap=self.in_doubt(asked_at),
+            held_off=held_off,
         )
 
     def denied(self, asked_at: float, code: str) -> LeaseState:
@@ -111,7 +118,7 @@ def decide(state: LeaseState, *, fed_at: float, now: float, rules: LeaseRules) -
         return Stop(OUTAGE)
     # 4. Due at a third of the term; unanswered, again soon, doubling from a second.
     if state.unanswered:
-        due = state.asked_at + min(state.term / 6, _RETRY.bound(state.unanswered))
+        due = state.asked_at + max(min(state.term / 6, _RETRY.bound(state.unanswered)), state.held_off)
     else:
         due = state.granted_at + state.term / 3
     if now >= due:
@@ -266,8 +273,8 @@ def _after(ask: Callable[[], timedelta], state: LeaseState, asked_at: float) -> 
         term = ask()
     except (LeaseRefused, JobUnknown) as error:
         return state.denied(asked_at, error.code)
-    except PlatformError:
-        return state.silent(asked_at)
+    except PlatformError as error:
+        return state.silent(asked_at, asked_for(Kind.RENEWAL, error))
     except Exception:  # noqa: BLE001 - a thread that died of it would let the lease lapse in silence
         _log.exception("renewal_fault")
         return state.silent(asked_at)
@@ -329,8 +336,8 @@ class TaskRenewer:
             term = await self._client.renew(job_id, token)
         except (LeaseRefused, JobUnknown) as error:
             return state.denied(asked_at, error.code)
-        except PlatformError:
-            return state.silent(asked_at)
+        except PlatformError as error:
+            return state.silent(asked_at, asked_for(Kind.RENEWAL, error))
         return state.granted(asked_at, term.total_seconds())
 
 

@@ -43,6 +43,8 @@ POLL_EVERY = timedelta(seconds=5)
 DECLINED_FOR = timedelta(minutes=10)
 _ROOM_RETRY = 0.5
 _SPREAD = 0.05
+_APART = 0.5
+"""Seconds between passes that pushes ask for: a burst that takes a while to arrive folds all the same."""
 
 _log = structlog.get_logger(__name__)
 
@@ -123,6 +125,7 @@ class JobManager:
         self._claiming = True
         self._lacking_room = self._asked_room = False
         self._hold_off = 0.0
+        self._pushed_at = -_APART
         self.last_error: str | None = None
 
     # What others ask
@@ -253,19 +256,26 @@ class JobManager:
                 await self._rest()
 
     async def _rest(self) -> None:
+        asked_at = self._clock.monotonic()
         pause = _ROOM_RETRY if self._lacking_room else self._poll * self._rng.uniform(0.9, 1.1)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause):
                 await self._wake.wait()
         hold_off, self._hold_off = self._hold_off, 0.0
-        if hold_off:
+        if (left := asked_at + hold_off - self._clock.monotonic()) > 0.0:
             # The server asked not to be asked: pushes wait as well.
-            await self._clock.sleep(hold_off)
-        conflicts = self._claimer.conflicts
-        if self._wake.is_set() and self._source == "push" and conflicts:
-            # Others were pushed too: spread out a little, the more the oftener we came second.
-            await self._clock.sleep(self._rng.uniform(0.0, _SPREAD) * conflicts)
+            await self._clock.sleep(left)
+        if self._wake.is_set() and self._source == "push":
+            await self._gather()
         self._wake.clear()
+
+    async def _gather(self) -> None:
+        """Pushed: not at once again, and spread out a little, the more the oftener others were faster."""
+        apart = self._pushed_at + _APART - self._clock.monotonic()
+        spread = self._rng.uniform(0.0, _SPREAD) * self._claimer.conflicts
+        if (pause := max(apart, spread)) > 0.0:
+            await self._clock.sleep(pause)
+        self._pushed_at = self._clock.monotonic()
 
     async def _pass(self, group: asyncio.TaskGroup, source: str) -> None:
         self._lacking_room = self._asked_room = False

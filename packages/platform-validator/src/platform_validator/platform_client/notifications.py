@@ -5,6 +5,7 @@ A push is a hint: whatever is lost, forged, repeated or late changes latency alo
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ from platform_validator.platform_client.retries import TABLE, Kind, asked_for, r
 from platform_validator.platform_client.signer import RequestSigner
 
 PING_EVERY = 20.0
+GREETED_WITHIN = 15.0
+"""Seconds. A server that answers pings and never greets would be taken for one with nothing to say."""
 MAX_FRAME = 256 * 1024
 REVOKED = 4401
 IN_USE = 4409
@@ -76,10 +79,14 @@ async def notification_stream(
             proxy=None,
             user_agent_header="platform-validator",
         ) as socket:
-            async for frame in socket:
+            frames = aiter(socket)
+            async with asyncio.timeout(GREETED_WITHIN):
+                frame = await anext(frames, None)
+            while frame is not None:
                 notification = _read(frame)
                 if notification is not None:
                     yield notification
+                frame = await anext(frames, None)
     except InvalidStatus as error:
         body = error.response.body or b""
         code, detail, problem = problem_code(bytes(body))
@@ -94,7 +101,8 @@ async def notification_stream(
     except ConnectionClosed as error:
         _raise_close(error.rcvd.code if error.rcvd else 1006, error)
     except (InvalidHandshake, OSError, TimeoutError, EOFError) as error:
-        raise PlatformUnavailable(f"the WebSocket could not be opened: {error}") from error
+        said = str(error) or "neither opened nor greeted in time"
+        raise PlatformUnavailable(f"the WebSocket could not be opened: {said}") from error
     else:
         close = socket.close_code
         if close in {REVOKED, IN_USE}:
