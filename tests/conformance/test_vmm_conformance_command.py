@@ -13,6 +13,7 @@ from tests.dstack_double.server import IMAGE
 from typer.testing import CliRunner
 
 from platform_validator.cli.main import app
+from platform_validator.cvm.dstack.judge import all_checks
 
 
 @pytest.fixture
@@ -42,6 +43,12 @@ def run(url: str, *more: str, token: str | None = TOKEN) -> tuple[int, list[str]
         env={"DSTACK_VMM_TOKEN": token, "DSTACK_VMM_AUTH_USER": None},
     )
     return done.exit_code, done.stdout.splitlines(), done.stderr
+
+
+def test_vmm_conformance_has_a_name_for_each_check() -> None:
+    """Of its own: a name that two have would select or skip both."""
+    names = [check.__name__ for check in all_checks()]
+    assert len(names) == len(set(names))
 
 
 def test_vmm_conformance_of_a_vmm_that_conforms(server_of: Callable[[str], Server]) -> None:

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "testing.md"
 ROW = re.compile(r"^\| (\d+) \| `([a-z0-9-]+)` \| .+ \|$", re.MULTILINE)
-CASES = (*range(1, 18), 21)
+CASES = range(1, 22)
 """Those that the page shows whole; the others are found by their number alone."""
 
 Clause = tuple[int, str]

@@ -17,7 +17,7 @@ from platform_validator.cvm.dstack.arbiter import Arbiter, Claim, Gpu, read_clai
 from platform_validator.cvm.dstack.capabilities import Capabilities, capabilities
 from platform_validator.cvm.dstack.refusals import is_shortage
 from platform_validator.cvm.dstack.sealed_env import EnvKey, app_id_of, require_allowed, seal
-from platform_validator.cvm.dstack.wire import CALL, NOT_FOUND, OK, Wire
+from platform_validator.cvm.dstack.wire import NOT_FOUND, OK, Wire
 from platform_validator.cvm.vmm import (
     Vm,
     VmmFacts,
@@ -61,7 +61,7 @@ class DstackVmm:
     ) -> None:
         self._wire = Wire(url, token=token, user=user, password=password)
         self._address = port_address
-        self._kms_signer = kms_signer
+        self._kms_signer = None if kms_signer is None else bytes.fromhex(kms_signer)
         self._arbiter = Arbiter()
 
     async def facts(self) -> VmmFacts:
@@ -177,14 +177,10 @@ class DstackVmm:
         """The environment, encrypted to the key that only this app's VM gets from the KMS, in hex."""
         require_allowed(spec.compose, spec.environment)
         if self._kms_signer is None:
-            raise VmmRefused(
-                f"{spec.name}: a sealed environment needs the KMS's signer: set [dstack] kms_signer"
-            )
+            raise VmmRefused(f"{spec.name}: a sealed environment needs the KMS's signer: none is pinned")
         app_id = app_id_of(spec.compose)
         answer = await self._wire.call("GetAppEnvEncryptPubKey", {"app_id": app_id.hex()})
-        return seal(
-            spec.environment, EnvKey.read(answer).checked(app_id, bytes.fromhex(self._kms_signer))
-        ).hex()
+        return seal(spec.environment, EnvKey.read(answer).checked(app_id, self._kms_signer)).hex()
 
     async def _explained(self, vm: Vm) -> Vm:
         """Looks into what QEMU itself said: never into the console, which is the guest's."""
@@ -196,7 +192,7 @@ class DstackVmm:
 
     async def _channel(self, vm_id: VmId, lines: int, channel: str) -> str:
         path = f"/logs?id={quote(vm_id)}&follow=false&ansi=false&lines={lines}&ch={channel}"
-        answer = await self._wire.exchange("GET", path, limit=CALL, most=_MAX_LOGS)
+        answer = await self._wire.exchange("GET", path, most=_MAX_LOGS)
         if answer.status == NOT_FOUND:
             raise VmNotFound(f"the VMM has no VM {vm_id}")
         return answer.body.decode("utf-8", "replace") if answer.status == OK else ""

@@ -79,9 +79,7 @@ class EnvKey:
             stamp = self.signed_at.to_bytes(8, "big")
             message, signature = _PREFIX + app_id + stamp + self.public, self.timed
         if not _is_signed(message, signature, signer):
-            raise EnvKeyUntrusted(
-                f"the key for app {app_id.hex()} is not signed by the KMS that [dstack] kms_signer names"
-            )
+            raise EnvKeyUntrusted(f"the key for app {app_id.hex()} is not signed by the pinned KMS")
         return self.public
 
 

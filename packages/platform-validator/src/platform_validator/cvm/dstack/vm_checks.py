@@ -169,7 +169,7 @@ async def a_name_with_a_slash_is_refused(bench: Bench) -> None:
     await bench.refuses_vm(name=f"{PREFIX}a/b")
 
 
-async def an_unknown_image_is_refused(bench: Bench) -> None:
+async def an_image_that_is_not_there_is_refused(bench: Bench) -> None:
     """Also one that points elsewhere."""
     await bench.refuses_vm(image="no-such-image")
     await bench.refuses_vm(image=f"../{bench.image.name}")
@@ -275,7 +275,7 @@ VM_CHECKS: tuple[Check, ...] = (
     a_text_for_a_number_is_refused,
     a_negative_size_is_refused,
     a_name_with_a_slash_is_refused,
-    an_unknown_image_is_refused,
+    an_image_that_is_not_there_is_refused,
     a_compose_that_is_none_is_refused,
     gpus_without_a_mode_are_refused,
     a_gpu_that_is_not_there_is_refused,

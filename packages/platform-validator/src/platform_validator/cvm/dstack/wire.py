@@ -55,13 +55,15 @@ class Wire:
             self._headers["Authorization"] = f"Basic {pair}"
         self._client: aiohttp.ClientSession | None = None
 
-    async def call(self, method: str, message: Mapping[str, Any], *, limit: float = CALL) -> dict[str, Any]:
+    async def call(
+        self, method: str, message: Mapping[str, Any], *, limit: float | None = None
+    ) -> dict[str, Any]:
         """The answer's fields; none where it is Empty.
 
         Args:
             method: Without a service's name.
             message: Its fields.
-            limit: Seconds for the whole exchange.
+            limit: Seconds for the whole exchange; None: 15.
 
         Raises:
             VmmUnavailable: No answer, or not a VMM's: the call may have been done.
@@ -85,7 +87,13 @@ class Wire:
         raise refusal(method, str(value.get("error", "")) if isinstance(value, dict) else "")
 
     async def exchange(
-        self, verb: str, path: str, body: bytes | None = None, *, limit: float = CALL, most: int | None = None
+        self,
+        verb: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        limit: float | None = None,
+        most: int | None = None,
     ) -> Answer:
         """Any request. Redirects are not followed: credentials stay with the one they are for.
 
@@ -93,7 +101,7 @@ class Wire:
             verb: HTTP's.
             path: With its query.
             body: Bytes of a JSON message.
-            limit: Seconds for the whole exchange.
+            limit: Seconds for the whole exchange; None: 15.
             most: Bytes of the answer's body that are taken; None: 32 MiB.
 
         Raises:
@@ -108,7 +116,7 @@ class Wire:
                 data=None if body is None else io.BytesIO(body),
                 headers=self._headers,
                 allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(total=limit),
+                timeout=aiohttp.ClientTimeout(total=CALL if limit is None else limit),
             ) as response:
                 data = await response.content.read(most + 1)
                 while len(data) <= most and (more := await response.content.read(most + 1 - len(data))):
