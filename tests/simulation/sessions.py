@@ -97,12 +97,13 @@ class SimulatedSession:
         )
 
     async def cancel(self, job_id: JobId, reason: str) -> None:
-        """See the port."""
+        """See the port. What is sent arrives, also when its sender is stopped before it knows."""
         del reason
-        await self._life.pause(0.01)
+        self._life.check()
         given = None if self._guest is None else self._guest.given.get(job_id)
         if given is not None:
             given.cancelled = True
+        await self._life.pause(0.01)
 
     async def confirm(self) -> None:
         """See the port."""

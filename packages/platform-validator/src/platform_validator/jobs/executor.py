@@ -209,11 +209,7 @@ class JobExecutor:
         except TimeoutError:
             if not job.started:
                 raise SessionLost("the SDK did not acknowledge the job in time") from None
-            await _briefly(cvm.session.cancel(job.job_id, "timeout"))
-            # A CVM that died beneath the submission ran out of nothing: only a living one times out.
-            await cvm.session.confirm()
-            seconds = job.time_limit.total_seconds()
-            return Finding.timed_out(f"timeout: no result within {seconds:.0f} s"), None
+            return await self._timed_out(job, cvm), None
         crashpoint("result_received")
         await self._diary.enter(job, Stage.COLLECTING)
         return await asyncio.to_thread(self._judged, job, result), result
@@ -278,6 +274,17 @@ class JobExecutor:
         if job.vm is None or not isinstance(error, SessionLost):
             return None
         return await self._fleet.trouble(job.vm)
+
+    async def _timed_out(self, job: ClaimedJob, cvm: Guest) -> Finding:
+        """The SDK ends it; a CVM that died beneath it ran out of nothing: only a living one times out."""
+        try:
+            await _briefly(cvm.session.cancel(job.job_id, "timeout"))
+            await cvm.session.confirm()
+        except asyncio.CancelledError:
+            # In a shared CVM it would run on beside the next one.
+            await self._take_leave(job, cvm)
+            raise
+        return Finding.timed_out(f"timeout: no result within {job.time_limit.total_seconds():.0f} s")
 
     async def _take_leave(self, job: ClaimedJob, cvm: Guest) -> None:
         """Cancelled while it runs: the SDK is told, and given a moment to end it in order."""
