@@ -14,9 +14,10 @@ from typer.testing import CliRunner, Result
 from platform_protocol.ids import ClaimId
 from platform_protocol.signing import Keypair
 from platform_validator.cli.main import app
+from platform_validator.host_name import HostName
 from platform_validator.state import StateDirectory
 from platform_validator.store.records import InstanceState
-from platform_validator.store.specimens import cvm, instance, job
+from platform_validator.store.specimens import NOW, cvm, instance, job
 from platform_validator.store.sqlite import SqliteStore
 
 SEED = "0x" + "11" * 32
@@ -90,15 +91,22 @@ async def test_without_a_daemon_the_journal_is_read(environment: dict[str, str],
     await store.open_claim(job())
     await store.intend_vm(cvm())
     await store.put_instance(instance())
+    await store.drain_host(HostName("idle"), at=NOW)
     await store.close()
 
     def read() -> list[object]:
-        commands = (("status",), ("jobs", "list"), ("cvms", "list"), ("challenges", "list"))
+        commands = (
+            ("status",),
+            ("jobs", "list"),
+            ("cvms", "list"),
+            ("challenges", "list"),
+            ("hosts", "list"),
+        )
         return [json.loads(invoke(*words, "--json").stdout) for words in commands]
 
     import asyncio  # noqa: PLC0415 - the commands run loops of their own
 
-    status, jobs, cvms, challenges = await asyncio.to_thread(read)
+    status, jobs, cvms, challenges, hosts = await asyncio.to_thread(read)
     assert isinstance(status, dict)
     assert (status["status"], status["open_jobs"], status["open_cvms"]) == ("stopped", 1, 1)
     assert isinstance(jobs, list)
@@ -106,6 +114,9 @@ async def test_without_a_daemon_the_journal_is_read(environment: dict[str, str],
     assert isinstance(cvms, list)
     assert cvms[0]["name"] == "pv-1"
     assert "sealed_secret" not in cvms[0]
+    assert isinstance(hosts, list)
+    found = [(host["name"], host["state"], host["quota"]["cvms"]["used"]) for host in hosts]
+    assert found == [("default", "unknown", 1), ("idle", "drained", 0)]
     assert isinstance(challenges, list)
     assert challenges[0]["state"] == "Created"
     lock = StateDirectory(tmp_path / "validator.db")

@@ -50,3 +50,44 @@ def test_the_quota_is_shown_with_its_parts_and_why_jobs_are_not_claimed() -> Non
         "warning resource_limits.cpu_cores = 9 [sic]",
     ]
     assert shown({"status": "stopped"}) == ["validator stopped"]
+
+
+def test_hosts_are_shown_with_what_is_used_of_each() -> None:
+    """A limit that is that of all together is left out; so is what a journal without a daemon cannot tell."""
+    share = {"used": 3, "limit": 4}
+    console = Console(file=io.StringIO(), width=200)
+    show.hosts(
+        [
+            {
+                "name": "big",
+                "state": "cordoned",
+                "why": "no answer",
+                "since": "2026-01-02T03:04:05Z",
+                "labels": ["rack-1", "gpu"],
+                "quota": {"cvms": {"used": 3, "limit": None}, "cpu_cores": share},
+            },
+            {
+                "name": "gone",
+                "state": "unknown",
+                "since": None,
+                "quota": {"cvms": {"used": 1, "limit": None}},
+            },
+        ],
+        console,
+    )
+    assert isinstance(console.file, io.StringIO)
+    lines = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+    assert lines == [
+        "name state cvms cpu_cores memory_mb disk_mb gpu_count labels since why",
+        "big cordoned 3 3 of 4 rack-1, gpu 2026-01-02T03:04:05Z no answer",
+        "gone unknown 1",
+    ]
+
+
+def test_a_closed_host_is_named_in_the_status() -> None:
+    """With why, and since when; open ones are not."""
+    hosts = [
+        {"name": "big", "state": "half_open", "since": "2026", "why": "no room"},
+        {"name": "small", "state": "open", "since": None, "why": None},
+    ]
+    assert shown({"status": "ok", "hosts": hosts})[1:] == ["host big is half_open since 2026: no room"]

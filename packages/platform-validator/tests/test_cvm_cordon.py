@@ -69,6 +69,22 @@ def test_a_host_without_room_closes_at_once_and_shortly() -> None:
     assert again.until == 115
 
 
+def test_a_cvm_that_goes_opens_a_host_that_lacked_room_for_one() -> None:
+    """It need not wait for ten minutes where others have room to give back; a host that fails has to."""
+    cordon, now = Cordon(), 0.0
+    for _ in range(8):
+        cordon = cordon.full("no CIDs", now, AT)
+        now = cordon.until or now
+    freed = cordon.freed(now - 100)
+    assert (cordon.closed(now - 100), freed.closed(now - 100)) == ("no CIDs", None)
+    assert freed.half_open(now - 100)
+    assert freed.full("no CIDs", now, AT).until == now + 5
+    failed = Cordon().failed("a", 0, AT).failed("b", 0, AT).failed("c", 0, AT)
+    assert failed.freed(1) == failed
+    silent = cordon.unanswered("no", AT).unanswered("no", AT).unanswered("no", AT)
+    assert silent.freed(now) == silent
+
+
 def test_silence_after_failures_ends_with_the_first_answer() -> None:
     """Whatever it was closed for before."""
     cordon = Cordon().full("no room", 0, AT)
@@ -78,7 +94,7 @@ def test_silence_after_failures_ends_with_the_first_answer() -> None:
     assert cordon.answered().closed(0) is None
 
 
-EVENTS = st.sampled_from(["answered", "unanswered", "made", "failed", "full"])
+EVENTS = st.sampled_from(["answered", "unanswered", "made", "failed", "full", "freed"])
 
 
 @given(st.lists(st.tuples(EVENTS, st.floats(0, 700)), max_size=40))
@@ -96,6 +112,8 @@ def test_no_host_is_closed_for_ever_once_its_vmm_answers(events: list[tuple[str,
                 cordon = cordon.made()
             case "failed":
                 cordon = cordon.failed("bad", now, AT)
+            case "freed":
+                cordon = cordon.freed(now)
             case "full":
                 cordon = cordon.full("no room", now, AT)
         assert (cordon.why is None) == (cordon.since is None)

@@ -283,13 +283,21 @@ async def test_a_host_that_cannot_make_cvms_is_closed_and_tried_with_one(world: 
 
 async def test_a_host_without_room_is_left_alone_for_a_moment(world: World) -> None:
     """A lack of capacity is no failure of anybody; the next CVM is made elsewhere."""
+    running = await world.boot()
     world.vmms[BIG].fail("create", VmmAtCapacity("not enough CIDs"))
     with pytest.raises(NoCapacity):
         await world.boot()
+    await world.until(lambda: len(world.fleet.views()) == 1)
     assert world.state(BIG) == "cordoned"
     assert world.host_of((await world.boot()).name) == SMALL
     world.clock.ahead += 5
     assert world.state(BIG) == "half_open"
+    world.vmms[BIG].fail("create", VmmAtCapacity("not enough CIDs"))
+    with pytest.raises(NoCapacity):
+        await world.boot(LARGE)
+    assert world.state(BIG) == "cordoned"
+    world.fleet.destroy(running.name)
+    await world.until(lambda: world.state(BIG) == "half_open")
 
 
 async def test_a_drained_host_gets_no_more_cvms_and_a_restart_remembers_it(world: World) -> None:

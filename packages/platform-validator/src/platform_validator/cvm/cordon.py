@@ -31,6 +31,7 @@ class Cordon:
     silent: int = 0
     failures: int = 0
     pauses: int = 0
+    lacks_room: bool = False
 
     @property
     def silenced(self) -> bool:
@@ -77,7 +78,13 @@ class Cordon:
 
     def full(self, why: str, now: float, at: datetime) -> Cordon:
         """It has no room, although there should be some: closed at once, and not for long at first."""
-        return self if self.closed(now) is not None else self._paused(why, now, at, FULL_PAUSE, self.failures)
+        if self.closed(now) is not None:
+            return self
+        return replace(self._paused(why, now, at, FULL_PAUSE, self.failures), lacks_room=True)
+
+    def freed(self, now: float) -> Cordon:
+        """A CVM there is gone: where room was what lacked, the next may be tried at once."""
+        return replace(self, until=now, pauses=0) if self.lacks_room and self.until is not None else self
 
     def _paused(self, why: str, now: float, at: datetime, first: timedelta, failures: int) -> Cordon:
         pause = min(first * 2 ** min(self.pauses, _MOST_PAUSES), LONGEST_PAUSE).total_seconds()

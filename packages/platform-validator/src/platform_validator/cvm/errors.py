@@ -15,7 +15,12 @@ __all__ = [
     "NoCapacity",
     "SessionLost",
     "SessionRefused",
+    "is_port_conflict",
 ]
+
+
+_PORT_WORDS = ("conflict", "in use", "bind")
+_FORWARDING = "host forwarding rule"
 
 
 class NoCapacity(CvmError):
@@ -40,3 +45,9 @@ class SessionRefused(CvmError):
 
 class SessionLost(CvmError):
     """The session cannot be resumed: the CVM died, rebooted, or stays silent."""
+
+
+def is_port_conflict(error: Exception) -> bool:
+    """By the words of QEMU and of dstack: no version says it in another way."""
+    text = str(error).lower()
+    return _FORWARDING in text or ("port" in text and any(word in text for word in _PORT_WORDS))

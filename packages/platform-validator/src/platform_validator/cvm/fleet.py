@@ -24,11 +24,12 @@ from platform_validator.cvm.errors import (
     CreateFailed,
     NoCapacity,
     SessionLost,
+    is_port_conflict,
 )
 from platform_validator.cvm.host_keeper import HostKeeper
 from platform_validator.cvm.host_ports import NoHostPort
 from platform_validator.cvm.hosts import Hosts
-from platform_validator.cvm.members import Cvm, CvmView, Member
+from platform_validator.cvm.members import Cvm, CvmView, Member, use_of
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.quota import Quota, Refusal, Reservation, Use
 from platform_validator.cvm.session import CvmSession, ValuesHandler
@@ -47,8 +48,6 @@ _BEATS_A_SWEEP = 4
 _PORT_TRIES = 5
 _GONE_POLLS, _GONE_POLL = 100, 0.1
 _STARTING = frozenset({"creating", "booting"})
-_PORT_WORDS = ("conflict", "in use", "bind")
-_FORWARDING = "host forwarding rule"
 
 _log = structlog.get_logger(__name__)
 
@@ -156,7 +155,7 @@ class Fleet:
             if record.name in self._restored:
                 continue
             [self._reservations[record.name]] = self._quota.rebuild(
-                [(record.name, record.resources)], host=record.host, use=_use_of(record)
+                [(record.name, record.resources)], host=record.host, use=use_of(record)
             )
             with contextlib.suppress(VmmUnavailable):
                 self.hosts.get(record.host).ports.hold(record.host_port)
@@ -168,11 +167,15 @@ class Fleet:
             self._tasks = self.keeper.tasks = tasks
             tasks.create_task(self.destroyer.run())
             tasks.create_task(self.hosts.watch())
-            while True:
-                await self.sweep()
-                for _ in range(_BEATS_A_SWEEP):
-                    await self._clock.sleep(SWEEP.total_seconds() / _BEATS_A_SWEEP)
-                    self.beat()
+            try:
+                while True:
+                    await self.sweep()
+                    for _ in range(_BEATS_A_SWEEP):
+                        await self._clock.sleep(SWEEP.total_seconds() / _BEATS_A_SWEEP)
+                        self.beat()
+            finally:
+                # A group that ends takes no more tasks.
+                self.keeper.tasks = None
 
     async def boot(
         self,
@@ -209,7 +212,7 @@ class Fleet:
                 cvm = await self._booter.boot(member, plan, secret, tasks=tasks, on_stage=on_stage)
             except (CreateFailed, BootFailed) as error:
                 self.destroy(name, reason=str(error))
-                if not _is_port_conflict(error):
+                if not is_port_conflict(error):
                     self.keeper.judge(host, error)
                     raise
                 _log.info("host_port_in_use", vm=name, port=member.record.host_port)
@@ -388,7 +391,7 @@ class Fleet:
             self._quota.release(reservation)
             raise
         crashpoint("intent_written")
-        self._quota.reassign(reservation, _use_of(record))
+        self._quota.reassign(reservation, use_of(record))
         self._members[name] = member = Member(record, plan, secret)
         self._reservations[name] = reservation
         return member, secret
@@ -407,17 +410,6 @@ class Fleet:
         if member is not None:
             with contextlib.suppress(VmmUnavailable):
                 self.hosts.get(member.record.host).ports.give_back(member.record.host_port)
-
-
-def _use_of(record: VmRecord) -> Use:
-    """A job's; or ready, waiting for one; else its challenge's: being proved, or shared."""
-    if record.purpose is Purpose.JOB or record.claim_id is not None:
-        return Use.JOB
-    waits = record.purpose is Purpose.READY and record.phase is VmPhase.READY
-    return Use.READY if waits else Use.CHALLENGE
-
-
-def _is_port_conflict(error: Exception) -> bool:
-    """By the words of QEMU and of dstack: no version says it in another way."""
-    text = str(error).lower()
-    return _FORWARDING in text or ("port" in text and any(word in text for word in _PORT_WORDS))
+            if member.session is not None or member.record.vm_id is not None:
+                # One that was never made took no room, and leaves none.
+                self.hosts.freed(member.record.host)

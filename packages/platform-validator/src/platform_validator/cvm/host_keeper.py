@@ -11,11 +11,12 @@ import structlog
 from platform_protocol.ids import VmName
 from platform_validator.clock import Clock
 from platform_validator.cvm.destroyer import Destroyer
-from platform_validator.cvm.errors import CreateFailed, CvmError, NoCapacity
+from platform_validator.cvm.errors import CreateFailed, NoCapacity
 from platform_validator.cvm.hosts import Hosts
 from platform_validator.cvm.members import Member
 from platform_validator.cvm.sweeping import Sweeper
 from platform_validator.cvm.vmm import VmmError
+from platform_validator.errors import ValidatorError
 from platform_validator.host_name import HostName
 from platform_validator.store.port import Store
 
@@ -112,7 +113,7 @@ class HostKeeper:
         try:
             async with asyncio.timeout(self._alive.total_seconds()):
                 await session.confirm()
-        except (TimeoutError, CvmError):
+        except (TimeoutError, ValidatorError):
             _log.warning("cvm_lost_with_its_host", vm=member.record.name, host=member.record.host)
             # Before its session ends: what stands ready did not end by itself.
             self.on_let_go(frozenset({member.record.name}))

@@ -198,6 +198,11 @@ class Hosts:
         now, at = self._clock.monotonic(), self._clock.now()
         self._tell(name, lambda cordon: cordon.full(why, now, at))
 
+    def freed(self, name: HostName) -> None:
+        """A CVM there is gone."""
+        now = self._clock.monotonic()
+        self._tell(name, lambda cordon: cordon.freed(now))
+
     def drained(self, drained: Mapping[HostName, datetime]) -> None:
         """The operator's wish for each host, as the journal has it."""
         for name, each in self._watched.items():
@@ -240,7 +245,7 @@ class Hosts:
         if each is None:
             return
         before, each.cordon = each.cordon, event(each.cordon)
-        if each.cordon.why is not None and each.cordon != before:
+        if each.cordon.closed(self._clock.monotonic()) is not None and each.cordon != before:
             _log.warning("host_cordoned", host=name, reason=each.cordon.why)
         elif each.cordon.why is None and before.why is not None:
             _log.info("host_works_again", host=name)

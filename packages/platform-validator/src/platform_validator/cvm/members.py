@@ -10,9 +10,10 @@ from platform_protocol.platform_messages import AttestationKind, IsolationLevel
 from platform_validator.attestation.quote import VerifiedQuote
 from platform_validator.cvm.destroyer import Doomed
 from platform_validator.cvm.plan import CvmPlan
+from platform_validator.cvm.quota import Use
 from platform_validator.cvm.sessions import Session
 from platform_validator.host_name import DEFAULT_HOST, HostName
-from platform_validator.store.records import Purpose, VmRecord
+from platform_validator.store.records import Purpose, VmPhase, VmRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +73,11 @@ class Member:
             end.tries if end else 0,
             end.last_error if end else None,
         )
+
+
+def use_of(record: VmRecord) -> Use:
+    """A job's; or ready, waiting for one; else its challenge's: being proved, or shared."""
+    if record.purpose is Purpose.JOB or record.claim_id is not None:
+        return Use.JOB
+    waits = record.purpose is Purpose.READY and record.phase is VmPhase.READY
+    return Use.READY if waits else Use.CHALLENGE
