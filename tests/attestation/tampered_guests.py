@@ -157,7 +157,8 @@ def _after_ready(log: list[dict[str, Any]]) -> None:
 
 
 def _other_type(log: list[dict[str, Any]]) -> None:
-    log.insert(3, {"imr": 3, "event_type": 1, "digest": "11" * 48, "event": "odd", "event_payload": ""})
+    odd = {"imr": 3, "event_type": 1, "digest": "11" * 48, "event": "odd", "event_payload": ""}
+    log.insert(_at(log, "boot-mr-done"), odd)
 
 
 def _colon(log: list[dict[str, Any]]) -> None:
