@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -380,7 +384,7 @@ async def test_ssh_is_asked_nothing_and_told_whom_to_trust(
         "BatchMode=yes",
         "StrictHostKeyChecking=yes",
         "IdentitiesOnly=yes",
-        f"IdentityFile={key}",
+        f'IdentityFile="{key}"',
         f'UserKnownHostsFile="{tmp_path}/known hosts"',
         "git@host.invalid",
         "2222",
@@ -409,3 +413,40 @@ async def test_a_cache_that_cannot_be_written_is_said_so(author: Author, tmp_pat
     (tmp_path / "cache").write_text("in the way")
     source = GitSource(cache=tmp_path / "cache", allow=frozenset({"file"}))
     assert (await refused(source, str(author), author.commit())).reason == "cache_failed"
+
+
+_FETCHES = """
+import asyncio, sys
+from datetime import timedelta
+from pathlib import Path
+from platform_validator.challenges.git_source import GitSource
+source = GitSource(cache=Path(sys.argv[1]), timeout=timedelta(seconds=3))
+asyncio.run(source.fetch(sys.argv[2], "1" * 40))
+"""
+
+
+@pytest.mark.slow(reason="starts a process, kills it, and waits for its children's own time limit")
+def test_kill_9_in_the_middle_of_a_fetch(author: Author, tmp_path: Path, server: GitServer) -> None:
+    """What it started ends by its own limit, and what it left is removed by the next process."""
+    asked, over, cache = threading.Event(), threading.Event(), tmp_path / "cache"
+
+    def silent(_: object) -> bool:
+        asked.set()
+        return over.wait(50)
+
+    at = author.commit()
+    server.instead = silent
+    command = [sys.executable, "-c", _FETCHES, str(cache), url_of(server)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        assert asked.wait(50)
+        process.kill()
+    assert list(cache.glob("fetch-*"))
+    assert list(processes_about(str(cache)))
+    until = time.monotonic() + 50
+    while list(processes_about(str(cache))) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert list(processes_about(str(cache))) == []
+    over.set()
+    server.instead = lambda _: False
+    asyncio.run(GitSource(cache=cache).fetch(url_of(server), at))
+    assert sorted(entry.name for entry in cache.iterdir()) == ["bundles", "commits"]

@@ -231,5 +231,37 @@ def test_check_refuses_a_base_url_that_leads_elsewhere(
     assert "VALIDATOR_HTTP_LISTEN" in found["base url"]["detail"]
 
 
+@pytest.mark.parametrize(
+    ("mode", "result", "told"),
+    [(0o600, "ok", "https"), (0o644, "fail", "chmod 600"), (None, "fail", "cannot be read")],
+)
+def test_check_looks_at_what_fetching_needs(
+    environment: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: int | None,
+    result: str,
+    told: str,
+) -> None:
+    """Its programs are on PATH, and its credentials are nobody else's to read."""
+    file = tmp_path / "credentials"
+    if mode is not None:
+        file.write_text("")
+        file.chmod(mode)
+    config = tmp_path / "sources.toml"
+    config.write_text(f'[sources]\ncredentials_file = "{file}"\n')
+    found = {
+        row["check"]: row for row in json.loads(invoke("check", "--json", "--config", str(config)).stdout)
+    }
+    assert found["sources"]["result"] == result
+    assert told in found["sources"]["detail"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = {
+        row["check"]: row for row in json.loads(invoke("check", "--json", "--config", str(config)).stdout)
+    }
+    assert found["sources"]["result"] == "fail"
+    assert "git, prlimit, timeout not on PATH" in found["sources"]["detail"]
+
+
 def test_version() -> None:
     assert invoke("--version").stdout.strip()[0].isdigit()

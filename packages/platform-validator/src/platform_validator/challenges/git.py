@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -204,7 +205,7 @@ class Git:
         """Reads the operator's file; git's own `store` would also erase from it what a server refuses."""
         if self.credentials.https is None:
             return []
-        path = shlex.quote(str(_private(self.credentials.https, "sources.credentials_file")))
+        path = shlex.quote(str(private_file(self.credentials.https, "sources.credentials_file")))
         return [f'credential.helper=!f() {{ test "$1" = get && git credential-store --file={path} get; }}; f']
 
     def _environment(self) -> dict[str, str]:
@@ -230,9 +231,9 @@ class Git:
         options += ["ForwardAgent=no", "ClearAllForwardings=yes", "PermitLocalCommand=no"]
         key, hosts = self.credentials.ssh_key, self.credentials.known_hosts
         if key is not None:
-            options += ["IdentitiesOnly=yes", f"IdentityFile={_private(key, 'sources.ssh_key_file')}"]
+            options += ["IdentitiesOnly=yes", f'IdentityFile="{private_file(key, "sources.ssh_key_file")}"']
         if hosts is not None:
-            options.append(f'UserKnownHostsFile="{hosts}"')
+            options.append(f'UserKnownHostsFile="{hosts.absolute()}"')
         return shlex.join(["ssh", "-F", "none", *(part for option in options for part in ("-o", option))])
 
 
@@ -241,7 +242,18 @@ def printable(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def _private(path: Path, setting: str) -> Path:
+def missing_programs(allow: frozenset[str]) -> list[str]:
+    """Programs that fetching needs and that are not on PATH."""
+    needed = ["git", "prlimit", "timeout", *(["ssh"] if "ssh" in allow else [])]
+    return [program for program in needed if shutil.which(program) is None]
+
+
+def private_file(path: Path, setting: str) -> Path:
+    """A file that only its owner can read.
+
+    Raises:
+        SourceError: `credentials_refused`.
+    """
     try:
         mode = path.stat().st_mode
     except OSError as error:

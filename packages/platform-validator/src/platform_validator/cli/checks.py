@@ -13,7 +13,9 @@ import aiohttp
 from platform_protocol.platform_messages import IsolationLevel
 from platform_protocol.signing import Keypair
 from platform_validator.attestation.collateral import CollateralUnavailable, from_pccs
+from platform_validator.challenges.git import missing_programs, private_file
 from platform_validator.challenges.resolve import Unfit, choose_image
+from platform_validator.challenges.source import SourceError
 from platform_validator.config import ConfigFaults, Settings, load_settings
 from platform_validator.config.hosts import HostSettings
 from platform_validator.config.promises import promised_beyond
@@ -44,6 +46,7 @@ def run_checks(environment: Mapping[str, str], config: Path | None, *, home: Pat
     except ConfigFaults as error:
         return [Check("configuration", "fail", fault) for fault in error.faults]
     found = [Check("configuration", "ok", f"state in {settings.db_path.parent}"), *_limits(settings)]
+    found.append(_check_sources(settings))
     file, password_file = settings["keys.hotkey_file"], settings["keys.password_file"]
     credentials = environment.get("CREDENTIALS_DIRECTORY")
     try:
@@ -184,6 +187,22 @@ def check_base_url(settings: Settings) -> Check:
     return Check(
         "base url", "ok", f"a guest's {_GUEST_HOST}:{asked} is {host}:{port} here, if the VMM is on this host"
     )
+
+
+def _check_sources(settings: Settings) -> Check:
+    missing = missing_programs(frozenset(settings["sources.allow"]))
+    if missing:
+        detail = (
+            f"{', '.join(missing)} not on PATH: install git, util-linux, coreutils, and ssh if it is allowed"
+        )
+        return Check("sources", "fail", detail)
+    try:
+        for name in ("sources.credentials_file", "sources.ssh_key_file"):
+            if settings[name] is not None:
+                private_file(Path(settings[name]), name)
+    except SourceError as error:
+        return Check("sources", "fail", str(error))
+    return Check("sources", "ok", f"challenges may come by {', '.join(settings['sources.allow'])}")
 
 
 def _limits(settings: Settings) -> list[Check]:
