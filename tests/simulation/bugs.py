@@ -12,8 +12,8 @@ from typing import Any
 
 from platform_protocol.ids import VmName
 from platform_protocol.notifications import NewJob
-from platform_protocol.platform_messages import ActiveChallenge, Claim, Lease
-from platform_validator.challenges.instance import InstanceRef
+from platform_protocol.platform_messages import Claim, Lease
+from platform_validator.challenges.instance import Instance, InstanceRef
 from platform_validator.challenges.runner import ChallengeRunner
 from platform_validator.cvm import fleet as fleet_module
 from platform_validator.cvm import sweeping
@@ -247,13 +247,13 @@ def slot_until_destroyed() -> Iterator[None]:
 def old_version_first() -> Iterator[None]:
     """The version that serves is given up as soon as another is wanted."""
 
-    async def follow(self: Any, wanted: ActiveChallenge, group: asyncio.TaskGroup) -> None:
-        if self._serving is not None and self._serving.key != self._key_of(wanted)[0]:
+    async def begin(self: Any, candidate: Instance) -> None:
+        if self._serving is not None:
             await self._withdraw()
-        await original(self, wanted, group)
+        await original(self, candidate)
 
-    original = ChallengeRunner._follow
-    with _replaced(ChallengeRunner, "_follow", follow):
+    original = ChallengeRunner._begin
+    with _replaced(ChallengeRunner, "_begin", begin):
         yield
 
 
