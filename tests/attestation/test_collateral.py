@@ -118,12 +118,56 @@ async def test_what_is_due_is_refreshed_in_the_background() -> None:
     assert (await held.get(*PLATFORM)).valid_until > first.valid_until
 
 
+async def test_a_quote_does_not_wait_for_a_refresh() -> None:
+    """While the service takes its time, what is held serves."""
+    clock = Clock()
+    service = Service(clock)
+    held = cache(clock, service)
+    first = await held.get(*PLATFORM)
+    clock.pass_(timedelta(hours=13))
+    slow = asyncio.Event()
+
+    async def fetch(path: str) -> tuple[bytes, dict[str, str]]:
+        await slow.wait()
+        return await service.fetch(path)
+
+    held._fetch = fetch
+    async with asyncio.TaskGroup() as group:
+        refreshing = group.create_task(held.refresh_due())
+        await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            assert await held.get(*PLATFORM) == first
+        assert not refreshing.done()
+        slow.set()
+    assert service.asked == 2
+
+
+async def test_a_platform_that_never_had_collateral_is_forgotten_when_nobody_asks() -> None:
+    """One machine that Intel does not know must not stop the claims for the others for ever."""
+    clock = Clock()
+    service = Service(clock)
+    service.down = True
+    held = cache(clock, service)
+    with pytest.raises(CollateralUnavailable):
+        await held.get(*PLATFORM)
+    clock.pass_(timedelta(minutes=29))
+    await held.refresh_due()
+    assert held.trouble() is not None
+    clock.pass_(timedelta(minutes=2))
+    await held.refresh_due()
+    assert held.trouble() is None
+
+
 @pytest.mark.parametrize(
     ("age", "left", "due"),
     [
         (timedelta(hours=1), timedelta(days=20), False),
         (timedelta(hours=12), timedelta(days=20), True),
         (timedelta(hours=1), timedelta(hours=47), True),
+        (timedelta(minutes=59), timedelta(hours=47), False),
+        (timedelta(minutes=5), timedelta(minutes=20), True),
+        (timedelta(minutes=4), timedelta(minutes=20), False),
+        (timedelta(seconds=1), timedelta(seconds=1), False),
         (timedelta(hours=-1), timedelta(days=20), True),
     ],
 )

@@ -32,6 +32,8 @@ from platform_validator.clock import Clock
 
 REFRESH = timedelta(hours=12)
 AHEAD = timedelta(hours=48)
+FORGOTTEN_AFTER = timedelta(minutes=30)
+_HOUR = timedelta(hours=1)
 _WITHIN = 40.0
 _PAUSE, _PAUSE_MOST = timedelta(seconds=5), timedelta(minutes=5)
 _AUTHORITIES = ("platform", "processor")
@@ -53,10 +55,15 @@ class Held:
 
 
 def is_due(held: Held | None, now: datetime, *, refresh: timedelta = REFRESH) -> bool:
-    """Whether the service is to be asked: nothing is held, it is old, or it expires soon."""
+    """Whether the service is to be asked: nothing is held, it is old, or it expires soon.
+
+    A service that itself gives what expires soon is asked again after an hour, or a quarter of what is left.
+    """
     if held is None or now < held.asked_at:
         return True
-    return now - held.asked_at >= refresh or held.collateral.valid_until - now <= AHEAD
+    age, left = now - held.asked_at, held.collateral.valid_until - now
+    soon = min(_HOUR, max(left / 4, _PAUSE))
+    return age >= refresh or (left <= AHEAD and age >= soon)
 
 
 class CollateralCache:
@@ -87,6 +94,8 @@ class CollateralCache:
         self._held: dict[Key, Held] = {}
         self._failed: dict[Key, tuple[float, int, CollateralUnavailable]] = {}
         self._locks: dict[Key, asyncio.Lock] = {}
+        self._wanted: dict[Key, float] = {}
+        self._looked_for: set[Key] = set()
         self._loaded = False
 
     async def get(self, fmspc: str, authority: str) -> Collateral:
@@ -97,6 +106,11 @@ class CollateralCache:
                 at once with the last failure.
         """
         key = self._key(fmspc, authority)
+        self._wanted[key] = self._clock.monotonic()
+        held = self._valid(key)
+        if held is not None:
+            # Before the lock, which a refresh may hold for long.
+            return held.collateral
         async with self._locks.setdefault(key, asyncio.Lock()):
             held = self._valid(key)
             if held is not None:
@@ -113,6 +127,7 @@ class CollateralCache:
         """
         if not self._loaded:
             self._load_all()
+        self._forget()
         if self._fetch is None:
             return
         for key in [*self._held.keys() | self._failed.keys()]:
@@ -140,6 +155,13 @@ class CollateralCache:
                 return f"collateral of platform {key[0]} serves until {until:%Y-%m-%dT%H:%M:%SZ}: {error}"
         return None
 
+    def _forget(self) -> None:
+        """A platform that never had collateral, and that nobody asks for any more, stops no claims."""
+        limit = self._clock.monotonic() - FORGOTTEN_AFTER.total_seconds()
+        for key in [*self._failed]:
+            if key not in self._held and self._wanted.get(key, limit) <= limit:
+                del self._failed[key]
+
     def views(self) -> list[dict[str, str]]:
         """What is held, for `validator status`: platform, CA, when it was asked for, until when it serves."""
         return [
@@ -160,7 +182,7 @@ class CollateralCache:
 
     def _valid(self, key: Key) -> Held | None:
         held = self._held.get(key)
-        if held is None:
+        if held is None and key not in self._looked_for:
             held = self._load(key)
         if held is None or held.collateral.valid_until <= self._clock.now():
             return None
@@ -227,6 +249,7 @@ class CollateralCache:
 
     def _load(self, key: Key) -> Held | None:
         path = self._path(key)
+        self._looked_for.add(key)
         try:
             if path is None or path.stat().st_size > _MAX_FILE:
                 return None
