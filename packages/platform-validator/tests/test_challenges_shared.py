@@ -15,6 +15,7 @@ from job_house import CHALLENGE, TOML, House, answered, good, new_commit, tick
 from platform_protocol.ids import JobId
 from platform_protocol.platform_messages import ReleaseReason
 from platform_protocol.resources import Resources
+from platform_validator.challenges import pool
 from platform_validator.challenges.memory import MemorySession
 from platform_validator.clock import SystemClock
 from platform_validator.cvm.errors import SessionLost
@@ -198,6 +199,36 @@ async def test_an_idle_shared_cvm_yields_to_a_job_that_has_no_room(tmp_path: Pat
         await house.ended(job_id)
         assert house.fleet.booted[0].name in house.fleet.destroyed
         assert house.challenges.views()[0].state is InstanceState.ACTIVE
+
+
+async def test_a_shared_cvm_is_replaced_before_its_lifetime_ends(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another stands beside it; what runs in the old one ends there, and then it goes."""
+    work = house.work = Work()
+    async with house.open():
+        first = house.platform.add_job(CHALLENGE)
+        await reached(work, 1)
+        (old,) = house.fleet.booted
+        monkeypatch.setattr(pool, "SHARED_FOR", timedelta(0))
+        house.challenges.wake()
+        second = house.platform.add_job(CHALLENGE)
+        while len(house.fleet.booted) < 2:
+            await tick()
+        monkeypatch.setattr(pool, "SHARED_FOR", timedelta(days=6))
+        await reached(work, 2)
+        assert old.name in house.fleet.alive
+        third = house.platform.add_job(CHALLENGE)
+        await reached(work, 3)
+        assert work.sessions[third] is not work.sessions[first]
+        work.go_on.set()
+        for job_id in (first, second, third):
+            await house.ended(job_id)
+        while old.name not in house.fleet.destroyed:
+            await tick()
+        assert house.challenges.views()[0].state is InstanceState.ACTIVE
+    history = await house.store.challenge_history(CHALLENGE, 50)
+    assert not any(event.state is InstanceState.FAILED for event in history)
 
 
 async def test_after_a_crash_all_jobs_of_a_shared_cvm_go_on_in_it_and_it_goes_with_the_last(

@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from job_house import CHALLENGE, TOML, House, answered, good, new_commit, tick
+from job_house import CHALLENGE, OTHER, TOML, House, answered, good, new_commit, tick
 
 from platform_protocol.ids import JobId, VmName
 from platform_protocol.platform_messages import ActiveChallenge
@@ -280,6 +280,29 @@ async def test_three_ready_cvms_that_end_in_a_row_make_it_failed_with_the_reason
             house.fleet.booted[-1].session.die()
         while not any("in a row ended" in (each.reason or "") for each in await history(house)):
             await tick()
+
+
+async def test_the_pool_grows_while_jobs_come_faster_than_cvms_boot(house: House) -> None:
+    """As many stand ready as were claimed in the time of one boot; each still has one job in its life."""
+    async with house.open():
+        await house.state(InstanceState.ACTIVE)
+        house.challenges._runners[CHALLENGE]._pool.demand.booted(100_000.0)
+        for _ in range(3):
+            await house.ended(house.platform.add_job(CHALLENGE))
+        while (serving := house.challenges.views()[0].serving) is None or serving.ready < 3:
+            await tick()
+    assert len({id(cvm.session) for cvm in house.fleet.booted}) == len(house.fleet.booted)
+
+
+async def test_a_broken_challenge_delays_no_other(house: House) -> None:
+    """One whose code is broken, and one whose CVMs do not boot, fail beside one that serves."""
+    house.publish(new_commit(house.folder, "name = 'broken"), OTHER, "broken")
+    async with house.open():
+        await house.state(InstanceState.ACTIVE)
+        await house.state(InstanceState.FAILED, OTHER)
+        for _ in range(3):
+            await house.ended(house.platform.add_job(CHALLENGE))
+        await house.state(InstanceState.FAILED, OTHER)
 
 
 async def test_a_commit_that_flaps_is_not_followed_at_every_turn(house: House) -> None:
