@@ -22,6 +22,7 @@ from platform_protocol.resources import Resources
 from platform_validator.attestation.keccak import keccak_256
 from platform_validator.cli.checks import check_open_vmm
 from platform_validator.cvm.dstack import DstackVmm
+from platform_validator.cvm.dstack.answers import gateway_address
 from platform_validator.cvm.vmm import (
     VmmRefused,
     VmmUnauthorized,
@@ -29,6 +30,7 @@ from platform_validator.cvm.vmm import (
     VmNotFound,
     VmSpec,
     VmState,
+    url_of,
 )
 
 COMPOSE = b'{"manifest_version":2,"name":"x","runner":"docker-compose"}'
@@ -202,6 +204,39 @@ async def test_vmm_removal_is_sync_or_async(version: str) -> None:
         assert await client.get(vm_id) is None
         with pytest.raises(VmNotFound):
             await client.remove(vm_id)
+
+
+@pytest.mark.parametrize(("domain", "port"), [("gw.example", 443), ("gw.example:8443", 8443)])
+async def test_vmm_without_port_mapping_is_reached_by_its_gateway(domain: str, port: int) -> None:
+    """No port is asked for; the address shows once the instance is known, and TLS is spoken there."""
+    clock = [0.0]
+    double = DstackDouble(HEAD, clock=lambda: clock[0])
+    double.host.port_mapping, double.host.base_domain = False, domain
+    double.host.boots = lambda _: Boot(takes=10.0)
+    async with at(double) as client:
+        with pytest.raises(VmmRefused, match="maps no ports"):
+            await client.create(spec())
+        compose = json.dumps(json.loads(COMPOSE) | {"gateway_enabled": True}).encode()
+        vm_id = await client.create(spec(compose=compose))
+        booting = await client.get(vm_id)
+        clock[0] = 11.0
+        booted = await client.get(vm_id)
+    assert [message["ports"] for message in created(double)] == [[]]
+    assert booting is not None
+    assert booted is not None
+    assert booting.address is None
+    assert booted.address == (f"{booted.instance}-10000.gw.example", port)
+    assert booted.address is not None
+    assert url_of(booted.address, "ws") == f"wss://{booted.instance}-10000.gw.example:{port}"
+    assert url_of(("127.0.0.1", 1), "http") == "http://127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    "url", [None, 5, "http://x", "https://evil/8090", "https://" + "a" * 40 + "-8090.x@y"]
+)
+def test_vmm_gateway_url_of_another_form_is_no_address(url: object) -> None:
+    """It is the VMM's word, and may be anything."""
+    assert gateway_address(url) is None
 
 
 async def test_vmm_create_of_two_at_once_gives_each_gpu_once() -> None:

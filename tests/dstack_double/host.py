@@ -80,6 +80,7 @@ class Host:
         restart_after: Seconds between the end of a process and its restart.
         stopping: Seconds that StopVm takes; None: for ever.
         gpus: Slots, when GPUs are enabled; None: they are not.
+        base_domain: Of the gateway, perhaps with a port; None: there is none.
         hidden: Ids that Status and GetInfo never show.
         starts: How often a VM was started.
     """
@@ -94,6 +95,7 @@ class Host:
         self.gpus: tuple[str, ...] | None = None
         self.attach_all = False
         self.port_mapping = True
+        self.base_domain: str | None = None
         self.port_range = (1, 20000)
         self.hidden: set[str] = set()
         self.starts = 0
@@ -230,6 +232,13 @@ class Host:
         if self.progress(machine) not in ("done", "running"):
             return None
         return hashlib.sha256(f"{machine.id}{machine.boots}".encode()).hexdigest()[:40]
+
+    def app_url(self, machine: Machine) -> str | None:
+        """By the gateway, once the instance is known."""
+        instance, compose = self.instance(machine), json.loads(machine.configuration["compose_file"])
+        if self.base_domain is None or instance is None or not compose.get("gateway_enabled"):
+            return None
+        return f"https://{instance}-8090.{self.base_domain}"
 
     def compose_hash(self, compose: str) -> str:
         """GetComposeHash."""

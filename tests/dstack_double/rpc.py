@@ -149,7 +149,7 @@ class Rpc:
             "name": machine.configuration["name"],
             "status": machine.status,
             "uptime": "never" if machine.began is None else "1m 3s",
-            "app_url": None,
+            "app_url": self._host.app_url(machine),
             "app_id": machine.app_id,
             "instance_id": self._host.instance(machine),
             "configuration": None if brief else machine.configuration,

@@ -16,6 +16,7 @@ from platform_protocol.session.errors import AttestationRejected, HandshakeInval
 from platform_protocol.session.v1 import EnvelopeChannel
 from platform_protocol.session.v2 import Offer, ValidatorHandshake
 from platform_validator.cvm.errors import AttestationRefused, AttestationUnavailable, SessionRefused
+from platform_validator.cvm.vmm import url_of
 
 Judge = Callable[[Offer], Awaitable[None]]
 """Accepts an offer, or raises AttestationRefused or AttestationUnavailable."""
@@ -82,10 +83,9 @@ async def dial(
             answers is not the SDK of this VM.
         SessionError, WebSocketException, TimeoutError, OSError: Not now; dial again.
     """
-    host, port = callee.address
     async with timeout(pace.dial):
         socket = await connect(
-            f"ws://{host}:{port}/sdk/ws",
+            f"{url_of(callee.address, 'ws')}/sdk/ws",
             open_timeout=pace.dial,
             close_timeout=2,
             ping_interval=None,

@@ -12,7 +12,7 @@ import structlog
 from platform_protocol.ids import VmId
 from platform_validator.clock import Clock
 from platform_validator.cvm.errors import BootFailed, NoCapacity
-from platform_validator.cvm.vmm import Vm, VmmClient, VmmError, VmmUnavailable, VmState
+from platform_validator.cvm.vmm import Vm, VmmClient, VmmError, VmmUnavailable, VmState, url_of
 
 _FIRST, _MOST = 0.1, 2.0
 _HEALTH = 5.0
@@ -92,9 +92,8 @@ class HttpProbe:
 
 
 async def _healthy(http: aiohttp.ClientSession, address: tuple[str, int]) -> bool:
-    host, port = address
     try:
-        async with http.get(f"http://{host}:{port}/sdk/health", allow_redirects=False) as response:
+        async with http.get(f"{url_of(address, 'http')}/sdk/health", allow_redirects=False) as response:
             health = json.loads(await response.content.read(_MAX_HEALTH))
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError, RecursionError):
         return False

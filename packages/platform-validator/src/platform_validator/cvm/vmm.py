@@ -91,10 +91,23 @@ class VmSpec:
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
+class TlsAddress(tuple[str, int]):
+    """(host, port) of a gateway: TLS is spoken there, and the host's name leads to the VM."""
+
+    __slots__ = ()
+
+
+def url_of(address: tuple[str, int], scheme: str) -> str:
+    """`http` or `ws` to a VM's address, with the `s` of TLS where it is a gateway's."""
+    host, port = address
+    return f"{scheme}{'s' if isinstance(address, TlsAddress) else ''}://{host}:{port}"
+
+
 @dataclass(frozen=True, slots=True)
 class Vm:
-    """A VM as the VMM shows it. `address` is (host, port) of the mapped guest port, None while unknown.
+    """A VM as the VMM shows it.
 
+    `address` is (host, port) of the mapped guest port, or a gateway's for it; None while unknown.
     `lacked`: what its process said that the host lacked when it ended; empty otherwise.
     """
 

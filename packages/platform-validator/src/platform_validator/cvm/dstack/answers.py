@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from platform_protocol.compose import SDK_PORT
 from platform_protocol.ids import VmId, VmName
 from platform_protocol.platform_messages import IsolationLevel
 from platform_protocol.resources import Resources
-from platform_validator.cvm.vmm import Vm, VmmImage, VmState
+from platform_validator.cvm.vmm import TlsAddress, Vm, VmmImage, VmState
 
 _MOST = 2**31 - 1
+_APP_URL = re.compile(r"https://([0-9a-f]{40})-8090\.([A-Za-z0-9.-]{1,200})(?::(\d{1,5}))?/?")
 
 
 def read_vm(info: Mapping[str, Any], port_address: str) -> Vm:
     """A VmInfo. `port_address` is the host under which its mapped ports are reached."""
     configuration = _fields(info.get("configuration"))
-    port = next((number(one.get("host_port")) for one in objects(configuration.get("ports"))), 0)
+    mapped = next((number(one.get("host_port")) for one in objects(configuration.get("ports"))), 0)
     gpus = _fields(configuration.get("gpus"))
     return Vm(
         id=VmId(_text(info.get("id"))),
@@ -26,7 +29,7 @@ def read_vm(info: Mapping[str, Any], port_address: str) -> Vm:
         boot_progress=_text(info.get("boot_progress")),
         boot_error=_text(info.get("boot_error"))[:4096],
         instance=_text(info.get("instance_id")) or None,
-        address=(port_address, port) if port else None,
+        address=(port_address, mapped) if mapped else gateway_address(info.get("app_url")),
         resources=Resources(
             cpu_cores=number(configuration.get("vcpu")),
             memory_mb=number(configuration.get("memory")),
@@ -34,6 +37,15 @@ def read_vm(info: Mapping[str, Any], port_address: str) -> Vm:
             gpu_count=len(objects(gpus.get("gpus"))),
         ),
     )
+
+
+def gateway_address(app_url: object) -> TlsAddress | None:
+    """Where a gateway leads to the SDK: an app's URL names its port 8090, and others are named likewise."""
+    found = _APP_URL.fullmatch(app_url) if isinstance(app_url, str) else None
+    if found is None:
+        return None
+    instance, domain, port = found.groups()
+    return TlsAddress((f"{instance}-{SDK_PORT}.{domain}", int(port or 443)))
 
 
 def read_image(image: Mapping[str, Any]) -> VmmImage:

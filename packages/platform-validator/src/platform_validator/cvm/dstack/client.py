@@ -6,8 +6,10 @@ and start a TDX VM; conflicts over ports and GPUs show, if at all, when the VM's
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
@@ -138,12 +140,22 @@ class DstackVmm:
 
     async def _claim(self, spec: VmSpec) -> Claim:
         async with self._arbiter.turn:
-            shown = objects((await self._wire.call("Status", {})).get("vms"))
+            status = await self._wire.call("Status", {})
+            shown = objects(status.get("vms"))
             gpus: list[Gpu] = []
             if spec.resources.gpu_count or spec.gpus:
                 listed = objects((await self._wire.call("ListGpus", {})).get("gpus"))
                 gpus = [Gpu(str(one.get("slot")), one.get("is_free") is True) for one in listed]
-            return self._arbiter.hold(spec, [read_claim(info) for info in shown], gpus)
+            claim = self._arbiter.hold(spec, [read_claim(info) for info in shown], gpus)
+        if status.get("port_mapping_enabled") is not False:
+            return claim
+        if not _has_gateway(spec.compose):
+            self._arbiter.settle(spec.name)
+            raise VmmRefused(
+                "the VMM maps no ports, and this app-compose has no gateway: "
+                "enable cvm.port_mapping in vmm.toml"
+            )
+        return replace(claim, ports=frozenset())
 
     def _message(self, spec: VmSpec, claim: Claim, environment: str) -> dict[str, Any]:
         message: dict[str, Any] = {
@@ -156,10 +168,11 @@ class DstackVmm:
             "ports": [
                 {
                     "protocol": "tcp",
-                    "host_port": spec.host_port,
+                    "host_port": port,
                     "vm_port": spec.guest_port,
                     "host_address": "127.0.0.1" if self._address in ("127.0.0.1", "localhost") else "",
                 }
+                for port in claim.ports
             ],
             "user_config": spec.user_config,
             "no_tee": not spec.tee,
@@ -196,6 +209,12 @@ class DstackVmm:
         if answer.status == NOT_FOUND:
             raise VmNotFound(f"the VMM has no VM {vm_id}")
         return answer.body.decode("utf-8", "replace") if answer.status == OK else ""
+
+
+def _has_gateway(compose: bytes) -> bool:
+    """Whether a gateway leads to VMs of this app-compose."""
+    document = json.loads(compose)
+    return bool(document.get("gateway_enabled") or document.get("tproxy_enabled"))
 
 
 def _require_able(spec: VmSpec, can: Capabilities) -> None:
