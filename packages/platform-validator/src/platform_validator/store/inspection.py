@@ -13,6 +13,7 @@ from platform_validator.store.port import StoreCorrupt
 # holds some ten thousand jobs, and is a third of it.
 _READ_WHOLE = 256 * 1024 * 1024
 _CHUNK = 1024 * 1024
+_HEADER = 100
 _HISTORY = {"jobs_journal": "stage <> 'done'", "cvms_journal": "phase <> 'gone'"}
 
 
@@ -27,6 +28,7 @@ def inspect(path: Path, steps: list[Migration], *, read_whole: int = _READ_WHOLE
         # Left by a first start that was killed: only a writer can undo it.
         connection = sqlite3.connect(path, isolation_level=None)
     else:
+        _check_length(path)
         # Without a log there is nothing to read beside the file, and no reason to make one.
         how = "mode=ro" if _is_there(path, "-wal") else "immutable=1"
         connection = sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, isolation_level=None)
@@ -43,6 +45,25 @@ def inspect(path: Path, steps: list[Migration], *, read_whole: int = _READ_WHOLE
                 raise StoreCorrupt(f"{path} is damaged: restore it from a backup")
     finally:
         connection.close()
+
+
+def _check_length(path: Path) -> None:
+    """SQLite takes what a cut last page lacks for zeros, which in an empty one is no damage that it knows.
+
+    Raises:
+        StoreCorrupt: The file is shorter than its header says (sqlite.org/fileformat2.html 1.3).
+    """
+    if _is_there(path, "-wal"):
+        # A checkpoint that was cut short: the rest is in the log.
+        return
+    with path.open("rb") as file:
+        header = file.read(_HEADER)
+    if len(header) < _HEADER or header[24:28] != header[92:96]:
+        # Too short for one, or written by something that does not count its pages: SQLite judges it.
+        return
+    page, pages = int.from_bytes(header[16:18]), int.from_bytes(header[28:32])
+    if path.stat().st_size < (65_536 if page == 1 else page) * pages:
+        raise StoreCorrupt(f"{path} is damaged (cut short): restore it from a backup")
 
 
 def _is_there(path: Path, suffix: str) -> bool:
