@@ -35,12 +35,13 @@ from platform_validator.jobs.slot import Slot, wish_of
 from platform_validator.jobs.waiting import Tally, Waiting
 from platform_validator.jobs.work import ClaimedJob, JobView
 from platform_validator.platform_client.port import PlatformClient, PlatformError
-from platform_validator.platform_client.retries import Kind, asked_for
+from platform_validator.platform_client.retries import TABLE, Kind, asked_for
 from platform_validator.store.port import Store, StoreUnavailable
 from platform_validator.store.records import JobOutcome, JobRecord, VmRecord
 
 POLL_EVERY = timedelta(seconds=5)
 DECLINED_FOR = timedelta(minutes=10)
+NOT_GRANTED_FOR = TABLE[Kind.CLAIM].pause.cap
 _ROOM_RETRY = 0.5
 _SPREAD = 0.05
 _APART = 0.5
@@ -361,6 +362,8 @@ class JobManager:
         try:
             claimed = await self._claimer.claim(slot, ref, need)
             if claimed is None:
+                # It may go on being listed: asked for again at once, it would be refused without end.
+                self._declined[slot.job_id] = self._clock.monotonic() + NOT_GRANTED_FOR.total_seconds()
                 self._set_gate(slot.challenge_id, self._gate(slot.challenge_id).withdrawn())
                 return
             slot.cvm = slot.reservation = None
