@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from job_house import CHALLENGE, OTHER, TOML, House, answered, good, new_commit, tick
 
-from platform_protocol.ids import JobId, VmName
+from platform_protocol.ids import ChallengeId, JobId, VmName
 from platform_protocol.platform_messages import ActiveChallenge
 from platform_protocol.resources import Resources
 from platform_validator.challenges import yielding
+from platform_validator.challenges.environment import GivenEnv
 from platform_validator.challenges.instance import generation_of, instance_key
 from platform_validator.challenges.manager import RESTARTED
 from platform_validator.challenges.memory import MemorySession
@@ -63,6 +64,17 @@ def update(house: House, toml: str = TOML) -> str:
 async def history(house: House) -> Sequence[InstanceEvent]:
     """Oldest first."""
     return list(reversed(await house.store.challenge_history(CHALLENGE, 100)))
+
+
+class Given:
+    """What an operator has given."""
+
+    def __init__(self, values: dict[str, str]) -> None:
+        self.values = values
+
+    async def given(self, challenge_id: ChallengeId, repository: str) -> GivenEnv:
+        """See `EnvSource`."""
+        return GivenEnv(values=self.values)
 
 
 class Held:
@@ -162,6 +174,25 @@ async def test_another_runtime_is_another_instance_of_the_same_commit(house: Hou
             house.challenges.wake()
             await asyncio.sleep(0.02)
         assert house.challenges.views()[0].candidate is None
+
+
+async def test_another_environment_is_another_instance_of_the_same_commit(tmp_path: Path) -> None:
+    """What the operator gives reaches CVMs in `configure`, once: those of the old value finish with it."""
+    given = Given({"MODE": "slow"})
+    house = House(tmp_path, env=given)
+    house.publish(new_commit(tmp_path, TOML + "[env.MODE]\n"))
+    async with house.open():
+        await house.state(InstanceState.ACTIVE)
+        given.values = {"MODE": "fast"}
+        house.challenges.wake()
+        while (serving := house.challenges.views()[0].serving) is None or not serving.key.endswith(":1"):
+            await tick()
+        await house.ended(house.platform.add_job(CHALLENGE))
+        assert house.fleet.booted[0].plan.env == {"MODE": "slow"}
+        assert house.fleet.booted[1].plan.env == {"MODE": "fast"}
+    active = [event for event in await history(house) if event.state is InstanceState.ACTIVE]
+    assert len({event.commit for event in active}) == 1
+    assert "fast" not in "".join(event.key for event in active)
 
 
 async def test_without_room_for_both_the_old_one_is_drained_first_and_says_so(
