@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -344,3 +351,29 @@ def test_a_value_cannot_be_an_argument() -> None:
     done = run("set", "digits", "API_KEY", CANARY)
     assert done.exit_code == 2
     assert isinstance(done.exception, SystemExit)
+
+
+@pytest.mark.slow(reason="starts the command on a terminal")
+def test_on_a_terminal_it_is_asked_for_without_an_echo(state: Path) -> None:
+    """The question names the challenge and the repository; what is typed is not shown."""
+    ours, theirs = pty.openpty()
+    command = [str(Path(sys.executable).parent / "validator"), "env", "set", "digits", "API_KEY"]
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        while b"API_KEY for challenge at" not in shown or not shown.rstrip().endswith(b":"):
+            shown += os.read(ours, 4096)
+        # The echo is off by the time the question is complete.
+        while termios.tcgetattr(ours)[3] & termios.ECHO:
+            time.sleep(0.01)
+        os.write(ours, f"{CANARY}\n".encode())
+        with contextlib.suppress(OSError):  # EIO: the other side has closed
+            while part := os.read(ours, 4096):
+                shown += part
+    os.close(ours)
+    assert process.returncode == 0, shown
+    assert CANARY.encode() not in shown
+    assert HERE.encode() in shown
+    assert [row["name"] for row in json.loads(run("list", "--json").stdout)["env"]] == ["API_KEY"]
