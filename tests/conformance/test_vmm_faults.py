@@ -177,6 +177,8 @@ async def test_case_18_a_vm_that_exits_while_booting_is_not_left_to_be_restarted
         with pytest.raises(errors.BootFailed, match="guest panicked"):
             await one.boot()
         await one.nothing_is_left()
+        calls = [method for method, _ in one.double.calls]
+        assert calls.index("StopVm") < calls.index("RemoveVm")
         starts = one.double.host.starts
         await asyncio.sleep(0.5)
         one.double.host.advance()

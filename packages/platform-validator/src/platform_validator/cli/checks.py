@@ -78,7 +78,7 @@ async def _outside(settings: Settings, keypair: Keypair) -> list[Check]:
             )
         )
         for host, vmm in zip(settings.hosts, connections.vmms, strict=True):
-            checks = [*await check_vmm(vmm, settings.level), *await check_open_vmm(host.url)]
+            checks = [*await check_vmm(vmm, settings), *await check_open_vmm(host.url)]
             found += [_of_host(check, host, settings) for check in checks]
         return [*found, check_base_url(settings), *await check_attestation(settings)]
     finally:
@@ -102,13 +102,22 @@ async def check_platform(client: PlatformClient) -> list[Check]:
     return [Check("platform api", "ok", f"registered; {len(active.challenges)} active challenges")]
 
 
-async def check_vmm(vmm: VmmClient, level: IsolationLevel) -> list[Check]:
-    """Whether the VMM answers and has an image for the level."""
+async def check_vmm(vmm: VmmClient, settings: Settings) -> list[Check]:
+    """Whether the VMM answers, has an image for the level, and makes what is asked for."""
     try:
         facts = await vmm.facts()
     except VmmError as error:
         return [Check("vmm", "fail", f"{error}: is DSTACK_VMM_URL right, and the VMM up?")]
-    return [Check("vmm", "ok", f"version {facts.version}"), check_image(facts, level)]
+    found = [Check("vmm", "ok", f"version {facts.version}"), check_image(facts, settings.level)]
+    if settings.level is IsolationLevel.TEE:
+        return found
+    if facts.tee_only:
+        detail = f"version {facts.version} makes TEEs only: a level below Tee needs dstack v0.5.6 or newer"
+        found.append(Check("isolation", "fail", detail))
+    elif settings["attestation.allow_simulated"] and not facts.simulates:
+        detail = f"version {facts.version} simulates no TEE: unset attestation.allow_simulated"
+        found.append(Check("isolation", "fail", detail))
+    return found
 
 
 async def check_attestation(settings: Settings) -> list[Check]:

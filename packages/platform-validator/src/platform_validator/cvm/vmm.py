@@ -64,10 +64,15 @@ class VmmImage:
 
 @dataclass(frozen=True, slots=True)
 class VmmFacts:
-    """What a VMM says of itself."""
+    """What a VMM says of itself.
+
+    `tee_only`: it makes nothing but TEEs, whatever is asked for. `simulates`: it has simulated TEEs.
+    """
 
     version: str
     images: tuple[VmmImage, ...]
+    tee_only: bool = False
+    simulates: bool = True
 
 
 @dataclass(frozen=True, slots=True)

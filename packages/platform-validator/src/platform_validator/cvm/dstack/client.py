@@ -70,7 +70,12 @@ class DstackVmm:
         """Version and images."""
         can = await self._capabilities()
         listed = (await self._wire.call("ListImages", {})).get("images")
-        return VmmFacts(can.version, tuple(read_image(image) for image in objects(listed)))
+        return VmmFacts(
+            can.version,
+            tuple(read_image(image) for image in objects(listed)),
+            tee_only=not can.no_tee,
+            simulates=can.simulated_tee,
+        )
 
     async def create(self, spec: VmSpec) -> VmId:
         """CreateVm, after a look at the version, at what other VMs hold, and at the GPUs."""
