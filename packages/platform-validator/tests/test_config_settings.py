@@ -172,6 +172,7 @@ def test_what_is_required_says_how_to_set_it(tmp_path: Path) -> None:
             '[sandbox_config]\nisolation_level = "Container"\n[attestation]\nallow_simulated = true',
             "needs attestation.simulated_root_file",
         ),
+        ("[attestation]\nallow_session_v1 = true", "version 1 binds no keys"),
         ('[validator]\nadmin_listen = "127.0.0.1:18080"', "another address"),
         ('[validator]\nlog_format = "xml"', "auto, json, people"),
         ('[sources]\nallow = ["ftp"]', "expected https, ssh or file"),

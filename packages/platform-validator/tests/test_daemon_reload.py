@@ -50,7 +50,7 @@ WAITING = [
     ("scoring_config.algorithm", "Logarithmic", "scored alike"),
     ("scoring_config.normalization", "ZScore", "scored alike"),
     ("attestation.pccs_url", "https://pccs.example", "admitted under it"),
-    ("attestation.allow_session_v1", True, "admitted under it"),
+    ("attestation.allow_session_v1", False, "admitted under it"),
     ("keys.hotkey_file", "/etc/hotkey", "signed with its key"),
 ]
 

@@ -136,6 +136,13 @@ def _contradictions(values: Mapping[str, Any], origins: Mapping[str, Origin]) ->
             )
         elif values.get("attestation.simulated_root_file", "") is None:
             faults.append(f"attestation.allow_simulated ({where}): needs attestation.simulated_root_file")
+    if level is IsolationLevel.TEE and values.get("attestation.allow_session_v1"):
+        where = origins["attestation.allow_session_v1"].where
+        faults.append(
+            f"attestation.allow_session_v1 ({where}): expected false at level Tee: version 1 binds no keys "
+            "to the quote, so whoever passes a genuine quote on reads submissions and writes results: "
+            "unset it, or lower the level"
+        )
     if level is IsolationLevel.NONE and not values.get("sandbox_config.unsafe_no_isolation", True):
         faults.append("sandbox_config.isolation_level: None needs sandbox_config.unsafe_no_isolation = true")
     faults += _host_contradictions(values, origins)

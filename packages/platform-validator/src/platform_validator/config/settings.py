@@ -259,7 +259,7 @@ OPTIONS: tuple[Option, ...] = (
         "attestation.allow_session_v1",
         parse.boolean,
         None,
-        "speak session version 1 (default: as allow_simulated)",
+        "speak session version 1, below Tee (default: as allow_simulated)",
     ),
     _o(
         "attestation.pccs_url",
