@@ -66,12 +66,13 @@ class QuickClock(SystemClock):
 
     def __init__(self) -> None:
         self.ahead = 0.0
+        self.longest = 0.01
 
     def monotonic(self) -> float:
         return super().monotonic() + self.ahead
 
     async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(min(seconds, 0.01))
+        await asyncio.sleep(self.longest if self.longest > 1 else min(seconds, self.longest))
 
 
 class NoValues:
@@ -242,6 +243,19 @@ async def test_a_host_that_falls_silent_is_cordoned_and_the_other_goes_on(world:
     assert record.phase is VmPhase.GONE
 
 
+async def test_what_is_on_a_host_that_is_back_is_destroyed_at_once(world: World) -> None:
+    """Whatever its destruction was to wait for: every pause is an hour here."""
+    cvm = await world.boot()
+    world.vmms[BIG].kill()
+    await world.until(lambda: world.state(BIG) == "cordoned")
+    world.clock.longest = 3600.0
+    world.fleet.destroy(cvm.name)
+    await world.until(lambda: any(view.tries for view in world.fleet.views()))
+    world.vmms[BIG].start_again()
+    assert await world.fleet.trouble(cvm.name) is None
+    await world.until(lambda: world.where() == {BIG: 0, SMALL: 0})
+
+
 async def test_a_cvm_whose_session_lives_goes_on_while_its_vmm_is_silent(world: World) -> None:
     """A VMM that is restarted costs nothing that runs."""
     cvm = await world.boot()
@@ -273,8 +287,10 @@ async def test_a_host_that_cannot_make_cvms_is_closed_and_tried_with_one(world: 
     first = world.quota.reserve(LARGE, "probe", image=IMAGE)
     assert not isinstance(first, Refusal)
     assert (first.host, first.probe) == (BIG, True)
-    second = world.quota.reserve(LARGE.model_copy(update={"cpu_cores": 1}), "beside it", image=IMAGE)
+    world.hosts.drained({SMALL: world.clock.now()})
+    second = world.quota.reserve(ONE, "beside it", image=IMAGE)
     assert isinstance(second, Refusal)
+    assert second.reason == "host"
     await world.fleet.boot(
         PLAN, purpose=Purpose.READY, reservation=first, claim_id=None, on_stage=lambda _: None
     )
@@ -375,6 +391,10 @@ async def test_the_same_vm_seen_by_two_hosts_is_no_stray_of_the_other(world: Wor
     await world.fleet.sweep()
     assert world.fleet.strays == ()
     assert [view.stage for view in world.fleet.views() if view.name == cvm.name] == ["ready"]
+    # Nor for a process that holds nothing of it: SMALL, which is looked at alone, does not own its record.
+    later = put_together(world.vmms, world.store, world.clock, world.ports)
+    await later.fleet._sweeper.sweep_host(SMALL)
+    assert (later.fleet.strays, later.fleet.views()) == ((), [])
 
 
 class Offering(MemoryVmm):

@@ -263,7 +263,12 @@ class ScriptedGuest:
         self._data.clear()
         self._received.clear()
         self._phase = "receiving" if order.submission_sha256 is not None else "running"
-        self._tasks.create_task(self._do(order))
+        work = self._do(order)
+        try:
+            self._tasks.create_task(work)
+        except RuntimeError:
+            # Switched off at this moment: what it was told goes with it.
+            work.close()
 
     def _chunk(self, chunk: SubmissionChunk) -> None:
         if self._phase == "receiving" and chunk.offset == len(self._data):
