@@ -34,6 +34,7 @@ from platform_validator.cvm.vmm import VmmAtCapacity, VmmRefused, VmSpec
 
 KMS = json.dumps({"key_provider": "kms", "allowed_envs": ["TOKEN"]}).encode()
 NOW = 1_790_000_000
+NOBODY: frozenset[VmName] = frozenset()
 _numbers = itertools.count()
 
 
@@ -118,7 +119,7 @@ def test_no_gpu_and_no_port_is_ever_held_twice(wanted: list[int]) -> None:
     given_out: list[Claim] = []
     for count in wanted:
         try:
-            given_out.append(arbiter.hold(spec(10_000 + count, gpus=count), [], gpus))
+            given_out.append(arbiter.hold(spec(10_000 + count, gpus=count), [], gpus, answered=NOBODY))
         except VmmRefused:
             continue
     slots = [slot for claim in given_out for slot in claim.slots]
@@ -132,17 +133,21 @@ def test_what_was_asked_for_is_held_until_it_shows_is_refused_or_is_too_late() -
     clock = [0.0]
     arbiter, gpus = Arbiter(lambda: clock[0]), [Gpu("a", free=True)]
     first = spec(1, gpus=1)
-    arbiter.hold(first, [], gpus)
+    arbiter.hold(first, [], gpus, answered=NOBODY)
     with pytest.raises(VmmAtCapacity):
-        arbiter.hold(spec(2, gpus=1), [], gpus)
+        arbiter.hold(spec(2, gpus=1), [], gpus, answered=NOBODY)
+    before = arbiter.answered()
     arbiter.settle(first.name)
+    with pytest.raises(VmmAtCapacity):
+        # This list was asked for before the answer: it need not show the VM.
+        arbiter.hold(spec(2, gpus=1), [], gpus, answered=before)
     second = spec(3, gpus=1)
-    arbiter.hold(second, [], gpus)
+    arbiter.hold(second, [], gpus, answered=arbiter.answered())
     clock[0] = LATE - 1
     with pytest.raises(VmmAtCapacity):
-        arbiter.hold(spec(4, gpus=1), [], gpus)
+        arbiter.hold(spec(4, gpus=1), [], gpus, answered=NOBODY)
     clock[0] = LATE
-    assert arbiter.hold(spec(5, gpus=1), [], gpus).slots == {"a"}
+    assert arbiter.hold(spec(5, gpus=1), [], gpus, answered=NOBODY).slots == {"a"}
 
 
 # The sealed environment

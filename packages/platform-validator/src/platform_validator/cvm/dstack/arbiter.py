@@ -89,23 +89,38 @@ class Arbiter:
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
         self._asked: dict[VmName, tuple[Claim, float]] = {}
+        self._answered: set[VmName] = set()
         self.turn = asyncio.Lock()
         """Guards the time between a look at the VMM's list and `hold`: one create at a time."""
 
-    def hold(self, spec: VmSpec, shown: Sequence[Claim], gpus: Sequence[Gpu]) -> Claim:
-        """Choose, and hold it until `settle`, or until it shows or comes too late.
+    def answered(self) -> frozenset[VmName]:
+        """Whose creation was answered before now: a list that is asked for now shows what became of them."""
+        return frozenset(self._answered)
+
+    def hold(
+        self, spec: VmSpec, shown: Sequence[Claim], gpus: Sequence[Gpu], *, answered: frozenset[VmName]
+    ) -> Claim:
+        """Choose, and hold it until the VMM's list tells, or until it comes too late.
+
+        Args:
+            spec: What is wanted.
+            shown: The VMM's list.
+            gpus: Its GPUs.
+            answered: What `answered` was before the list was asked for.
 
         Raises:
             VmmRefused, VmmAtCapacity: As `choose`.
         """
-        now, seen = self._monotonic(), {claim.name for claim in shown}
+        now, told = self._monotonic(), {claim.name for claim in shown} | answered
         self._asked = {
-            name: asked for name, asked in self._asked.items() if name not in seen and asked[1] > now
+            name: asked for name, asked in self._asked.items() if name not in told and asked[1] > now
         }
+        self._answered &= self._asked.keys()
         claim = choose(spec, [*shown, *(asked for asked, _ in self._asked.values())], gpus)
         self._asked[spec.name] = claim, now + LATE
         return claim
 
     def settle(self, name: VmName) -> None:
-        """Its creation was answered: it shows in the VMM's list, or never will."""
-        self._asked.pop(name, None)
+        """Its creation was answered: the next list shows it, or it never will be."""
+        if name in self._asked:
+            self._answered.add(name)

@@ -145,13 +145,14 @@ class DstackVmm:
 
     async def _claim(self, spec: VmSpec) -> Claim:
         async with self._arbiter.turn:
+            answered = self._arbiter.answered()
             status = await self._wire.call("Status", {})
             shown = objects(status.get("vms"))
             gpus: list[Gpu] = []
             if spec.resources.gpu_count or spec.gpus:
                 listed = objects((await self._wire.call("ListGpus", {})).get("gpus"))
                 gpus = [Gpu(str(one.get("slot")), one.get("is_free") is True) for one in listed]
-            claim = self._arbiter.hold(spec, [read_claim(info) for info in shown], gpus)
+            claim = self._arbiter.hold(spec, [read_claim(info) for info in shown], gpus, answered=answered)
         if status.get("port_mapping_enabled") is not False:
             return claim
         if not _has_gateway(spec.compose):
