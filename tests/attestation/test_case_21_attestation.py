@@ -63,6 +63,11 @@ LIES: list[tuple[str, Callable[[Boot], None], str]] = [
 ]
 
 
+def exposed(house: TeeHouse) -> str:
+    """What /metrics shows."""
+    return house.engine._metrics.text().decode()
+
+
 @pytest.mark.robustness(21, "honest")
 async def test_case_21_an_honest_cvm_runs_the_job(tmp_path: Path) -> None:
     """Without this the others would prove nothing: the result is marked tdx."""
@@ -76,6 +81,7 @@ async def test_case_21_an_honest_cvm_runs_the_job(tmp_path: Path) -> None:
         assert job.result is not None
         assert job.result.attestation is not None
         assert job.result.attestation.value == "tdx"
+        assert 'attestations_total{answer="accepted",check=""} 0.0' not in exposed(house)
 
 
 @pytest.mark.robustness(
@@ -101,6 +107,7 @@ async def test_case_21_a_lying_cvm_gets_no_submission_and_no_secret(
         assert house.were_sent(liars) == []
         assert job.releases == [ReleaseReason.INFRA]
         assert not job.finished
+        assert f'attestations_total{{answer="refused",check="{check}"}} 1.0' in exposed(house)
 
 
 @pytest.mark.robustness(21, "old-tcb")

@@ -25,13 +25,21 @@ from platform_protocol.ids import LeaseToken, VmId, VmName
 from platform_validator.host_name import HostName
 from platform_validator.store.opening import open_database
 from platform_validator.store.port import Store, StoreUnavailable
-from platform_validator.store.records import InstanceState, JobOutcome, SealedText, Stage, VmPhase
+from platform_validator.store.records import (
+    EnvRecord,
+    InstanceState,
+    JobOutcome,
+    SealedText,
+    Stage,
+    VmPhase,
+)
 from platform_validator.store.specimens import CHALLENGE, NOW, cvm, instance, job, writes
 from platform_validator.store.sqlite import SqliteStore
 
 OPEN, ENDED, WAITING = (job(number).claim_id for number in (1, 2, 3))
 VM = VmName("pv-1")
 BODY = b"x" * 50_000
+ENV = EnvRecord(CHALLENGE, "KEY", "https://example.org/x", b"sealed", NOW)
 Failure = Callable[[SqliteStore], AbstractContextManager[None]]
 
 READS = {
@@ -48,6 +56,7 @@ READS = {
     "values",
     "value",
     "values_used",
+    "env",
 }
 WRITES: dict[str, Callable[[Store], Awaitable[object]]] = {
     "identity": lambda store: store.identity(),
@@ -80,6 +89,8 @@ WRITES: dict[str, Callable[[Store], Awaitable[object]]] = {
     "reseal_replies": lambda store: store.reseal_replies(
         "new", limit=9, skip=0, reseal=lambda reply: SealedText(reply.reply, "new")
     ),
+    "put_env": lambda store: store.put_env(replace(ENV, name="OTHER")),
+    "remove_env": lambda store: store.remove_env(CHALLENGE, ENV.name),
     "change_value": lambda store: store.change_value(
         CHALLENGE, "k", change=writes("2"), request=("s", "r"), at=NOW
     ),
@@ -98,6 +109,7 @@ async def prepared(path: Path) -> SqliteStore:
     for number in (1, 2):
         await store.put_instance(instance(number))
     await store.change_value(CHALLENGE, "k", change=writes("1"), request=("s", "before"), at=NOW)
+    await store.put_env(ENV)
     return store
 
 

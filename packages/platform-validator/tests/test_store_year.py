@@ -20,6 +20,7 @@ SCANNED = {
     "outbox_all",
     "hosts_drained",
     "instances_all",
+    "env_all",
     # All values and all replies: while they are rekeyed, and where somebody asks who keeps how much.
     "values_under_other_keys",
     "replies_under_other_keys",
