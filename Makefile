@@ -15,7 +15,7 @@ export PIP_NO_INPUT := 1
 
 export URL IMAGE TOKEN
 
-.PHONY: help setup system demo test lint bench simulate chaos attest-matrix vmm-conformance values-drill update-drill docs lock clean hosts-demo canary
+.PHONY: help setup system demo test lint bench simulate chaos attest-matrix mitm vmm-conformance values-drill update-drill docs lock clean hosts-demo canary
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -73,6 +73,9 @@ chaos: setup system ## real processes under kill -9, SIGSTOP and a failing netwo
 
 attest-matrix: setup ## every check of attestation against real and generated quotes, honest and tampered
 	@$(BIN)/python -m tests.attestation
+
+mitm: setup ## a man in the middle, as a process, between validator and challenge; ARGS=--short, ARGS="--only replay"
+	@$(BIN)/python -m tests.mitm $(ARGS)
 
 vmm-conformance: setup ## judge a VMM: URL=… IMAGE=… [TOKEN=…] [ARGS=--start]; makes only stopped VMs
 	@: $${URL:?URL=… the VMM: http, https or unix:} $${IMAGE:?IMAGE=… the image of which VMs are made}
