@@ -20,6 +20,7 @@ from tests.daemon.world import until as until_virtually
 from platform_protocol.ids import JobId, VmName
 from platform_protocol.resources import Resources
 from platform_protocol.signing import Keypair
+from platform_validator.cvm.memory import USAGE
 from platform_validator.cvm.vmm import VmmRefused, VmmUnavailable, VmSpec
 from platform_validator.daemon.board import Board
 from platform_validator.daemon.engine import Engine
@@ -85,8 +86,11 @@ async def first_life(world: World) -> tuple[Watcher, World]:
     world.platform.add_job(CHALLENGE, resources=Resources(cpu_cores=900, memory_mb=1, disk_mb=1))
     job_id = world.platform.add_job(CHALLENGE, timeout_s=900)
     await asyncio.sleep(120)
+    world.vmm.fail("usage", VmmUnavailable("no answer"))
+    await asyncio.sleep(30)
     world.guests.may_finish.set()
     await until_virtually(lambda: world.platform.jobs[job_id].finished)
+    assert getattr(world.platform.jobs[job_id].result, "resource_usage", None) == USAGE.reported()
     # A loop dies; the WebSocket breaks.
     world.platform.close_connections()
     outbox, world.store.outbox = world.store.outbox, None  # type: ignore[assignment,method-assign]  # a fault of ours
@@ -179,6 +183,8 @@ TOLD: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("recovered_jobs", ("adopt",)),
     ("claim_gate_closed", (CHALLENGE,)),
     ("job_slots", ("used",)),
+    ("usage_samples", ("sampled",)),
+    ("usage_samples", ("failed",)),
     ("quota", ("cvms", "used")),
     ("degraded", ("notifications",)),
 )

@@ -44,6 +44,7 @@ from platform_validator.cvm.jobs import JobOrder
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.probe import HttpProbe
 from platform_validator.cvm.quota import Limits, Quota, Reservation
+from platform_validator.cvm.sampling import SAMPLE_EVERY
 from platform_validator.cvm.vmm import VmmClient
 from platform_validator.host_name import DEFAULT_HOST
 from platform_validator.keyring import Keyring
@@ -182,7 +183,10 @@ async def fleet_on(local: LocalVmm, client: DstackVmm, folder: Path, root: bytes
         identity=StateIdentity("0123456789", "instance"),
         validator=Hotkey("5DD"),
         rules=FleetRules(
-            IsolationLevel.CONTAINER, allow_simulated=True, base_url=f"http://10.0.2.2:{local.guest_port}"
+            IsolationLevel.CONTAINER,
+            allow_simulated=True,
+            base_url=f"http://10.0.2.2:{local.guest_port}",
+            sample_every=SAMPLE_EVERY,
         ),
     )
 
@@ -237,6 +241,14 @@ async def test_a_real_sandbox_is_attested_runs_a_job_and_goes(
             )
         assert result.result == {"score": 0.5}
         assert result.evidence is not None
+        used = await real.fleet.usage(cvm.name)
+        assert used is not None
+        assert (used.cpu_time_ms or 0) > 50, "a Python interpreter was started"
+        assert 2**20 < (used.memory_bytes or 0) <= (used.memory_peak_bytes or 0) < 2**30
+        assert (used.network_bytes or 0) > 1000, "the bundle and the session went through its relays"
+        assert used.disk_bytes is not None
+        [view] = real.fleet.views()
+        assert view.usage == used
         await cvm.session.acknowledge(result)
         real.fleet.destroy(cvm.name)
 

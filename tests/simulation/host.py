@@ -18,6 +18,7 @@ from platform_protocol.resources import Resources
 from platform_validator.clock import Clock
 from platform_validator.cvm.errors import BootFailed
 from platform_validator.cvm.memory import Machine, MemoryVmm
+from platform_validator.cvm.usage import VmUsage
 from platform_validator.cvm.vmm import (
     Vm,
     VmmAtCapacity,
@@ -211,6 +212,11 @@ class VmmLine:
         """See the port."""
         await self._arrive("get")
         return await self._host.vmm.get(vm_id)
+
+    async def usage(self, vm_id: VmId) -> VmUsage | None:
+        """See the port."""
+        await self._arrive("usage")
+        return await self._host.vmm.usage(vm_id)
 
     async def stop(self, vm_id: VmId) -> None:
         """See the port."""

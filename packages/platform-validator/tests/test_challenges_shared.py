@@ -20,6 +20,7 @@ from platform_validator.challenges.memory import MemorySession
 from platform_validator.clock import SystemClock
 from platform_validator.cvm.errors import SessionLost
 from platform_validator.cvm.session import GuestResult, JobOrder
+from platform_validator.cvm.usage import VmUsage
 from platform_validator.jobs import executor
 from platform_validator.jobs.recovery import recover
 from platform_validator.store.records import InstanceState, JobOutcome
@@ -74,6 +75,7 @@ async def reached(work: Work, jobs: int) -> None:
 async def test_jobs_share_one_cvm_up_to_its_concurrency(house: House) -> None:
     """Two at once of five, in the one CVM that was booted, and it is there afterwards."""
     work = house.work = Work()
+    house.fleet.used = VmUsage(cpu_time_ms=5, network_bytes=5)
     jobs = [house.platform.add_job(CHALLENGE) for _ in range(5)]
     async with house.open():
         await reached(work, 2)
@@ -87,6 +89,8 @@ async def test_jobs_share_one_cvm_up_to_its_concurrency(house: House) -> None:
         assert len(house.fleet.booted) == len(house.fleet.alive) == 1
         assert house.quota.view().cvms == 1
         assert house.challenges.views()[0].serving.mode == "shared"  # type: ignore[union-attr] # it serves
+    usages = [result.resource_usage for job_id in jobs if (result := house.platform.jobs[job_id].result)]
+    assert usages == [VmUsage().reported()] * 5, "whose a shared CVM's use was, nobody can tell"
 
 
 async def test_an_update_moves_new_jobs_and_the_old_cvm_goes_with_its_last(house: House) -> None:

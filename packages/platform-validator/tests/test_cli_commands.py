@@ -101,12 +101,14 @@ async def test_without_a_daemon_the_journal_is_read(environment: dict[str, str],
             ("cvms", "list"),
             ("challenges", "list"),
             ("hosts", "list"),
+            ("cvms", "top"),
         )
         return [json.loads(invoke(*words, "--json").stdout) for words in commands]
 
     import asyncio  # noqa: PLC0415 - the commands run loops of their own
 
-    status, jobs, cvms, challenges, hosts = await asyncio.to_thread(read)
+    status, jobs, cvms, challenges, hosts, top = await asyncio.to_thread(read)
+    assert top == cvms
     assert isinstance(status, dict)
     assert (status["status"], status["open_jobs"], status["open_cvms"]) == ("stopped", 1, 1)
     assert isinstance(jobs, list)
@@ -153,7 +155,9 @@ async def test_a_challenge_is_shown_with_its_reason_and_history(
     assert json.loads(missing.stdout)["code"] == "unknown_challenge"
 
 
-@pytest.mark.parametrize("words", [("status",), ("jobs", "list"), ("cvms", "list"), ("challenges", "list")])
+@pytest.mark.parametrize(
+    "words", [("status",), ("jobs", "list"), ("cvms", "list"), ("cvms", "top"), ("challenges", "list")]
+)
 def test_before_the_first_start_there_is_nothing(environment: dict[str, str], words: tuple[str, ...]) -> None:
     result = invoke(*words)
     assert result.exit_code == 0

@@ -46,7 +46,7 @@ WAITING = [
     ("cvm.runtime", f"runtime@sha256:{'0' * 64}", "resolved with it"),
     ("sandbox_config.isolation_level", "Container", "admitted under it"),
     ("sandbox_config.unsafe_no_isolation", True, "admitted under it"),
-    ("sandbox_config.resource_monitoring", False, "not in force yet"),
+    ("sandbox_config.resource_monitoring", False, "begins with a start"),
     ("scoring_config.algorithm", "Logarithmic", "scored alike"),
     ("scoring_config.normalization", "ZScore", "scored alike"),
     ("attestation.pccs_url", "https://pccs.example", "admitted under it"),

@@ -12,12 +12,13 @@ from job_house import CHALLENGE, CVM, OTHER, TOML, House, answered, good, new_co
 
 from platform_protocol.ids import ClaimId, JobId
 from platform_protocol.notifications import JobCancelled, NewJob
-from platform_protocol.platform_messages import IsolationLevel, ReleaseReason
+from platform_protocol.platform_messages import IsolationLevel, ReleaseReason, ResourceUsage
 from platform_protocol.session.messages import JobError
 from platform_validator.challenges.memory import MemorySession
 from platform_validator.clock import SystemClock
 from platform_validator.cvm.errors import AttestationUnavailable, BootFailed, SessionLost
 from platform_validator.cvm.session import GuestResult, JobOrder
+from platform_validator.cvm.usage import VmUsage
 from platform_validator.jobs.recovery import recover
 from platform_validator.platform_client.conformance import a_result
 from platform_validator.store.records import InstanceState, JobOutcome, JobRecord, Stage
@@ -56,6 +57,19 @@ async def test_a_job_goes_from_pending_to_its_accepted_result(house: House) -> N
     assert job.result.logs == ["info: working"]
     assert not await house.store.outbox()
     assert not list((house.folder / "cache" / "submissions").iterdir())
+
+
+async def test_a_result_tells_what_its_cvm_used(house: House) -> None:
+    """What is not known of it is 0."""
+    house.fleet.used = VmUsage(cpu_time_ms=12, memory_bytes=5, memory_peak_bytes=34, network_bytes=56)
+    job_id = house.platform.add_job(CHALLENGE)
+    async with house.open():
+        await house.ended(job_id)
+    result = house.platform.jobs[job_id].result
+    assert result is not None
+    assert result.resource_usage == ResourceUsage(
+        cpu_time_ms=12, memory_peak_bytes=34, disk_bytes=0, network_bytes=56
+    )
 
 
 async def test_each_job_has_a_cvm_of_its_own_and_none_is_left(house: House) -> None:

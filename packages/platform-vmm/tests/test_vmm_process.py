@@ -297,3 +297,68 @@ async def test_after_kill_9_in_the_middle_of_boots_nothing_lives(serve: Any) -> 
     async with serve() as vmm:
         await vmm.end(signal.SIGTERM)
         assert _groups(vmm.state) == []
+
+
+async def test_what_a_running_guest_uses_is_told_as_its_guest_agent_would(serve: Any, free_port: int) -> None:
+    """It burns CPU, holds memory, fills its disk and is sent bytes: all of it shows, and no more."""
+    script = """
+import socket, time
+end = time.process_time() + 0.3
+while time.process_time() < end: pass
+held = bytearray(b'x') * 2**25
+open('/tmp/file', 'wb').write(bytes(2**23))
+listener = socket.create_server(('0.0.0.0', 10000))
+peer, _ = listener.accept()
+for _ in range(100): peer.sendall(peer.recv(1000, socket.MSG_WAITALL))
+print('echoed', flush=True)
+time.sleep(600)
+"""
+    ports = [{"protocol": "tcp", "host_port": free_port, "vm_port": 10000}]
+    async with serve() as vmm:
+        identity = await vmm.create("python3", "-I", "-c", script, ports=ports, memory=256)
+        token = {"X-Admin-Token": (vmm.state / "token").read_text()}
+
+        async def ask(method: str) -> tuple[int, Any]:
+            url = f"http://vmm/guest/{method}?json"
+            async with vmm.http.post(url, json={"id": identity}, headers=token) as response:
+                return response.status, await response.json()
+
+        await vmm.info(identity, status="running", boot_progress="done")
+        await _echo(free_port)
+        console = vmm.state / "vms" / identity / "serial.log"
+        await until(lambda: "echoed" in console.read_text())
+        status, system = await ask("SysInfo")
+        assert status == 200
+        [disk] = system["disks"]
+        assert 2**23 <= disk["total_size"] - disk["free_size"] < 2**24
+        assert disk["total_size"] == 2**30
+        used, local = system["used_memory"], system["platform_vmm"]
+        assert 2**25 < used <= local["memory_peak_bytes"] < 2**28
+        assert 300 <= local["cpu_time_ms"] < 60_000
+        _, network = await ask("NetworkInfo")
+        [interface] = network["interfaces"]
+        assert (interface["rx_bytes"], interface["tx_bytes"]) == (100_000, 100_000)
+        assert await ask("Shutdown") == (400, {"error": "Method not found: Shutdown"})
+        await vmm.call("StopVm", {"id": identity})
+        await vmm.info(identity, status="stopped")
+        unreachable = {"error": "guest agent is unreachable: VM is not running"}
+        assert await ask("SysInfo") == (400, unreachable)
+        async with vmm.http.post("http://vmm/guest/SysInfo?json", json={"id": identity}) as response:
+            assert response.status == 401
+
+
+async def _echo(port: int) -> None:
+    """Send 100 kB and read them back, once somebody listens."""
+    async with asyncio.timeout(30):
+        while True:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                for _ in range(100):
+                    writer.write(bytes(1000))
+                    await reader.readexactly(1000)
+            except (asyncio.IncompleteReadError, ConnectionError):
+                await asyncio.sleep(0.05)
+            else:
+                return
+            finally:
+                writer.close()

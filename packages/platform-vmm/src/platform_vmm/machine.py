@@ -18,7 +18,7 @@ from platform_vmm.boot import Boot, Host
 from platform_vmm.configuration import VmConfiguration
 from platform_vmm.errors import VmmError
 from platform_vmm.record import Record
-from platform_vmm.sandbox.driver import Sandbox
+from platform_vmm.sandbox.driver import Sandbox, Usage
 
 log = structlog.get_logger(__name__)
 GRACE = 10.0
@@ -108,6 +108,16 @@ class Machine:
         if not self.record.removing:
             self.record.removing = True
             self._want(started=False, graceful=False)
+
+    def usage(self) -> Usage:
+        """What its guest uses.
+
+        Raises:
+            VmmError: No guest is running.
+        """
+        if self.sandbox is None:
+            raise VmmError("guest agent is unreachable: VM is not running")
+        return self.sandbox.usage()
 
     async def run(self) -> None:
         """The machine's life, until it is removed; then nothing of it is left."""

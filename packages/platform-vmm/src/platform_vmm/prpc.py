@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from platform_vmm import guest
 from platform_vmm.app_compose import read_app_compose
 from platform_vmm.configuration import U32, read_configuration
 from platform_vmm.errors import VmmError, VmNotFound
@@ -66,6 +67,18 @@ class Prpc:
             "GetMeta": _meta,
             "Version": lambda: {"version": VERSION, "rev": REVISION},
         }
+
+    def call_guest(self, method: str, arguments: dict[str, Any]) -> Any:
+        """The answer for a running guest's agent: of dstack's calls SysInfo and NetworkInfo.
+
+        Raises:
+            VmmError: The method is unknown, or there is no such guest.
+        """
+        shown = {"SysInfo": guest.sys_info, "NetworkInfo": guest.network_info}.get(method)
+        if shown is None:
+            raise VmmError(f"Method not found: {method[:64]}")
+        machine = self._machine(arguments)
+        return shown(machine.configuration, machine.usage())
 
     def takes_nothing(self, method: str) -> bool:
         """Whether a method's input is Empty: its message is not even read."""

@@ -41,6 +41,7 @@ def make_app(prpc: Prpc, machines: Machines, pki: Pki, token: str) -> ASGIApp:
     app = Starlette(
         routes=[
             Route("/prpc/{method}", _Calls(prpc).answer, methods=["GET", "POST"]),
+            Route("/guest/{method}", _Calls(prpc).answer_guest, methods=["GET", "POST"]),
             Route("/logs", _Logs(machines).answer),
             *_Collateral(pki).routes(),
         ]
@@ -92,6 +93,14 @@ class _Calls:
         except VmmError as error:
             return JSONResponse({"error": str(error)}, status_code=400, headers=headers)
         return JSONResponse(value, headers=headers)
+
+    async def answer_guest(self, request: Request) -> Response:
+        try:
+            arguments = _arguments(request, await _body(request))
+            value = self._prpc.call_guest(request.path_params["method"], arguments)
+        except VmmError as error:
+            return JSONResponse({"error": str(error)}, status_code=400)
+        return JSONResponse(value)
 
 
 async def _body(request: Request) -> bytes:

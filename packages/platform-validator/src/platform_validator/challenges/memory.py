@@ -16,6 +16,7 @@ from platform_validator.cvm.errors import CvmError, SessionLost
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.quota import Quota, Reservation, Use
 from platform_validator.cvm.session import GuestResult, JobOrder
+from platform_validator.cvm.usage import VmUsage
 from platform_validator.store.port import Store, StoreUnavailable
 from platform_validator.store.records import Purpose, VmPhase, VmRecord
 
@@ -117,6 +118,7 @@ class MemoryFleet:
     alive: dict[VmName, MemoryCvm] = field(default_factory=dict)
     destroyed: list[VmName] = field(default_factory=list)
     host_trouble: str | None = None
+    used: VmUsage | None = None
     booted: list[MemoryCvm] = field(default_factory=list)
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _held: dict[VmName, Reservation] = field(default_factory=dict)
@@ -173,6 +175,11 @@ class MemoryFleet:
         """What the test says."""
         del name
         return self.host_trouble
+
+    async def usage(self, name: VmName) -> VmUsage | None:
+        """What the test says."""
+        del name
+        return self.used
 
     def assigned(self, name: VmName) -> None:
         """Account for it."""

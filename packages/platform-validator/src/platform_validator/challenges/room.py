@@ -11,6 +11,7 @@ from platform_protocol.platform_messages import AttestationKind, IsolationLevel
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.quota import Reservation
 from platform_validator.cvm.session import GuestResult, JobOrder
+from platform_validator.cvm.usage import VmUsage
 from platform_validator.cvm.vmm import VmmFacts
 from platform_validator.store.records import Purpose
 
@@ -98,6 +99,9 @@ class CvmFleet(Protocol):
 
     async def trouble(self, name: VmName) -> str | None:
         """What is wrong with the host that it is on: asked now. None: nothing."""
+
+    async def usage(self, name: VmName) -> VmUsage | None:
+        """What it used so far, asked now, for a moment at most. None: not known."""
 
     def assigned(self, name: VmName) -> None:
         """A ready one is a job's now, as the journal says already."""

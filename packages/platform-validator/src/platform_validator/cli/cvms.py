@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.live import Live
 
-from platform_validator.cli import show
+from platform_validator.cli import show, top
 from platform_validator.cli.command import AsJson, ConfigFile, asked, settings_of, told
 
 cvms = typer.Typer(help="CVMs.", no_args_is_help=True)
@@ -19,6 +22,29 @@ def list_cvms(context: typer.Context, *, config: ConfigFile = None, as_json: AsJ
     """Every CVM of ours that is not gone."""
     found = asked(settings_of(context, config), "cvms")
     print(json.dumps(found)) if as_json else show.cvms(found, Console())
+
+
+@cvms.command("top")
+def top_cvms(
+    context: typer.Context,
+    *,
+    once: Annotated[bool, typer.Option("--once", help="Show it once and end")] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """What each CVM uses, as sampled, the most memory first; until Ctrl-C. JSON is shown once."""
+    settings = settings_of(context, config)
+    console = Console()
+    if as_json:
+        print(json.dumps(top.ranked(asked(settings, "cvms"))))
+        return
+    if once or not console.is_terminal:
+        console.print(top.table(asked(settings, "cvms")))
+        return
+    with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(top.table(asked(settings, "cvms")), refresh=True)
+            time.sleep(top.REFRESH)
 
 
 @cvms.command("reclaim")

@@ -234,7 +234,7 @@ OPTIONS: tuple[Option, ...] = (
         "the least isolation",
     ),
     _o("sandbox_config.unsafe_no_isolation", parse.boolean, False, "allow level None"),
-    _o("sandbox_config.resource_monitoring", parse.boolean, True, "sample what CVMs use", later=True),
+    _o("sandbox_config.resource_monitoring", parse.boolean, True, "sample what CVMs use"),
     _o(
         f"{_POLICY}.allow_outbound", parse.boolean, False, "let CVMs out through the egress proxy", later=True
     ),

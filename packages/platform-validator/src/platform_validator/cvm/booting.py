@@ -54,7 +54,7 @@ class FleetRules:
 
     `allow_session_v1`: challenges that speak only version 1 of the session are talked to as well.
     `boot` and `attest` are the deadlines of those two stages, `pace` the session's; within `alive` a CVM
-    shows that it lives although its VMM is silent.
+    shows that it lives although its VMM is silent. What CVMs use is sampled `sample_every`; None: never.
     """
 
     level: IsolationLevel
@@ -65,6 +65,7 @@ class FleetRules:
     attest: timedelta = ATTEST
     alive: timedelta = timedelta(seconds=10)
     pace: SessionPace | None = None
+    sample_every: timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +186,7 @@ class Booter:
         callee = Callee(
             address, record.name, secret, record.session_id, self._validator, self._rules.allow_session_v1
         )
+        member.vm_id = vm_id
         member.session = session = self._sessions(
             callee,
             challenge_id=plan.challenge_id,

@@ -32,9 +32,11 @@ from platform_validator.cvm.hosts import Hosts
 from platform_validator.cvm.members import Cvm, CvmView, Member, use_of
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.quota import Quota, Refusal, Reservation, Use
+from platform_validator.cvm.sampling import UsageSampler
 from platform_validator.cvm.session import CvmSession, ValuesHandler
 from platform_validator.cvm.sessions import SessionMaker
 from platform_validator.cvm.sweeping import Sweeper
+from platform_validator.cvm.usage import VmUsage
 from platform_validator.cvm.vmm import VmmUnavailable
 from platform_validator.host_name import DEFAULT_HOST, HostName
 from platform_validator.keyring import Keyring, KeyringBroken
@@ -129,6 +131,7 @@ class Fleet:
         self._booter.on_refused = self._refused
         self.on_refused: Callable[[str, AttestationRefused], None] = lambda _key, _error: None
         self.beat: Callable[[], None] = lambda: None
+        self.sampler = UsageSampler(hosts=hosts, held=self.held, clock=clock, every=rules.sample_every)
         self.keeper = HostKeeper(
             hosts=hosts,
             store=store,
@@ -167,6 +170,7 @@ class Fleet:
             self._tasks = self.keeper.tasks = tasks
             tasks.create_task(self.destroyer.run())
             tasks.create_task(self.hosts.watch())
+            tasks.create_task(self.sampler.run())
             try:
                 while True:
                     await self.sweep()
@@ -314,6 +318,10 @@ class Fleet:
         """Why a CVM's host cannot be relied on: it is asked now. None: its VMM answers."""
         return await self.keeper.trouble(name)
 
+    async def usage(self, name: VmName) -> VmUsage | None:
+        """What a CVM used so far: its VMM is asked once more, for two seconds at most. None: not known."""
+        return await self.sampler.last(name)
+
     def assigned(self, name: VmName) -> None:
         """A ready CVM is a job's now, as the journal says already."""
         reservation = self._reservations.get(name)
@@ -323,7 +331,7 @@ class Fleet:
     def views(self) -> list[CvmView]:
         """Every CVM that is not gone."""
         doomed = {one.name: one for one in self.destroyer.views()}
-        return [member.view(doomed.get(name)) for name, member in self.held().items()]
+        return [member.view(doomed.get(name), self.sampler.of(name)) for name, member in self.held().items()]
 
     def may_fetch_bundle(self, authorization: str, sha256: str) -> bool:
         """Whether the header is one of a CVM that is creating or booting, for the bundle of its own plan."""

@@ -12,6 +12,7 @@ from platform_validator.cvm.destroyer import Doomed
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.quota import Use
 from platform_validator.cvm.sessions import Session
+from platform_validator.cvm.usage import VmUsage
 from platform_validator.host_name import DEFAULT_HOST, HostName
 from platform_validator.store.records import Purpose, VmPhase, VmRecord
 
@@ -47,20 +48,25 @@ class CvmView:
     host: HostName = DEFAULT_HOST
     tries: int = 0
     last_error: str | None = None
+    usage: VmUsage | None = None
 
 
 @dataclass(slots=True)
 class Member:
-    """What the fleet holds of a CVM until it is gone. `secret` None: it is from before a restart."""
+    """What the fleet holds of a CVM until it is gone. `secret` None: it is from before a restart.
+
+    `record` is what was intended, or read at start; `session` and `vm_id` come together, once it has booted.
+    """
 
     record: VmRecord
     plan: CvmPlan | None = None
     secret: bytes | None = field(default=None, repr=False)
     stage: str = "creating"
     session: Session | None = None
+    vm_id: VmId | None = None
     attestation: AttestationKind | None = None
 
-    def view(self, end: Doomed | None) -> CvmView:
+    def view(self, end: Doomed | None, usage: VmUsage | None) -> CvmView:
         """As it is shown; `end`: it is on its way out."""
         return CvmView(
             self.record.name,
@@ -72,6 +78,7 @@ class Member:
             self.record.host,
             end.tries if end else 0,
             end.last_error if end else None,
+            usage,
         )
 
 

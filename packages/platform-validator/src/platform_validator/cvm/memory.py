@@ -18,6 +18,7 @@ from platform_protocol.platform_messages import IsolationLevel
 from platform_protocol.user_config import UserConfig
 from platform_validator.cvm.quota import Limits, decide
 from platform_validator.cvm.testing_guest import GuestScript, ScriptedGuest
+from platform_validator.cvm.usage import VmUsage
 from platform_validator.cvm.vmm import (
     Vm,
     VmmAtCapacity,
@@ -34,6 +35,14 @@ from platform_validator.cvm.vmm import (
 HOST = "127.0.0.1"
 IMAGE = "memory"
 RUNTIME_DIGEST = "sha256:" + "a" * 64
+USAGE = VmUsage(
+    cpu_time_ms=1500,
+    memory_bytes=2**25,
+    memory_peak_bytes=2**26,
+    disk_bytes=2**20,
+    network_bytes=2**10,
+)
+"""What each machine says of itself until it is given something else."""
 
 
 @dataclass(slots=True)
@@ -57,6 +66,7 @@ class Machine:
     console: list[str] = field(default_factory=list)
     guest: ScriptedGuest | None = None
     boots: int = 0
+    usage: VmUsage | None = USAGE
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
@@ -226,6 +236,14 @@ class MemoryVmm:
         """See the port."""
         self._note("logs")
         return "\n".join(self._of(vm_id).console[-lines:])
+
+    async def usage(self, vm_id: VmId) -> VmUsage | None:
+        """See the port: what its machine was given."""
+        fault = self._note("usage")
+        if fault is not None:
+            raise fault.error
+        machine = self._machines.get(vm_id)
+        return machine.usage if machine is not None and machine.state is VmState.RUNNING else None
 
     async def close(self) -> None:
         """See the port."""

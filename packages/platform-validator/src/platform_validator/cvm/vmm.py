@@ -10,6 +10,7 @@ from typing import Protocol
 from platform_protocol.ids import VmId, VmName
 from platform_protocol.platform_messages import IsolationLevel
 from platform_protocol.resources import Resources
+from platform_validator.cvm.usage import VmUsage
 from platform_validator.errors import ValidatorError
 
 
@@ -178,6 +179,9 @@ class VmmClient(Protocol):
         Raises:
             VmNotFound: It is gone.
         """
+
+    async def usage(self, vm_id: VmId) -> VmUsage | None:
+        """What it uses, or None: it does not run, does not answer, or this VMM cannot say."""
 
     async def close(self) -> None:
         """Close connections."""

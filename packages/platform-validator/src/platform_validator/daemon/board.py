@@ -216,6 +216,12 @@ class Board:
             self._metrics.quota_use(use.value, counts(part.used, part.cvms))
         cvms = parts.fleet.views()
         self._metrics.cvms(dict(Counter(view.stage for view in cvms)))
+        samples = [view.usage for view in cvms if view.usage is not None]
+        self._metrics.cvms_use(
+            memory_bytes=sum(one.memory_bytes or 0 for one in samples),
+            memory_peak_bytes=max((one.memory_peak_bytes or 0 for one in samples), default=0),
+            disk_bytes=sum(one.disk_bytes or 0 for one in samples),
+        )
         self._metrics.not_destroyed(sum(view.tries > 0 for view in cvms))
         self._metrics.strays(len(parts.fleet.strays))
         self._metrics.challenges(dict(Counter(view.state.value for view in listed)))

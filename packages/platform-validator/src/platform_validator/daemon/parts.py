@@ -35,6 +35,7 @@ from platform_validator.cvm.dstack import DstackVmm
 from platform_validator.cvm.fleet import Fleet, FleetRules
 from platform_validator.cvm.hosts import Hosts, VmmHost
 from platform_validator.cvm.quota import Limits, Quota
+from platform_validator.cvm.sampling import SAMPLE_EVERY
 from platform_validator.cvm.session import CvmSession
 from platform_validator.cvm.sessions import SessionMaker
 from platform_validator.daemon.vmm_hosts import make_hosts, make_vmms
@@ -293,6 +294,7 @@ def make_components(
             allow_simulated=settings["attestation.allow_simulated"],
             base_url=settings["validator.base_url"],
             allow_session_v1=_allow_session_v1(settings),
+            sample_every=SAMPLE_EVERY if settings["sandbox_config.resource_monitoring"] else None,
         ),
         sessions=outside.sessions,
         new_id=outside.new_id,
@@ -300,6 +302,7 @@ def make_components(
         on_orphan=metrics.orphan_found,
         on_reclaimed=metrics.reclaimed,
     )
+    fleet.sampler.heard = metrics.usage_sampled
     env = Environments(store=store, keyring=keyring, clock=clock)
     challenges = ChallengeManager(
         on_state=lambda _challenge_id, state: metrics.instance_entered(state),

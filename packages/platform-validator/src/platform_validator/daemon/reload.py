@@ -19,6 +19,7 @@ _WHY = (
     ("dstack.", "CVMs that run were made there, and their ports counted"),
     ("sources.", "challenges that are Active were fetched under it"),
     ("cvm.", "challenges that are Active were resolved with it"),
+    ("sandbox_config.resource_monitoring", "the loop that samples begins with a start"),
     ("sandbox_config.", "CVMs that run were admitted under it"),
     ("attestation.", "CVMs that run were admitted under it"),
     ("values.", "values are open under the key and the limits of this start"),

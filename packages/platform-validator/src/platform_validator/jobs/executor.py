@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from platform_protocol.ids import VmName
-from platform_protocol.platform_messages import ReleaseReason, ResultOutcome
+from platform_protocol.platform_messages import ReleaseReason, ResourceUsage, ResultOutcome
 from platform_validator.challenges.room import CvmFleet, Guest
 from platform_validator.crashpoint import crashpoint
 from platform_validator.cvm.errors import CvmError, NoCapacity, SessionLost
@@ -218,6 +218,7 @@ class JobExecutor:
         self, job: ClaimedJob, cvm: Guest, finding: Finding, result: GuestResult | None
     ) -> Ending:
         """Store the body that will be sent; the outbox delivers it. Then the SDK may forget it."""
+        used = await self._used(job, cvm)
         await self.tenure.assured(job)
         limit_ms = _milliseconds(job.time_limit)
         body = await asyncio.to_thread(
@@ -226,7 +227,7 @@ class JobExecutor:
             claim=job.claim,
             logs=[*job.logs, *(result.logs if result else ())],
             execution_time_ms=_milliseconds(job.ran) + result.execution_time_ms if result else limit_ms,
-            usage=None,
+            usage=used,
             commit=job.plan.commit,
             compose_hash=job.plan.compose_hash,
             isolation_level=cvm.isolation_level,
@@ -268,6 +269,11 @@ class JobExecutor:
             rule=self._scoring.overridden(job.spec),
             size=result.result_bytes,
         )
+
+    async def _used(self, job: ClaimedJob, cvm: Guest) -> ResourceUsage | None:
+        """What the job's CVM used, if known. In a shared CVM nobody can tell whose it was."""
+        used = None if job.shared else await self._fleet.usage(cvm.name)
+        return None if used is None else used.reported()
 
     async def _trouble(self, job: ClaimedJob, error: Exception) -> str | None:
         """What is wrong with the host of a CVM that was lost."""

@@ -14,6 +14,7 @@ OUTCOMES = ("succeeded", "failed", "timeout", "cancelled", "infra_error", "lease
 RENEWALS = ("granted", "refused", "unanswered")
 SOURCES = ("push", "poll", "local")
 WHERE = ("start", "sweep")
+SAMPLES = ("sampled", "unknown", "failed")
 OTHER = "other"
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,40}")
 _MOST_ANSWERS = 40
@@ -43,6 +44,14 @@ class Metrics:
         self._on_hosts = self._gauge("host_quota", "Resources reserved on a VMM host", "host", "resource")
         self._cvms = self._gauge("cvms", "CVMs by stage", "stage")
         self._undestroyed = self._gauge("cvms_not_destroyed", "CVMs whose destruction failed so far")
+        self._samples = self._counter(
+            "usage_samples", "Times that a VMM was asked what a CVM uses, by answer", "answer"
+        )
+        self._cpu = self._counter("cvm_cpu_seconds", "CPU time of CVMs, as sampled")
+        self._network = self._counter("cvm_network_bytes", "Bytes into and out of CVMs, as sampled")
+        self._memory = self._gauge("cvm_memory_bytes", "Memory that CVMs use together, as sampled")
+        self._peak = self._gauge("cvm_memory_peak_bytes", "The most memory that one of the CVMs used")
+        self._disk = self._gauge("cvm_disk_bytes", "What the disks of CVMs hold together, as sampled")
         self._challenges = self._gauge("challenges", "Challenges by state", "state")
         self._challenge = self._gauge(
             "challenge_state", "1 for the state that a challenge shows", "challenge_id", "state"
@@ -91,6 +100,7 @@ class Metrics:
             (self._renewals, RENEWALS),
             (self._dispatched, SOURCES),
             (self._passes, SOURCES),
+            (self._samples, SAMPLES),
             (self._orphans, WHERE),
             (self._reclaimed, WHERE),
         ):
@@ -212,6 +222,18 @@ class Metrics:
         self._cvms.clear()
         for stage, count in by_stage.items():
             self._cvms.labels(stage).set(count)
+
+    def usage_sampled(self, answer: str, cpu_time_ms: int, network_bytes: int) -> None:
+        """A VMM was asked what a CVM uses: `sampled`, `unknown` or `failed`, and what grew since before."""
+        self._samples.labels(answer).inc()
+        self._cpu.inc(cpu_time_ms / 1000)
+        self._network.inc(network_bytes)
+
+    def cvms_use(self, *, memory_bytes: int, memory_peak_bytes: int, disk_bytes: int) -> None:
+        """What the CVMs that are there use together; of peaks the highest."""
+        self._memory.set(memory_bytes)
+        self._peak.set(memory_peak_bytes)
+        self._disk.set(disk_bytes)
 
     def not_destroyed(self, count: int) -> None:
         """CVMs whose destruction failed at least once, and is tried again, now."""

@@ -7,13 +7,14 @@ import contextlib
 import json
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from platform_vmm.state import write_durably
 
 ROOT = Path("/sys/fs/cgroup")
-_V1_CONTROLLERS = ("memory", "cpu", "pids", "freezer")
+_V1_CONTROLLERS = ("memory", "cpu", "cpuacct", "pids", "freezer")
 _CPU_PERIOD_US = 100_000
 _RETRY = 0.01
 
@@ -25,6 +26,36 @@ class Limits:
     memory_bytes: int
     cpus: int
     pids: int
+
+
+def _number(name: str, unit: int = 1) -> Callable[[Path], int]:
+    """Reads a file that is one number."""
+    return lambda group: int((group / name).read_text()) // unit
+
+
+def _entry(name: str, key: str, unit: int = 1) -> Callable[[Path], int]:
+    """Reads one of a file's lines `key number`."""
+
+    def read(group: Path) -> int:
+        return int(dict(line.split() for line in (group / name).read_text().splitlines())[key]) // unit
+
+    return read
+
+
+_COUNTERS = {
+    "memory": {
+        "memory_bytes": _number("memory.usage_in_bytes"),
+        "memory_peak_bytes": _number("memory.max_usage_in_bytes"),
+        "oom_kills": _entry("memory.oom_control", "oom_kill"),
+    },
+    "cpuacct": {"cpu_time_ms": _number("cpuacct.usage", 1_000_000)},
+    "v2": {
+        "memory_bytes": _number("memory.current"),
+        "memory_peak_bytes": _number("memory.peak"),
+        "oom_kills": _entry("memory.events", "oom_kill"),
+        "cpu_time_ms": _entry("cpu.stat", "usage_usec", 1000),
+    },
+}
 
 
 class ControlGroups:
@@ -120,19 +151,15 @@ class ControlGroups:
             write_durably(self._ledger, json.dumps([str(base) for base in bases]))
 
     def usage(self, sandbox: str) -> dict[str, int]:
-        """`memory_peak_bytes` and `oom_kills` so far, where the host counts them."""
+        """`memory_bytes` now; `memory_peak_bytes`, `cpu_time_ms` and `oom_kills` so far.
+
+        What the host does not count is left out.
+        """
         found: dict[str, int] = {}
         for kind, base in self._hierarchies:
-            group = base / sandbox
-            peak = {"memory": "memory.max_usage_in_bytes", "v2": "memory.peak"}.get(kind)
-            events = {"memory": "memory.oom_control", "v2": "memory.events"}.get(kind)
-            with contextlib.suppress(OSError, ValueError):
-                if peak:
-                    found["memory_peak_bytes"] = int((group / peak).read_text())
-            with contextlib.suppress(OSError, ValueError):
-                if events:
-                    pairs = dict(line.split() for line in (group / events).read_text().splitlines())
-                    found["oom_kills"] = int(pairs.get("oom_kill", 0))
+            for name, count in _COUNTERS.get(kind, {}).items():
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    found[name] = count(base / sandbox)
         return found
 
 

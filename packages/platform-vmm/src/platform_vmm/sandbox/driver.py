@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import psutil
+
 from platform_vmm.errors import SandboxFailed
 from platform_vmm.sandbox.cgroups import ControlGroups, Limits
 from platform_vmm.sandbox.console import Console
 from platform_vmm.sandbox.control import Control, make_pair
-from platform_vmm.sandbox.recipe import NAMESPACES, Recipe
+from platform_vmm.sandbox.recipe import NAMESPACES, ROOM, Recipe
 from platform_vmm.sandbox.relay import Connect, Relay, loopback
 from platform_vmm.sandbox.syscalls import guest_filter
 
@@ -26,6 +28,19 @@ _GUEST = "10.0.2.15"
 _START_TIMEOUT = 30.0
 _END_TIMEOUT = 5.0
 _OOM_SCORE = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a sandbox uses. None: the host does not count it; a disk of 0 bytes: it cannot be looked at."""
+
+    cpu_time_ms: int | None
+    memory_bytes: int
+    memory_peak_bytes: int | None
+    disk_total_bytes: int
+    disk_free_bytes: int
+    rx_bytes: int
+    tx_bytes: int
 
 
 @dataclass(slots=True)
@@ -40,6 +55,8 @@ class Sandbox:
     stage: asyncio.subprocess.Process
     groups: ControlGroups
     relays: list[Relay] = field(default_factory=list)
+    outward: list[Relay] = field(default_factory=list)
+    """Those of the relays that the guest itself connects to."""
 
     async def exited(self) -> int | None:
         """Wait for its end: the guest's exit code, or None when the stage went first."""
@@ -53,6 +70,27 @@ class Sandbox:
     def oom_kills(self) -> int:
         """How many of its processes the kernel killed for memory, where it counts them."""
         return self.groups.usage(self.name).get("oom_kills", 0)
+
+    def usage(self) -> Usage:
+        """What it uses, and used since its start, as its control groups count it.
+
+        Without groups: what the kernel knows of the processes that live, and no peak.
+        """
+        counted = self.groups.usage(self.name)
+        if not {"cpu_time_ms", "memory_bytes"} <= counted.keys():
+            counted = _of_processes(self.stage.pid) | counted
+        total, free = _disk(self.stage.pid)
+        received = sum(relay.back if relay in self.outward else relay.forth for relay in self.relays)
+        carried = sum(relay.forth + relay.back for relay in self.relays)
+        return Usage(
+            cpu_time_ms=counted.get("cpu_time_ms"),
+            memory_bytes=counted.get("memory_bytes", 0),
+            memory_peak_bytes=counted.get("memory_peak_bytes"),
+            disk_total_bytes=total,
+            disk_free_bytes=free,
+            rx_bytes=received,
+            tx_bytes=carried - received,
+        )
 
 
 class SandboxDriver:
@@ -110,6 +148,7 @@ class SandboxDriver:
                 await asyncio.to_thread(self._groups.attach, name, sandbox.pid)
                 for listener, port in zip(listeners, recipe.ports, strict=True):
                     await _relay(sandbox, listener, loopback(port))
+                    sandbox.outward.append(sandbox.relays[-1])
                 for listener, port in forwards:
                     await _relay(sandbox, listener, partial(sandbox.control.connect, (_GUEST, port)))
             waiting.clear()
@@ -205,6 +244,27 @@ async def _relay(sandbox: Sandbox, listener: socket.socket, connect: Connect) ->
     relay = Relay(connect)
     await relay.start(listener)
     sandbox.relays.append(relay)
+
+
+def _of_processes(stage: int) -> dict[str, int]:
+    """CPU time and resident memory of a stage's descendants; one that ends in between counts no more."""
+    seconds, resident = 0.0, 0
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(stage).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                seconds += times.user + times.system + times.children_user + times.children_system
+                resident += process.memory_info().rss
+    return {"cpu_time_ms": int(seconds * 1000), "memory_bytes": resident}
+
+
+def _disk(stage: int) -> tuple[int, int]:
+    """Size and free bytes of the guest's disk, as the stage has it mounted."""
+    try:
+        found = os.statvfs(f"/proc/{stage}/root{ROOM}/disk")
+    except OSError:
+        return 0, 0
+    return found.f_blocks * found.f_frsize, found.f_bfree * found.f_frsize
 
 
 def _close(listeners: list[socket.socket]) -> None:

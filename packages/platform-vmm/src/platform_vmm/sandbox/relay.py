@@ -19,7 +19,12 @@ log = structlog.get_logger(__name__)
 
 
 class Relay:
-    """One listening socket; each connection that it accepts is joined to one made by `connect`."""
+    """One listening socket; each connection that it accepts is joined to one made by `connect`.
+
+    Attributes:
+        forth: Bytes from those that were accepted, so far.
+        back: Bytes to them.
+    """
 
     def __init__(self, connect: Connect, maximum: int = MAX_CONNECTIONS) -> None:
         self._connect = connect
@@ -28,7 +33,8 @@ class Relay:
         self._server: asyncio.Server | None = None
         self.connections = 0
         self.refused = 0
-        self.bytes = 0
+        self.forth = 0
+        self.back = 0
         self._pairs = 0
 
     async def start(self, listener: socket.socket) -> None:
@@ -59,8 +65,8 @@ class Relay:
             far_reader, other = await asyncio.open_connection(sock=await self._connect(), limit=_CHUNK)
             self._open.add(other)
             async with asyncio.TaskGroup() as both:
-                both.create_task(self._copy(reader, other))
-                both.create_task(self._copy(far_reader, writer))
+                both.create_task(self._copy(reader, other, forth=True))
+                both.create_task(self._copy(far_reader, writer, forth=False))
             await _flush(writer, other)
         except* (OSError, RuntimeError, SandboxFailed) as errors:
             log.debug("relay_ended", reason=str(errors.exceptions[0]))
@@ -71,9 +77,12 @@ class Relay:
                     self._open.discard(one)
                     one.transport.abort()
 
-    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, forth: bool) -> None:
         while chunk := await reader.read(_CHUNK):
-            self.bytes += len(chunk)
+            if forth:
+                self.forth += len(chunk)
+            else:
+                self.back += len(chunk)
             writer.write(chunk)
             await writer.drain()
         if writer.can_write_eof():

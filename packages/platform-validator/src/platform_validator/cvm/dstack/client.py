@@ -17,9 +17,11 @@ from platform_protocol.ids import VmId
 from platform_validator.cvm.dstack.answers import objects, read_image, read_vm
 from platform_validator.cvm.dstack.arbiter import Arbiter, Claim, Gpu, read_claim
 from platform_validator.cvm.dstack.capabilities import Capabilities, capabilities
+from platform_validator.cvm.dstack.guest_usage import read_usage
 from platform_validator.cvm.dstack.refusals import is_shortage
 from platform_validator.cvm.dstack.sealed_env import EnvKey, app_id_of, require_allowed, seal
 from platform_validator.cvm.dstack.wire import NOT_FOUND, OK, Wire
+from platform_validator.cvm.usage import VmUsage
 from platform_validator.cvm.vmm import (
     Vm,
     VmmFacts,
@@ -32,6 +34,8 @@ from platform_validator.cvm.vmm import (
 )
 
 _CREATE = 60.0
+_GUEST = 3.0
+_MAX_GUEST = 256 * 1024
 _MAX_LOGS = 2 * 1024 * 1024
 _ERROR_LINES = 5
 _SHORT = 1000
@@ -124,6 +128,13 @@ class DstackVmm:
         errors = await self._channel(vm_id, _ERROR_LINES, "stderr")
         return f"{serial}\n{errors}".strip()
 
+    async def usage(self, vm_id: VmId) -> VmUsage | None:
+        """SysInfo and NetworkInfo of its guest agent."""
+        system = await self._guest("SysInfo", vm_id)
+        if system is None:
+            return None
+        return read_usage(system, await self._guest("NetworkInfo", vm_id) or {})
+
     async def collateral(self, path: str) -> tuple[bytes, Mapping[str, str]]:
         """GET below `/pccs` (a local VMM's own collateral): body and headers.
 
@@ -200,6 +211,18 @@ class DstackVmm:
         app_id = app_id_of(spec.compose)
         answer = await self._wire.call("GetAppEnvEncryptPubKey", {"app_id": app_id.hex()})
         return seal(spec.environment, EnvKey.read(answer).checked(app_id, self._kms_signer)).hex()
+
+    async def _guest(self, method: str, vm_id: VmId) -> dict[str, Any] | None:
+        """What the guest agent answers; None: there is none, or this VMM does not lead to it."""
+        body = json.dumps({"id": vm_id}).encode()
+        answer = await self._wire.exchange(
+            "POST", f"/guest/{method}?json", body, limit=_GUEST, most=_MAX_GUEST
+        )
+        try:
+            found = json.loads(answer.body) if answer.status == OK else None
+        except (ValueError, RecursionError):
+            return None
+        return found if isinstance(found, dict) else None
 
     async def _explained(self, vm: Vm) -> Vm:
         """Looks into what QEMU itself said: never into the console, which is the guest's."""
