@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from guests import Guests, serial, until
+from running_vmm import Bench
 
 from platform_vmm.machine import Machine
 from platform_vmm.sandbox.cgroups import ControlGroups
@@ -125,3 +126,43 @@ async def test_groups_made_from_another_place_are_found_again(tmp_path: Path) ->
         groups.close()
     finally:
         elsewhere.rmdir()
+
+
+async def test_without_control_groups_a_guest_s_living_processes_are_counted(bench: Bench) -> None:
+    """Neither a peak nor what has ended is known then; what is told is of the guest and nothing else."""
+    nowhere = bench.folder / "no-groups"
+    nowhere.mkdir()
+    bench.groups = ControlGroups("none", root=nowhere)
+    script = """
+import time
+end = time.process_time() + 0.3
+while time.process_time() < end: pass
+held = bytearray(b'x') * 2**25
+open('/tmp/file', 'wb').write(bytes(2**20))
+print('ready', flush=True)
+time.sleep(600)
+"""
+    async with bench.running(script) as sandbox:
+        await until(lambda: "ready" in bench.log.read_text())
+        used = sandbox.usage()
+    assert used.memory_peak_bytes is None
+    assert used.cpu_time_ms is not None
+    assert 300 <= used.cpu_time_ms < 60_000
+    assert 2**25 < used.memory_bytes < 2**28
+    assert 2**20 <= used.disk_total_bytes - used.disk_free_bytes < 2**22
+    assert (used.rx_bytes, used.tx_bytes) == (0, 0)
+
+
+def test_version_2_groups_count_the_same_under_other_names(tmp_path: Path) -> None:
+    """A file that this kernel does not have leaves its figure out."""
+    (tmp_path / "cgroup.controllers").write_text("memory cpu pids")
+    groups = ControlGroups("vmm", root=tmp_path)
+    group = tmp_path / "vmm" / "one"
+    group.mkdir(parents=True)
+    for name, text in (
+        ("memory.current", "300\n"),
+        ("memory.events", "low 0\noom 2\noom_kill 1\n"),
+        ("cpu.stat", "usage_usec 2500999\nuser_usec 1\n"),
+    ):
+        (group / name).write_text(text)
+    assert groups.usage("one") == {"memory_bytes": 300, "oom_kills": 1, "cpu_time_ms": 2500}

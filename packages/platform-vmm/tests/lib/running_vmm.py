@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from platform_vmm.machine import Machine
 from platform_vmm.machines import Machines
 from platform_vmm.prpc import Prpc
 from platform_vmm.sandbox.cgroups import ControlGroups
-from platform_vmm.sandbox.driver import SandboxDriver
+from platform_vmm.sandbox.driver import Sandbox, SandboxDriver
 from platform_vmm.sandbox.recipe import MIB, Recipe
 
 UID = 2_400_000 + os.getpid() % 100_000 * 2
@@ -44,12 +45,23 @@ class Bench:
 
     async def run(self, script: str, *, timeout: float = 30, **change: Any) -> tuple[int | None, str]:
         """(exit code, console) of a Python script inside."""
+        async with self.running(script, **change) as sandbox, asyncio.timeout(timeout):
+            code = await sandbox.exited()
+        return code, self.log.read_text(errors="replace").partition("\n")[2]
+
+    @property
+    def log(self) -> Path:
+        """The console."""
+        return self.folder / "serial.log"
+
+    @contextlib.asynccontextmanager
+    async def running(self, script: str, **change: Any) -> AsyncIterator[Sandbox]:
+        """A Python script inside, which ends with this at the latest."""
         shared = self.folder / "shared"
         shared.mkdir(exist_ok=True)
         (shared / ".user-config").write_text("{}")
         (shared / "dstack.sock").touch()
-        log = self.folder / "serial.log"
-        log.unlink(missing_ok=True)
+        self.log.unlink(missing_ok=True)
         given: dict[str, Any] = {
             "command": [self.runtime.boot[0], "-c", script],
             "environment": {"PATH": "/usr/bin:/bin", "HOME": "/root"},
@@ -63,13 +75,11 @@ class Bench:
         } | change
         driver = SandboxDriver(self.groups)
         uid = UID if os.getuid() == 0 else os.getuid()
-        sandbox = await driver.start("test", Recipe(**given), uid=uid, log=log, forwards=[])
+        sandbox = await driver.start("test", Recipe(**given), uid=uid, log=self.log, forwards=[])
         try:
-            async with asyncio.timeout(timeout):
-                code = await sandbox.exited()
+            yield sandbox
         finally:
             await driver.destroy(sandbox)
-        return code, log.read_text(errors="replace").partition("\n")[2]
 
 
 @dataclass
