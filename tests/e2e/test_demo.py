@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import signal
@@ -30,6 +31,16 @@ def assert_verified_by_a_second_program(*files: Path) -> None:
     assert "the quote's signatures hold" in done.stdout
 
 
+def assert_signed_with_what_the_cvm_used(receipt: Path) -> None:
+    """It ran Python, which takes CPU time and memory, and its result went over the network."""
+    statement = json.loads(base64.b64decode(json.loads(receipt.read_text())["payload"]))
+    used = json.loads(statement["predicate"]["result"])["resource_usage"]
+    assert 50 < used["cpu_time_ms"] < 600_000
+    assert 2**23 < used["memory_peak_bytes"] < 2**31
+    assert 0 < used["disk_bytes"] < 2**31
+    assert 1000 < used["network_bytes"] < 2**31
+
+
 @pytest.mark.slow(reason="starts the whole system and evaluates twelve submissions")
 @pytest.mark.timeout(240)
 def test_every_submission_ends_as_expected_although_the_platform_api_is_killed_for_ten_seconds(
@@ -54,6 +65,7 @@ def test_every_submission_ends_as_expected_although_the_platform_api_is_killed_f
     for name in ("deflate", "crash"):
         what = [receipts / f"{name}.json", receipts / "simulated-root.pem", receipts / "collateral.json"]
         assert_verified_by_a_second_program(*what)
+    assert_signed_with_what_the_cvm_used(receipts / "words.json")
 
 
 @pytest.mark.slow(reason="starts two VMMs, and waits for the dead one's jobs to be given back")
