@@ -83,6 +83,16 @@ def test_whatever_a_guest_says_can_be_put_into_a_result(
     canonical_json(found.reported().model_dump(mode="json"))
 
 
+@pytest.mark.parametrize("said", [2**53, -1, True, 1.5, "3", None, [1], {}])
+def test_what_is_no_number_of_bytes_that_a_result_can_hold_is_not_known(said: Any) -> None:
+    most = 2**53 - 1
+    disks = [{"name": name, "total_size": said, "free_size": 0} for name in "ab"]
+    carried = {"interfaces": [{"name": "enp0s1", "rx_bytes": said, "tx_bytes": said}]}
+    assert read_usage({"used_memory": said, "disks": disks, "platform_vmm": said}, carried) == VmUsage()
+    large = {"interfaces": [{"name": "enp0s1", "rx_bytes": most, "tx_bytes": most}]}
+    assert read_usage({}, large).network_bytes == most, "a sum that is too large is the most there is"
+
+
 _COUNT = some.none() | some.integers(0, 2**53 - 1)
 _USAGE = some.builds(VmUsage, _COUNT, _COUNT, _COUNT, _COUNT, _COUNT)
 
