@@ -257,6 +257,33 @@ class TestConnections:
         assert closed.value.rcvd.code == 1013
         await first.close()
 
+    async def test_a_handshake_that_is_not_finished_is_ended_and_frees_its_place(
+        self, serve: Serve, challenge: Challenge
+    ) -> None:
+        challenge.on_job(lambda ctx, payload: 1)
+        _, validator = await serve(challenge, handshake=0.2)
+        silent = await validator.dial()
+        with pytest.raises(ConnectionClosed) as closed:
+            await silent.recv()
+        assert closed.value.rcvd is not None
+        assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (4400, "handshake timed out")
+
+    async def test_a_connection_over_which_nothing_comes_is_ended_and_can_be_resumed(
+        self, serve: Serve, challenge: Challenge
+    ) -> None:
+        challenge.on_job(lambda ctx, payload: 1)
+        server, validator = await serve(challenge)
+        await validator.start()
+        server.idle = 0.2
+        await validator.send(Ping(n=1))
+        await validator.expect(Pong)
+        with pytest.raises(ConnectionClosed) as closed:
+            await validator.socket.recv()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 4408
+        server.idle = 60
+        assert (await validator.connect(resume=True)).known
+
     async def test_the_live_connection_stays_until_the_new_ones_hello(
         self, serve: Serve, challenge: Challenge, port: int
     ) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from platform_protocol.ids import Hotkey, JobId, VmName
-from platform_protocol.session.channel import SealedChannel
+from platform_protocol.session.channel import MAX_FRAME, MAX_FRAMES, SealedChannel
 from platform_protocol.session.ends import ChallengeSession, ValidatorSession
 from platform_protocol.session.errors import (
     AttestationRejected,
@@ -139,6 +139,26 @@ def test_a_changed_frame_does_not_open(plaintext: bytes, where: int, flip: int) 
     frame[where % len(frame)] ^= flip
     with pytest.raises(FrameInvalid):
         theirs.open(bytes(frame))
+
+
+@pytest.mark.parametrize("size", [0, 15, MAX_FRAME + 1])
+def test_a_frame_of_no_possible_size_is_refused_before_it_is_decrypted(size: int) -> None:
+    ours, theirs = _channels()
+    with pytest.raises(FrameInvalid, match="expected a frame of 16 to"):
+        theirs.open(bytes(size))
+    assert theirs.open(ours.seal(b"next")) == b"next"
+
+
+def test_a_key_serves_no_more_frames_than_its_limit() -> None:
+    """In either direction: the last one passes, and nothing after it."""
+    ours, theirs = _channels()
+    ours._sent = theirs._received = MAX_FRAMES - 1
+    assert theirs.open(ours.seal(b"the last")) == b"the last"
+    assert (ours.frames, theirs.frames) == (MAX_FRAMES, MAX_FRAMES)
+    with pytest.raises(FrameInvalid, match="connect anew"):
+        ours.seal(b"one more")
+    with pytest.raises(FrameInvalid, match="connect anew"):
+        theirs.open(bytes(16))
 
 
 def test_repeated_reordered_reflected_and_foreign_frames_do_not_open() -> None:

@@ -335,6 +335,46 @@ async def test_three_unanswered_pings_mean_reconnect(make_pair: MakePair) -> Non
     assert job.result().error is None
 
 
+@pytest.mark.parametrize(("frames", "age"), [(8, 3600.0), (2**31, 0.05)])
+async def test_keys_are_replaced_by_a_resume_in_the_middle_of_a_job(
+    make_pair: MakePair, monkeypatch: pytest.MonkeyPatch, frames: int, age: float
+) -> None:
+    """After so many frames, or so long; the job is ordered once, and its result comes once."""
+    monkeypatch.setattr("platform_validator.cvm.session._REKEY_FRAMES", frames)
+    gate = asyncio.Event()
+    pair = await make_pair(gated(gate), pace=SessionPace(ping=0.02, resume_for=5, retry=0.01, rekey=age))
+    await pair.ready()
+    async with asyncio.TaskGroup() as group:
+        job = group.create_task(pair.execute())
+        await pair.guest.until(lambda guest: guest.connections >= 3 and len(guest.orders) == 1)
+        gate.set()
+    assert job.result().error is None
+    assert len({offer.report_data for offer in pair.judged}) == len(pair.judged) >= 3
+    assert len(pair.guest.orders) == 1
+
+
+async def test_a_guest_that_asks_faster_than_it_is_answered_has_to_wait(make_pair: MakePair) -> None:
+    """No more than 64 requests are held; the rest stays with the guest, and is answered later."""
+    pair = await make_pair()
+    await pair.ready()
+    pair.values.gate.clear()
+    asked = [
+        asyncio.create_task(pair.guest.ask(ValuesGet(seq=0, request_id=f"r{number}", key="k")))
+        for number in range(200)
+    ]
+    async with asyncio.timeout(10):
+        while len(pair.values.asked) < 64:
+            await asyncio.sleep(0)
+    for _ in range(500):
+        await asyncio.sleep(0)
+    held = len(pair.values.asked)
+    pair.values.gate.set()
+    async with asyncio.timeout(20):
+        answers = await asyncio.gather(*asked)
+    assert held == 64
+    assert {answer.request_id for answer in answers} == {f"r{number}" for number in range(200)}
+
+
 async def test_a_guest_that_does_not_know_the_launch_secret_is_refused_at_once(make_pair: MakePair) -> None:
     """4403: dialling again would change nothing."""
     pair = await make_pair(secret=b"x" * 32, pace=SessionPace(resume_for=60))

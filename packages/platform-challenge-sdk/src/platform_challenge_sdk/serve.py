@@ -56,14 +56,17 @@ from platform_protocol.user_config import UserConfig
 
 PORT = 10000
 _HANDSHAKE = 10.0
+_IDLE = 150.0
 _MAX_FRAME = 64 * 1024 * 1024
 _MAX_RESULT = 48 * 1024 * 1024
 _SEND = 60.0
 _CLEANUP = 10.0
 _TICK = 5.0
 _MAX_QUEUE = 1000
+_MAX_UNREAD = 4
 _MAX_MESSAGE = _MAX_FRAME - 1024
 _AUTH_REFUSED, _HANDSHAKE_INVALID, _FRAME_INVALID, _BUSY, _REPLACED = 4403, 4400, 4401, 1013, 4409
+_SILENT = 4408
 _MAX_ERROR = 4000
 _MAX_ID = 64
 
@@ -77,7 +80,8 @@ class ChallengeServer:
     """One challenge, one validator, one live connection.
 
     `config` None: what it should say could not be read, and only health is served. `jobs`: what it holds, and
-    how many it may hold. `clock`: seconds, counted while the machine sleeps too.
+    how many it may hold. `clock`: seconds, counted while the machine sleeps too. `handshake`: seconds of one.
+    `idle`: seconds without a frame after which a connection is dead: validators ping every 30.
     """
 
     challenge: Challenge
@@ -88,6 +92,8 @@ class ChallengeServer:
     jobs: HeldJobs = field(default_factory=HeldJobs)
     scratch: Path = Path(tempfile.gettempdir())
     clock: Callable[[], float] = _boottime
+    handshake: float = _HANDSHAKE
+    idle: float = _IDLE
     _seen: set[bytes] = field(default_factory=set)
     _session: ChallengeSession | None = None
     _live: ServerConnection | None = None
@@ -124,6 +130,7 @@ class ChallengeServer:
             port,
             process_request=self._process_request,
             max_size=_MAX_FRAME,
+            max_queue=_MAX_UNREAD,
             compression=None,
             ping_interval=None,
             close_timeout=2,
@@ -167,7 +174,7 @@ class ChallengeServer:
             return
         self._handshaking = True
         try:
-            async with asyncio.timeout(_HANDSHAKE):
+            async with asyncio.timeout(self.handshake):
                 session = await self._handshake(connection)
         except AuthRefused as error:
             await connection.close(_AUTH_REFUSED, str(error)[:100])
@@ -224,7 +231,9 @@ class ChallengeServer:
 
     async def _converse(self, connection: ServerConnection, session: ChallengeSession) -> None:
         try:
-            async for frame in connection:
+            while True:
+                async with asyncio.timeout(self.idle):
+                    frame = await connection.recv()
                 if self._live is not connection:
                     return
                 message = session.receive(_bytes(frame))
@@ -232,6 +241,8 @@ class ChallengeServer:
                 self._take(message)
         except SessionError as error:
             await connection.close(_FRAME_INVALID, str(error)[:100])
+        except TimeoutError:
+            await connection.close(_SILENT, "nothing was heard")
         except ConnectionClosed:
             pass
         finally:

@@ -13,6 +13,8 @@ from platform_protocol.session.errors import FrameInvalid
 
 LABEL = b"platform-session-v2"
 MAX_FRAME = 64 * 1024 * 1024
+MAX_FRAMES = 2**32
+"""Frames in one direction under one key; a validator makes a new connection, and with it new keys, before."""
 _TAG_BYTES = 16
 
 
@@ -29,8 +31,9 @@ class SealedChannel:
         """The next frame to send.
 
         Raises:
-            FrameInvalid: It would be over 64 MiB.
+            FrameInvalid: It would be over 64 MiB, or the key's frames are used up.
         """
+        _check_count(self._sent)
         if len(plaintext) > MAX_FRAME - _TAG_BYTES:
             raise FrameInvalid(f"expected a message of at most {MAX_FRAME} bytes, got {len(plaintext)}")
         frame = self._send.encrypt(_nonce(self._sent), plaintext, LABEL)
@@ -41,8 +44,9 @@ class SealedChannel:
         """The plaintext of the next frame received.
 
         Raises:
-            FrameInvalid: It is not the peer's next frame, or over 64 MiB.
+            FrameInvalid: It is not the peer's next frame, or over 64 MiB, or the key's frames are used up.
         """
+        _check_count(self._received)
         if not _TAG_BYTES <= len(frame) <= MAX_FRAME:
             raise FrameInvalid(f"expected a frame of {_TAG_BYTES} to {MAX_FRAME} bytes, got {len(frame)}")
         try:
@@ -51,6 +55,11 @@ class SealedChannel:
             raise FrameInvalid(f"frame {self._received} does not open") from error
         self._received += 1
         return plaintext
+
+    @property
+    def frames(self) -> int:
+        """How many were sealed or opened, in the direction that had more."""
+        return max(self._sent, self._received)
 
     def __repr__(self) -> str:
         return f"SealedChannel(sent={self._sent}, received={self._received})"
@@ -70,6 +79,11 @@ def derive_keys(*, frame_1: str, frame_2: str, shared: bytes, launch_secret: byt
         for direction in (b" v2s", b" s2v")
     ]
     return keys[0], keys[1]
+
+
+def _check_count(counter: int) -> None:
+    if counter >= MAX_FRAMES:
+        raise FrameInvalid(f"expected at most {MAX_FRAMES} frames under one key: connect anew")
 
 
 def _nonce(counter: int) -> bytes:

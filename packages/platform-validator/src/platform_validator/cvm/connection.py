@@ -24,6 +24,8 @@ Channel = SealedChannel | EnvelopeChannel
 
 _MAX_FRAME = 64 * 1024 * 1024
 _MAX_ENVELOPE = 96 * 1024 * 1024
+_MAX_QUEUE = 2
+"""Frames that wait to be read; then the guest waits."""
 _AUTH_REFUSED = 4403
 
 
@@ -39,6 +41,7 @@ class SessionPace:
         resume_for: How long a CVM that cannot be reached is dialled before it is given up.
         retry: The first pause between two dials; doubled up to `retry_most`.
         retry_most: The longest.
+        rekey: How old one connection's keys may become; then it is resumed over a new one.
     """
 
     dial: float = 10.0
@@ -48,6 +51,7 @@ class SessionPace:
     resume_for: float = 60.0
     retry: float = 0.1
     retry_most: float = 2.0
+    rekey: float = 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,7 @@ async def dial(
             ping_interval=None,
             compression=None,
             max_size=_MAX_ENVELOPE if callee.allow_v1 else _MAX_FRAME,
+            max_queue=_MAX_QUEUE,
             proxy=None,
         )
     try:

@@ -19,7 +19,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import WebSocketException
 
 from platform_protocol.ids import ChallengeId, JobId
-from platform_protocol.session.channel import SealedChannel
+from platform_protocol.session.channel import MAX_FRAMES, SealedChannel
 from platform_protocol.session.ends import ValidatorSession
 from platform_protocol.session.errors import MessageInvalid, SessionError
 from platform_protocol.session.messages import (
@@ -58,6 +58,10 @@ __all__ = ["CvmSession", "GuestResult", "JobOrder", "ValuesHandler"]
 _UNANSWERED = 3
 _ANSWERS = 64
 _UNREADABLE = 5
+_AT_WORK = 64
+"""Answers and acknowledgements on their way at once; at so many nothing more is read from the guest."""
+_REKEY_FRAMES = MAX_FRAMES // 2
+"""Frames in one direction after which a connection is made anew, with new keys."""
 _NOW = (SessionError, WebSocketException, TimeoutError, OSError)
 """What ends a connection and not the session."""
 
@@ -120,7 +124,9 @@ class CvmSession:
         self._running: dict[JobId, RunningJob] = {}
         self._left: set[JobId] = set()
         self._unanswered = 0
+        self._channel: SealedChannel | None = None
         self._tasks: asyncio.TaskGroup | None = None
+        self._at_work: set[asyncio.Task[None]] = set()
         self._due: list[int] = []
         self._answers: OrderedDict[str, ValuesResult] = OrderedDict()
         self._asked: dict[str, tuple[WeightsRequest, asyncio.Future[dict[str, float]]]] = {}
@@ -308,6 +314,7 @@ class CvmSession:
 
     async def _greet(self, socket: ClientConnection, channel: SealedChannel) -> GuestHello:
         self._end.connected(channel)
+        self._channel = channel
         hello = self._end.receive(bytes_of(await socket.recv()))
         if not isinstance(hello, GuestHello):
             raise SessionError("expected the SDK's hello first")
@@ -337,6 +344,8 @@ class CvmSession:
         if isinstance(message, JobResult):
             self._result_bytes = read.result_bytes
         if message is not None:
+            while len(self._at_work) >= _AT_WORK:
+                await asyncio.wait(self._at_work, return_when=asyncio.FIRST_COMPLETED)
             self._take(message)
 
     async def _converse_v1(self, socket: ClientConnection) -> None:
@@ -497,7 +506,9 @@ class CvmSession:
         if self._tasks is None:
             work.close()
             return
-        self._tasks.create_task(work)
+        task = self._tasks.create_task(work)
+        self._at_work.add(task)
+        task.add_done_callback(self._at_work.discard)
 
     async def _ack(self, seq: int) -> None:
         """Its effect is durable. Without a connection it waits: a frame that is not sent costs a number."""
@@ -507,8 +518,14 @@ class CvmSession:
         await self._send_frame(self._end.done(seq))
 
     async def _ping(self, socket: ClientConnection) -> None:
+        began = time.monotonic()
         for number in range(2**31):
             await asyncio.sleep(self._pace.ping)
+            frames = 0 if self._channel is None else self._channel.frames
+            if frames >= _REKEY_FRAMES or time.monotonic() - began >= self._pace.rekey:
+                _log.info("session_rekeyed", vm=self._vm, frames=frames)
+                socket.transport.abort()
+                return
             if self._unanswered >= _UNANSWERED:
                 socket.transport.abort()
                 return
