@@ -365,6 +365,15 @@ async def test_a_create_that_is_done_after_all_was_given_up_is_swept(make_world:
     assert world.fleet.strays == ()
 
 
+async def test_each_vm_has_a_launch_secret_of_its_own(make_world: MakeWorld) -> None:
+    """Made for it, 32 bytes, and never another's."""
+    world = await make_world()
+    for _ in range(2):
+        await world.boot(purpose=Purpose.READY)
+    secrets = {UserConfig.model_validate_json(spec.user_config).secret for spec in world.vmm.asked}
+    assert [len(one) for one in secrets] == [32, 32]
+
+
 def a_spec(name: VmName) -> VmSpec:
     """A VM of that name, as a CreateVm from before would make it."""
     config = UserConfig(
