@@ -274,9 +274,11 @@ class World:
         for node, life, key in serving:
             if node.life is not life or not node.life.alive or node.engine is None:
                 continue
-            history = node.store.now_history(challenge.id)
-            broke = any(event.key == key and event.state is InstanceState.FAILED for event in history)
-            if node.engine.phase == "running" and self._serves(node, challenge.id) != key and not broke:
+            if (
+                node.engine.phase == "running"
+                and self._serves(node, challenge.id) != key
+                and not _broke(node, key)
+            ):
                 self._book.violated("I8", f"validator {node.number} gave a running version up")
 
     def _queue(self) -> None:
@@ -385,3 +387,19 @@ def _settings() -> Settings:
 
 
 _BASE: list[Settings] = []
+
+
+def _broke(node: Node, key: str) -> bool:
+    """Whether its own CVMs failed an instance: by its history, or, while a full disk takes none, as shown."""
+    if node.engine is None:
+        return False
+    for view in node.engine.parts.challenges.views():
+        for shown in (view.serving, view.candidate):
+            if shown is not None and shown.key == key and shown.state is InstanceState.FAILED:
+                return True
+        if any(
+            event.key == key and event.state is InstanceState.FAILED
+            for event in node.store.now_history(view.id)
+        ):
+            return True
+    return False
