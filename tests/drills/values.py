@@ -45,6 +45,9 @@ def main() -> int:
         "VALIDATOR_DISK_MB": str(arguments.cvms * 1024),
         "VALIDATOR_MAX_CONCURRENT_JOBS": str(arguments.cvms),
     }
+    stack.validator.write()
+    with stack.validator.config.open("a") as config:
+        config.write(f"[resource_limits]\nmax_cvms = {arguments.cvms}\n")
     began = time.monotonic()
     try:
         report = Drill(stack, arguments.cvms, arguments.increments // arguments.cvms).run()
