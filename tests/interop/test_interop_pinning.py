@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from examples.demo.ports import free_ports
 from tests.daemon.process import Daemon, until
 
 pytestmark = [
@@ -48,9 +49,11 @@ def test_an_image_is_pinned_while_the_daemon_runs(tmp_path: Path) -> None:
     daemon = Daemon.made(tmp_path)
     with local_vmm(tmp_path, daemon.ports[2]) as (path, state):
         config = tmp_path / "config.toml"
+        first = free_ports(1)[0]
         config.write_text(
             '[sandbox_config]\nisolation_level = "Container"\n[attestation]\nallow_simulated = true\n'
             f'simulated_root_file = "{state / "simulated-root.pem"}"\n'
+            f'[dstack]\nport_range = "{first}-{first + 20}"\n'
         )
         daemon.more |= {
             "DSTACK_VMM_URL": f"unix:{path}",
