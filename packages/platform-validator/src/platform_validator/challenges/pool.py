@@ -240,6 +240,10 @@ class Pool:
         if isinstance(error, AttestationRefused):
             await self._refused(instance, error)
             return
+        if isinstance(error, StoreUnavailable):
+            # Our own disk: no fault of the challenge.
+            _log.warning("ready_cvm_not_journaled", challenge_id=self._id, error=str(error))
+            return
         instance.boot_failures += 1
         _log.warning(
             "ready_cvm_failed", challenge_id=self._id, error=str(error), in_a_row=instance.boot_failures
