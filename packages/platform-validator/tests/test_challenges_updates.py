@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from job_house import CHALLENGE, OTHER, TOML, House, answered, good, new_commit, tick
@@ -21,6 +22,7 @@ from platform_validator.challenges.manager import RESTARTED
 from platform_validator.challenges.memory import MemorySession
 from platform_validator.cvm.errors import BootFailed
 from platform_validator.cvm.session import GuestResult, JobOrder
+from platform_validator.store.port import StoreUnavailable
 from platform_validator.store.records import InstanceEvent, InstanceState, JobOutcome
 
 ONE_CVM = Resources(cpu_cores=1, memory_mb=256, disk_mb=512)
@@ -311,6 +313,35 @@ async def test_three_ready_cvms_that_end_in_a_row_make_it_failed_with_the_reason
             house.fleet.booted[-1].session.die()
         while not any("in a row ended" in (each.reason or "") for each in await history(house)):
             await tick()
+
+
+async def test_ready_cvms_that_cannot_be_journaled_do_not_make_it_failed(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk of ours is no fault of the challenge, which goes on serving; the pool fills when it can."""
+    async with house.open():
+        while (
+            serving := house.challenges.views()[0].serving if house.challenges.views() else None
+        ) is None or (not serving.ready):
+            await tick()
+        pool = house.challenges._runners[CHALLENGE]._pool
+        boot_one, refused = pool._provisioner.boot_one, itertools.count(1)
+
+        async def full_disk(*given: Any) -> Any:
+            if next(refused) <= 5:
+                house.quota.release(given[1])
+                raise StoreUnavailable("intend_vm: no space left on device")
+            return await boot_one(*given)
+
+        monkeypatch.setattr(pool._provisioner, "boot_one", full_disk)
+        house.fleet.booted[-1].session.die()
+        while len(house.fleet.booted) < 2:
+            pool._retry_at = 0.0
+            pool._wake()
+            await tick()
+        assert next(refused) > 6
+        assert not any(event.state is InstanceState.FAILED for event in await history(house))
+        assert house.challenges.acquire(CHALLENGE) is not None
 
 
 async def test_the_pool_grows_while_jobs_come_faster_than_cvms_boot(house: House) -> None:
