@@ -18,6 +18,7 @@ from platform_protocol.canonical import NotCanonical, canonical_json
 from platform_protocol.compose import ComposeInvalid, app_compose, compose_hash
 from platform_protocol.event_log import EventLogInvalid, parse_event_log, replay, runtime_digest
 from platform_protocol.evidence import payload_sha256, result_record, result_report_data
+from platform_protocol.filesystem_policy import FilesystemPolicy
 from platform_protocol.ids import ChallengeId, Hotkey, JobId, VmName
 from platform_protocol.notifications import (
     Hello,
@@ -250,6 +251,46 @@ def test_user_config_never_shows_its_secret() -> None:
     assert secret not in repr(config)
     with pytest.raises(ValueError, match="32 bytes"):
         UserConfig.model_validate(config.model_dump() | {"launch_secret": "c2hvcnQ"})
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"allowed_paths": [path]}, "expected")
+        for path in (
+            "",
+            "x",
+            "//x",
+            "/x/",
+            "/x/../y",
+            "/./x",
+            "/",
+            "/x\n",
+            "/x\0",
+            "/" + "x" * 255,
+            "/run/x",
+            "/etc/x",
+        )
+    ]
+    + [
+        ({"denied_paths": ["/proc"]}, "apart from /proc"),
+        ({"denied_paths": ["/opt"]}, "apart from /opt/platform"),
+        ({"denied_paths": ["/lib64"]}, "can start without"),
+        ({"denied_paths": ["/a/b"], "allowed_paths": ["/a"]}, "apart from each other"),
+        ({"denied_paths": ["/a"], "allowed_paths": ["/a"]}, "apart from each other"),
+        ({"denied_paths": ["/a"] * 33}, "at most 32"),
+        ({"tmpfs_size_mb": 15}, "greater than or equal to 16"),
+    ],
+)
+def test_a_filesystem_policy_has_paths_that_a_vmm_can_mount(given: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        FilesystemPolicy.model_validate(given)
+
+
+def test_a_filesystem_policy_of_before_is_the_strict_one() -> None:
+    """A user_config without it, and one with keys of tomorrow; `/ab` is not below `/a`."""
+    assert FilesystemPolicy.model_validate({"tomorrow": 1}).read_only
+    FilesystemPolicy(allowed_paths=("/a", "/var/lib/x"), denied_paths=("/ab", "/usr/bin/curl", "/tmp/x"))
 
 
 def test_notifications_are_read_and_unknown_ones_passed_over() -> None:

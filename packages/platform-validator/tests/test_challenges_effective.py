@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from platform_protocol.filesystem_policy import FilesystemPolicy
 from platform_protocol.ids import ChallengeId
 from platform_protocol.resources import Resources
 from platform_protocol.spec import ChallengeSpec, NetworkSpec
@@ -86,12 +87,20 @@ def test_it_is_shown_with_the_limits_and_without_values() -> None:
     )
     limits = Resources(cpu_cores=4, memory_mb=2048, disk_mb=10240)
     policy = NetworkPolicy(allow_outbound=False, hosts=(), ports=())
+    files = FilesystemPolicy(read_only=False, allowed_paths=("/scratch",), denied_paths=("/srv",))
     found: dict[str, Any] = plain(
-        effective(spec, plan, limits=limits, policy=policy, scoring={"algorithm": "Linear"})
+        effective(spec, plan, limits=limits, policy=policy, filesystem=files, scoring={"algorithm": "Linear"})
     )
     out = io.StringIO()
     in_force(found, Console(file=out, width=200))
     shown = out.getvalue()
     assert "canary" not in shown + str(found)
-    for words in ("an-image", "memory_mb 256 of 2048", "nothing; refused: a.x", "KEY given, MORE not given"):
+    hidden = "root writable; also writable: /scratch; hidden: /srv"
+    for words in (
+        "an-image",
+        "memory_mb 256 of 2048",
+        "nothing; refused: a.x",
+        "KEY given, MORE not given",
+        hidden,
+    ):
         assert words in shown

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from platform_protocol.filesystem_policy import FilesystemPolicy
 from platform_protocol.platform_messages import IsolationLevel
 from platform_protocol.resources import Resources
 from platform_protocol.signing import Keypair
@@ -177,6 +178,10 @@ def test_what_is_required_says_how_to_set_it(tmp_path: Path) -> None:
         ('[validator]\nlog_format = "xml"', "auto, json, people"),
         ('[sources]\nallow = ["ftp"]', "expected https, ssh or file"),
         ('[dstack]\ntoken = "hunter2hunter2"', "give it in the environment"),
+        (
+            '[sandbox_config.filesystem_policy]\nallowed_paths = ["/a"]\ndenied_paths = ["/a/b"]',
+            "denied_paths (",
+        ),
         ("not toml", "not TOML"),
     ],
 )
@@ -184,6 +189,37 @@ def test_contradictions_and_secrets_in_files_are_faults(tmp_path: Path, toml: st
     [fault] = faults(tmp_path, toml)
     assert expected in fault
     assert "hunter2" not in fault
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("allowed_paths", '["scratch"]', "absolute path"),
+        ("allowed_paths", '["/usr/local"]', "read_only = false makes the whole root writable"),
+        ("denied_paths", '["/dstack/x"]', "apart from /dstack"),
+        ("denied_paths", '["/usr"]', "a CVM can start without"),
+        ("denied_paths", f"{[f'/{number}' for number in range(33)]}", "expected at most 32"),
+        ("tmpfs_size", '"1M"', "expected at least 16M"),
+        ("read_only", '"maybe"', "true or false"),
+    ],
+)
+def test_a_filesystem_policy_that_no_cvm_could_keep_is_a_fault(
+    tmp_path: Path, key: str, value: str, expected: str
+) -> None:
+    [fault] = faults(tmp_path, f"[sandbox_config.filesystem_policy]\n{key} = {value}")
+    assert fault.startswith(f"sandbox_config.filesystem_policy.{key} (")
+    assert expected in fault
+
+
+def test_a_filesystem_policy_is_read_in_whole_megabytes(tmp_path: Path) -> None:
+    table = "[sandbox_config.filesystem_policy]"
+    more = (
+        'read_only = false\nallowed_paths = ["/s"]\ndenied_paths = ["/usr/bin/curl"]\ntmpfs_size = "64 MiB"'
+    )
+    assert load(tmp_path, f"{table}\n{more}").filesystem == FilesystemPolicy(
+        read_only=False, allowed_paths=("/s",), denied_paths=("/usr/bin/curl",), tmpfs_size_mb=64
+    )
+    assert load(tmp_path).filesystem == FilesystemPolicy()
 
 
 def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from platform_protocol.canonical import sha256_hex
+from platform_protocol.filesystem_policy import FilesystemPolicy
 from platform_protocol.ids import ChallengeId, ClaimId, Hotkey, JobId, VmName
 from platform_protocol.platform_messages import AttestationKind, IsolationLevel
 from platform_protocol.resources import Resources
@@ -260,8 +261,17 @@ async def test_names_secrets_and_lifetimes_of_a_job_s_cvm(make_world: MakeWorld)
     assert Keyring(b"k" * 32).open(record.sealed_secret, cvm.name.encode()) == config.secret
     assert (config.vm, config.proxy_url) == (cvm.name, None)
     assert config.max_lifetime_s == config.hard_lifetime_s == 300 + 300 + 3600
+    assert config.filesystem == FilesystemPolicy()
     assert record.hard_deadline - record.intended_at == timedelta(seconds=config.hard_lifetime_s)
     assert "operator-secret" not in world.specs[0].user_config
+
+
+async def test_the_operator_s_filesystem_policy_goes_with_every_cvm(make_world: MakeWorld) -> None:
+    """Unmeasured, beside the lifetimes, for the VMM to enforce."""
+    policy = FilesystemPolicy(allowed_paths=("/scratch",), tmpfs_size_mb=64)
+    world = await make_world(filesystem=policy)
+    await world.boot()
+    assert UserConfig.model_validate_json(world.specs[0].user_config).filesystem == policy
 
 
 async def test_ready_and_shared_cvms_live_longer_than_a_job_s(make_world: MakeWorld) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from platform_protocol.filesystem_policy import FilesystemPolicy
 from platform_protocol.ids import VmName
 
 _SECRET_BYTES = 32
@@ -24,6 +25,8 @@ class UserConfig(BaseModel):
     proxy_url: str | None
     max_lifetime_s: Annotated[int, Field(gt=0)]
     hard_lifetime_s: Annotated[int, Field(gt=0)]
+    filesystem: FilesystemPolicy = FilesystemPolicy()
+    """For the VMM, which enforces it; a validator before it had none."""
 
     @field_validator("launch_secret")
     @classmethod

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from platform_protocol.filesystem_policy import FilesystemPolicy
 from platform_protocol.resources import Resources
 from platform_protocol.spec import ChallengeSpec, NetworkSpec
 from platform_validator.cvm.plan import CvmPlan
@@ -45,6 +46,7 @@ class Effective:
     ready: int
     max_result_bytes: int
     network: EffectiveNetwork
+    filesystem: dict[str, Any]
     scoring: dict[str, Any]
     env: dict[str, str]
 
@@ -55,6 +57,7 @@ def effective(
     *,
     limits: Resources,
     policy: NetworkPolicy,
+    filesystem: FilesystemPolicy,
     scoring: dict[str, Any],
 ) -> Effective:
     """What is in force; `scoring` is the rule under the challenge's own."""
@@ -70,6 +73,7 @@ def effective(
         ready=spec.execution.ready,
         max_result_bytes=spec.result.max_bytes,
         network=narrowed(spec.network, policy),
+        filesystem=filesystem.model_dump(mode="json"),
         scoring=scoring,
         env={name: "given" if name in plan.env else "not given" for name in sorted(spec.env)},
     )

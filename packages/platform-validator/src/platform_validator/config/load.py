@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from platform_protocol.filesystem_policy import overlaps
 from platform_protocol.platform_messages import IsolationLevel
 from platform_validator.config.settings import OPTIONS, REQUIRED, Option, Origin, Settings
 from platform_validator.errors import ValidatorError
@@ -146,6 +147,13 @@ def _contradictions(values: Mapping[str, Any], origins: Mapping[str, Origin]) ->
     if level is IsolationLevel.NONE and not values.get("sandbox_config.unsafe_no_isolation", True):
         faults.append("sandbox_config.isolation_level: None needs sandbox_config.unsafe_no_isolation = true")
     faults += _host_contradictions(values, origins)
+    files = "sandbox_config.filesystem_policy"
+    faults += [
+        f"{files}.denied_paths ({origins[f'{files}.denied_paths'].where}): {clash}"
+        for clash in overlaps(
+            values.get(f"{files}.allowed_paths", ()), values.get(f"{files}.denied_paths", ())
+        )
+    ]
     listen = values.get("validator.http_listen")
     if listen is not None and listen == values.get("validator.admin_listen"):
         faults.append("validator.admin_listen: expected another address than validator.http_listen")

@@ -68,6 +68,18 @@ def size(value: Any) -> int:
     return int(found[1]) * _BYTES[(found[2] or "")[:1].lower()]
 
 
+def size_from(least: int) -> Parser:
+    """A size of `least` bytes or more."""
+
+    def parse(value: Any) -> int:
+        found = size(value)
+        if found < least:
+            raise ValueError(f"expected at least {least // 1024**2}M")
+        return found
+
+    return parse
+
+
 def choice(kind: type[E]) -> Parser:
     """One of an enumeration's values, exactly as written there."""
 
@@ -91,11 +103,13 @@ def word(*known: str) -> Parser:
     return parse
 
 
-def listing(item: Parser) -> Parser:
-    """A list; in the environment separated by commas."""
+def listing(item: Parser, most: int | None = None) -> Parser:
+    """A list, of `most` at most; in the environment separated by commas."""
 
     def parse(value: Any) -> tuple[Any, ...]:
         parts = [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        if isinstance(parts, list) and most is not None and len(parts) > most:
+            raise ValueError(f"expected at most {most}")
         if isinstance(parts, list):
             return tuple(item(part) for part in parts)
         raise ValueError("expected a list")

@@ -9,6 +9,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from platform_protocol.filesystem_policy import (
+    LEAST_TMPFS_MB,
+    MOST_PATHS,
+    FilesystemPolicy,
+    hidden_path,
+    writable_path,
+)
 from platform_protocol.platform_messages import IsolationLevel
 from platform_protocol.resources import Resources
 from platform_validator.config import parse
@@ -17,6 +24,7 @@ from platform_validator.config.parse import Parser
 from platform_validator.host_name import DEFAULT_HOST
 
 REQUIRED = object()
+MIB = 1024 * 1024
 
 
 class ValueKeyOrigin(StrEnum):
@@ -88,6 +96,17 @@ class Settings:
             return listed
         url, address = self["dstack.vmm_url"], self["dstack.port_address"]
         return (HostSettings(DEFAULT_HOST, url, port_address=address),)
+
+    @property
+    def filesystem(self) -> FilesystemPolicy:
+        """What CVMs may write and may not see."""
+        size: int | None = self[f"{_FILES}.tmpfs_size"]
+        return FilesystemPolicy(
+            read_only=self[f"{_FILES}.read_only"],
+            allowed_paths=self[f"{_FILES}.allowed_paths"],
+            denied_paths=self[f"{_FILES}.denied_paths"],
+            tmpfs_size_mb=None if size is None else size // MIB,
+        )
 
     def taking(self, other: Settings, keys: Iterable[str]) -> Settings:
         """These settings with some keys as they are in another configuration."""
@@ -248,9 +267,27 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _o(f"{_POLICY}.dns_servers", parse.listing(parse.text), (), "the egress proxy's resolvers", later=True),
     _o(f"{_FILES}.read_only", parse.boolean, True, "the system in a CVM is read-only", later=True),
-    _o(f"{_FILES}.allowed_paths", parse.listing(parse.text), (), "writable paths", later=True),
-    _o(f"{_FILES}.denied_paths", parse.listing(parse.text), (), "hidden paths", later=True),
-    _o(f"{_FILES}.tmpfs_size", parse.size, None, "size of /tmp", later=True),
+    _o(
+        f"{_FILES}.allowed_paths",
+        parse.listing(writable_path, MOST_PATHS),
+        (),
+        "more writable places in a CVM, on its one disk",
+        later=True,
+    ),
+    _o(
+        f"{_FILES}.denied_paths",
+        parse.listing(hidden_path, MOST_PATHS),
+        (),
+        "paths that show nothing in a CVM",
+        later=True,
+    ),
+    _o(
+        f"{_FILES}.tmpfs_size",
+        parse.size_from(LEAST_TMPFS_MB * MIB),
+        None,
+        "most bytes in all writable places of a CVM together (default: its disk)",
+        later=True,
+    ),
     _o("scoring_config.algorithm", parse.text, "Linear", "Linear, Logarithmic or Exponential"),
     _o("scoring_config.normalization", parse.text, "MinMax", "None, MinMax, ZScore or Robust"),
     _o("attestation.allow_simulated", parse.boolean, False, "accept simulated quotes, below Tee"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import structlog
 
 from platform_protocol.compose import SDK_PORT
+from platform_protocol.filesystem_policy import FilesystemPolicy
 from platform_protocol.ids import Hotkey, VmId
 from platform_protocol.platform_messages import AttestationKind, IsolationLevel
 from platform_protocol.session import v1
@@ -66,6 +67,7 @@ class FleetRules:
     alive: timedelta = timedelta(seconds=10)
     pace: SessionPace | None = None
     sample_every: timedelta | None = None
+    filesystem: FilesystemPolicy = field(default_factory=FilesystemPolicy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +226,7 @@ class Booter:
             proxy_url=None,
             max_lifetime_s=int(lifetimes.idle.total_seconds()),
             hard_lifetime_s=int(lifetimes.hard.total_seconds()),
+            filesystem=rules.filesystem,
         )
         tee = rules.level is IsolationLevel.TEE
         spec = VmSpec(

@@ -168,7 +168,14 @@ class Board:
             settings["scoring_config.algorithm"], settings["scoring_config.normalization"]
         ).overridden(spec)
         shown: dict[str, Any] = plain(
-            effective(spec, plan, limits=settings.limits, policy=policy, scoring=plain(rule))
+            effective(
+                spec,
+                plan,
+                limits=settings.limits,
+                policy=policy,
+                filesystem=settings.filesystem,
+                scoring=plain(rule),
+            )
         )
         return shown
 

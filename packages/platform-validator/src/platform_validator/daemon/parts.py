@@ -295,6 +295,7 @@ def make_components(
             base_url=settings["validator.base_url"],
             allow_session_v1=_allow_session_v1(settings),
             sample_every=SAMPLE_EVERY if settings["sandbox_config.resource_monitoring"] else None,
+            filesystem=settings.filesystem,
         ),
         sessions=outside.sessions,
         new_id=outside.new_id,
