@@ -172,12 +172,7 @@ async def test_a_broken_connection_is_resumed_and_the_result_comes_once(pair: Pa
 
 def _break(session: CvmSession) -> None:
     """Cut the live connection, as a network would."""
-    for name in ("_socket", "_connection"):
-        found = getattr(session, name, None)
-        socket_ = getattr(found, "socket", found)
-        transport = getattr(socket_, "transport", None)
-        if transport is not None:
-            transport.abort()
+    session._link.cut()
 
 
 async def test_a_dialler_without_the_secret_gets_4403_and_disturbs_nothing(pair: Pair) -> None:

@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import Protocol
 
 from platform_protocol.ids import ChallengeId, JobId
+from platform_protocol.session.messages import ValuesRequest, ValuesResult
 from platform_validator.cvm.connection import Callee, Judge, SessionPace
 from platform_validator.cvm.jobs import GuestResult, JobOrder
-from platform_validator.cvm.session import ValuesHandler
+
+
+class ValuesHandler(Protocol):
+    """Answers a challenge's values requests; refusals are answers."""
+
+    async def answer(
+        self, challenge_id: ChallengeId, session_id: str, request: ValuesRequest
+    ) -> ValuesResult:
+        """Answer one; durable when it returns."""
 
 
 class Session(Protocol):
