@@ -95,7 +95,7 @@ async def _ours(driver: SandboxDriver, folder: Path, shared: Path) -> float:
     sandbox = await driver.start("bench", recipe, uid=uid, log=folder / "log", forwards=[])
     await sandbox.exited()
     took = time.perf_counter() - began
-    await driver.destroy(sandbox)
+    await sandbox.destroy()
     return took
 
 

@@ -56,7 +56,7 @@ async def vmm(tmp_path: Path, runtime: Runtime, pki: Pki) -> AsyncIterator[Vmm]:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(machines.run(ready))
             await ready.wait()
-            yield Vmm(machines, Prpc(machines, table), runtime)
+            yield Vmm(machines, Prpc(machines), runtime)
             machines.stop()
 
 

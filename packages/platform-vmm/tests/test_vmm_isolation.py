@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from guests import Guests, until
 
+from platform_vmm.sandbox.driver import Sandbox
+
 PROBE = """
 import ctypes, errno, json, os, socket
 libc = ctypes.CDLL(None, use_errno=True)
@@ -201,7 +203,8 @@ async def test_each_guest_has_a_uid_of_its_own_that_is_not_roots(guests: Guests,
     """As root, two guests run under two uids from 300000 on, and neither under 0."""
     one, other = guests.create(["sleep", "60"]), guests.create(["sleep", "60"])
     await until(lambda: one.boot_progress == other.boot_progress == "done", one)
-    boxes = [machine.sandbox for machine in (one, other) if machine.sandbox is not None]
+    boxes = [machine.guest for machine in (one, other) if isinstance(machine.guest, Sandbox)]
+    assert len(boxes) == 2
     uids = [Path(f"/proc/{box.pid}").stat().st_uid for box in boxes]
     assert len(set(uids)) == 2
     assert all(uid >= 300_000 for uid in uids)

@@ -212,5 +212,5 @@ async def test_a_forwarded_host_port_leads_to_the_guests_port(
                     break
                 await asyncio.sleep(0.05)
     finally:
-        await driver.destroy(sandbox)
+        await sandbox.destroy()
     assert data == b"inside"

@@ -1,4 +1,4 @@
-"""One boot of one VM: what the guest is given, its agent, its host ports, its sandbox."""
+"""One boot of one VM: what the guest is given, its agent, its host ports, its driver."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from pathlib import Path
 from platform_vmm.agent import AgentFacts, GuestAgent
 from platform_vmm.app_compose import AppCompose, Service, check_supported, read_service
 from platform_vmm.configuration import VmConfiguration
+from platform_vmm.driver import Guest
 from platform_vmm.errors import VmmError
-from platform_vmm.images import Runtime, RuntimeTable
+from platform_vmm.image_table import ImageTable
+from platform_vmm.images import Runtime
 from platform_vmm.restarts import RestartPolicy
-from platform_vmm.sandbox.driver import Sandbox, SandboxDriver
 from platform_vmm.sandbox.recipe import MIB, Recipe
 from platform_vmm.simulation.measured import boot_event_log, measurements
 from platform_vmm.simulation.pki import Pki
@@ -32,8 +33,7 @@ _PATH = "/usr/local/bin:/usr/bin:/bin"
 class Host:
     """What every machine shares. `claim_uid` gives a free uid, `free_uid` takes it back."""
 
-    driver: SandboxDriver
-    runtimes: RuntimeTable
+    images: ImageTable
     pki: Pki
     guest_ports: tuple[int, ...]
     claim_uid: Callable[[], int]
@@ -66,9 +66,9 @@ class Boot:
         self._agent: GuestAgent | None = None
         self._forwards: list[tuple[socket.socket, int]] = []
         self.instance_id = ""
-        self.sandbox: Sandbox | None = None
+        self.guest: Guest | None = None
 
-    async def start(self) -> Sandbox:
+    async def start(self) -> Guest:
         """Start the guest.
 
         Raises:
@@ -78,14 +78,15 @@ class Boot:
         self._progress("booting")
         check_supported(self._app)
         service = await asyncio.to_thread(read_service, self._app.docker_compose)
-        runtime = self._host.runtimes.find(service.image, service.digest)
+        image = self._host.images.find(self._configuration.image)
+        runtime = image.runtimes.find(service.image, service.digest)
         self._progress("initializing data disk")
         await self._start_agent(runtime)
         self._progress("setting up docker")
         self._forwards = [(_listen(port.host_port), port.vm_port) for port in self._configuration.ports]
         self._progress("starting containers")
         forwards, self._forwards = self._forwards, []
-        self.sandbox = await self._host.driver.start(
+        self.guest = await image.driver.start(
             self._id,
             self._recipe(runtime, service),
             uid=self._uid,
@@ -93,13 +94,13 @@ class Boot:
             forwards=forwards,
         )
         self._progress("done")
-        return self.sandbox
+        return self.guest
 
     async def end(self) -> None:
         """Kill the guest and free everything. Safe to call again, also after a failure.
 
         Raises:
-            TimeoutError: Something in the sandbox does not die; it is still there.
+            TimeoutError: Something of the guest does not die; it is still there.
             OSError: As above.
         """
         for listener, _ in self._forwards:
@@ -108,9 +109,9 @@ class Boot:
         if self._agent is not None:
             await self._agent.close()
             self._agent = None
-        if self.sandbox is not None:
-            await self._host.driver.destroy(self.sandbox)
-            self.sandbox = None
+        if self.guest is not None:
+            await self.guest.destroy()
+            self.guest = None
         self._host.free_uid(self._uid)
 
     async def _start_agent(self, runtime: Runtime) -> None:

@@ -95,10 +95,10 @@ async def _serve(path: Path, listen: str, ports: tuple[int, ...]) -> None:
         prune_images(state.path, keep=runtime)
         runtimes, pki = RuntimeTable([runtime]), load_pki(state.path)
         machines = Machines(state, runtimes=runtimes, pki=pki, guest_ports=ports)
-        if machines.driver.missing:
-            raise VmmError(machines.driver.missing)
-        prpc = Prpc(machines, runtimes)
-        server = _server(make_app(prpc, machines, pki, state.token))
+        for image in machines.images:
+            if image.driver.missing:
+                raise VmmError(image.driver.missing)
+        server = _server(make_app(Prpc(machines), machines, pki, state.token))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, machines.stop)
@@ -111,9 +111,9 @@ async def _serve(path: Path, listen: str, ports: tuple[int, ...]) -> None:
                 log.info(
                     "vmm_listening",
                     at=listen,
-                    level=prpc.isolation_level,
+                    images={image.name: image.driver.level for image in machines.images},
                     guest_ports=ports,
-                    weaker=machines.driver.weaker,
+                    weaker={image.name: image.driver.weaker for image in machines.images},
                     tee=False,
                 )
                 await server.serve(sockets=[listener])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from platform_vmm.configuration import VmConfiguration
-from platform_vmm.sandbox.driver import Usage
+from platform_vmm.driver import Usage
 
 
 def sys_info(configuration: VmConfiguration, usage: Usage) -> dict[str, Any]:

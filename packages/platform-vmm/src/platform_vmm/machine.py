@@ -16,9 +16,9 @@ import structlog
 from platform_vmm.app_compose import read_app_compose
 from platform_vmm.boot import Boot, Host
 from platform_vmm.configuration import VmConfiguration
+from platform_vmm.driver import Guest, Usage
 from platform_vmm.errors import VmmError
 from platform_vmm.record import Record
-from platform_vmm.sandbox.driver import Sandbox, Usage
 
 log = structlog.get_logger(__name__)
 GRACE = 10.0
@@ -43,7 +43,7 @@ class Machine:
         self.ended: float | None = None
         self.events: deque[dict[str, Any]] = deque(maxlen=_EVENTS)
         self._host = host
-        self.sandbox: Sandbox | None = None
+        self.guest: Guest | None = None
         self._active = record.started
         self._graceful = False
         self._changed = asyncio.Event()
@@ -97,7 +97,7 @@ class Machine:
         Raises:
             VmmError: No guest is running.
         """
-        if self.sandbox is None or self.record.removing:
+        if self.guest is None or self.record.removing:
             raise VmmError("guest agent is unreachable: VM is not running")
         self.shutdown_progress = "powering off"
         self.note("shutdown.progress", self.shutdown_progress)
@@ -115,9 +115,9 @@ class Machine:
         Raises:
             VmmError: No guest is running.
         """
-        if self.sandbox is None:
+        if self.guest is None:
             raise VmmError("guest agent is unreachable: VM is not running")
-        return self.sandbox.usage()
+        return self.guest.usage()
 
     async def run(self) -> None:
         """The machine's life, until it is removed; then nothing of it is left."""
@@ -171,11 +171,11 @@ class Machine:
             progress=self._progress,
         )
         try:
-            sandbox = await boot.start()
-            self.sandbox, self.instance_id = sandbox, boot.instance_id
+            guest = await boot.start()
+            self.guest, self.instance_id = guest, boot.instance_id
             self.note("instance.info", json.dumps({"app_id": self.app_id, "instance_id": self.instance_id}))
-            log.info("vm_started", vm=self.id, name=self.configuration.name, pid=sandbox.pid)
-            await self._until_over(sandbox)
+            log.info("vm_started", vm=self.id, name=self.configuration.name, pid=guest.pid)
+            await self._until_over(guest)
         except (VmmError, OSError) as error:
             self._failed(str(error))
         except Exception as error:
@@ -183,7 +183,7 @@ class Machine:
             self._failed(f"internal error ({type(error).__name__}): see the VMM's log")
         finally:
             await self._end(boot)
-            self.sandbox, self._active = None, False
+            self.guest, self._active = None, False
             self.ended = time.monotonic()
             log.info("vm_ended", vm=self.id, name=self.configuration.name, state=self.state)
 
@@ -204,25 +204,25 @@ class Machine:
             else:
                 return
 
-    async def _until_over(self, sandbox: Sandbox) -> None:
+    async def _until_over(self, guest: Guest) -> None:
         """Until the guest ends, was asked to end and did or had its time, or is too old."""
         lifetime = _hard_lifetime(self.configuration.user_config)
         oldest = None if lifetime is None else self._born + lifetime
-        ended = asyncio.ensure_future(sandbox.exited())
+        ended = asyncio.ensure_future(guest.exited())
         grace: float | None = None
         try:
             while not ended.done():
                 if not self.record.started and not self._graceful:
                     return
                 if not self.record.started and grace is None:
-                    sandbox.terminate()
+                    guest.terminate()
                     grace = time.monotonic() + GRACE
                 until = oldest if self.record.started else grace
                 if until is not None and time.monotonic() >= until:
                     self._over(lifetime)
                     return
                 await self._change_or(ended, until)
-            self.note("vm.exited", _describe_exit(ended.result(), sandbox.oom_kills()))
+            self.note("vm.exited", _describe_exit(ended.result(), guest.oom_kills()))
         finally:
             ended.cancel()
 

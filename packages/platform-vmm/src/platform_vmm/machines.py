@@ -15,6 +15,7 @@ from platform_vmm.app_compose import read_app_compose
 from platform_vmm.boot import Host
 from platform_vmm.configuration import VmConfiguration
 from platform_vmm.errors import RecordUnreadable, VmmError, VmNotFound
+from platform_vmm.image_table import Image, ImageTable
 from platform_vmm.images import IMAGE, RuntimeTable
 from platform_vmm.machine import Machine
 from platform_vmm.record import Record
@@ -52,10 +53,12 @@ class Machines:
         self._groups = ControlGroups(f"platform-vmm-{state.name}", ledger=state.groups)
         self._guest_uids = guest_uids(state.path)
         self._uids: set[int] = set()
-        self.driver = SandboxDriver(self._groups)
+        sandboxes = SandboxDriver(self._groups)
+        self.images = ImageTable(
+            [Image(IMAGE, sandboxes, runtimes, "a sandbox on this host's kernel; not a TEE")]
+        )
         self._host = Host(
-            driver=self.driver,
-            runtimes=runtimes,
+            images=self.images,
             pki=pki,
             guest_ports=guest_ports,
             claim_uid=self._claim_uid,
@@ -66,11 +69,6 @@ class Machines:
         self._tasks: asyncio.TaskGroup | None = None
         self._lives: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
-
-    @property
-    def limits_hold(self) -> bool:
-        """Whether control groups limit guests on this host."""
-        return self._groups.limits_hold
 
     async def run(self, ready: asyncio.Event) -> None:
         """Reclaim what a crash left, start what was started, serve until `stop`, then end every guest."""
@@ -136,10 +134,7 @@ class Machines:
     def _admit(self, configuration: VmConfiguration) -> None:
         if self._tasks is None:
             raise VmmError("the VMM is stopping")
-        if configuration.image != IMAGE:
-            raise VmmError(
-                f"Failed to load image: {configuration.image!r} is not here; the local VMM has {IMAGE}"
-            )
+        self.images.find(configuration.image)
         read_app_compose(configuration.compose_file)
         if len(self._machines) >= MOST_VMS:
             raise VmmError(f"no CID available: {MOST_VMS} VMs exist")

@@ -15,7 +15,6 @@ from platform_vmm import guest
 from platform_vmm.app_compose import read_app_compose
 from platform_vmm.configuration import U32, read_configuration
 from platform_vmm.errors import VmmError, VmNotFound
-from platform_vmm.images import IMAGE, RuntimeTable
 from platform_vmm.machine import Machine
 from platform_vmm.machines import MOST_VMS, Machines
 
@@ -48,9 +47,8 @@ class _Hash(BaseModel):
 class Prpc:
     """Answers a method by name. Every refusal is a VmmError, told as 400."""
 
-    def __init__(self, machines: Machines, runtimes: RuntimeTable) -> None:
+    def __init__(self, machines: Machines) -> None:
         self._machines = machines
-        self._runtimes = runtimes
         self._methods: dict[str, Handler] = {
             "CreateVm": lambda args: {"id": machines.create(read_configuration(args)).id},
             "StartVm": lambda args: self._machine(args).start(),
@@ -98,11 +96,6 @@ class Prpc:
             raise VmmError(f"Method not found: {method[:64]}")
         return handler(arguments)
 
-    @property
-    def isolation_level(self) -> str:
-        """What the sandbox driver gives wherever it runs at all: namespaces, so Container."""
-        return "Container"
-
     def _machine(self, arguments: dict[str, Any]) -> Machine:
         return self._machines.get(_read(_Id, arguments).id)
 
@@ -129,15 +122,16 @@ class Prpc:
         }
 
     def _list_images(self) -> dict[str, Any]:
-        description = {
-            "isolation_level": self.isolation_level,
-            "runtimes": self._runtimes.digests(),
-            "local": True,
-            "note": "a sandbox on this host's kernel; not a TEE",
-            "weaker": self._machines.driver.weaker,
-        }
-        image = {"name": IMAGE, "description": json.dumps(description), "version": VERSION, "is_dev": True}
-        return {"images": [image]}
+        shown = [
+            {
+                "name": image.name,
+                "description": json.dumps(image.description()),
+                "version": VERSION,
+                "is_dev": True,
+            }
+            for image in self._machines.images
+        ]
+        return {"images": shown}
 
 
 def _meta() -> dict[str, Any]:

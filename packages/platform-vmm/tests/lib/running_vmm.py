@@ -79,7 +79,7 @@ class Bench:
         try:
             yield sandbox
         finally:
-            await driver.destroy(sandbox)
+            await sandbox.destroy()
 
 
 @dataclass

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from platform_vmm.driver import Usage
 from platform_vmm.errors import SandboxFailed
 from platform_vmm.sandbox.cgroups import ControlGroups, Limits
 from platform_vmm.sandbox.console import Console
@@ -28,19 +29,6 @@ _GUEST = "10.0.2.15"
 _START_TIMEOUT = 30.0
 _END_TIMEOUT = 5.0
 _OOM_SCORE = 300
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What a sandbox uses. None: the host does not count it; a disk of 0 bytes: it cannot be looked at."""
-
-    cpu_time_ms: int | None
-    memory_bytes: int
-    memory_peak_bytes: int | None
-    disk_total_bytes: int
-    disk_free_bytes: int
-    rx_bytes: int
-    tx_bytes: int
 
 
 @dataclass(slots=True)
@@ -92,6 +80,27 @@ class Sandbox:
             tx_bytes=carried - received,
         )
 
+    async def destroy(self) -> None:
+        """Kill the whole tree and free everything. Safe to call again.
+
+        Raises:
+            TimeoutError: Something of it does not die.
+        """
+        self.groups.kill(self.name)
+        self.control.close()
+        try:
+            async with asyncio.timeout(_END_TIMEOUT):
+                await self.stage.wait()
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                self.stage.kill()
+            await self.stage.wait()
+        for relay in self.relays:
+            await relay.close()
+        self.relays.clear()
+        await self.console.close()
+        await self.groups.remove(self.name)
+
 
 class SandboxDriver:
     """Makes sandboxes for one VMM. `groups` limits them; as root each gets a uid of its own."""
@@ -101,6 +110,11 @@ class SandboxDriver:
         self._bwrap = _program("bwrap")
         self._nft = _program("nft")
         self._filter = guest_filter()
+
+    @property
+    def level(self) -> str:
+        """Namespaces wherever it runs at all."""
+        return "Container"
 
     @property
     def missing(self) -> str | None:
@@ -155,7 +169,7 @@ class SandboxDriver:
             sandbox.control.send(b"go")
         except BaseException as error:
             _close(waiting)
-            await self.destroy(sandbox)
+            await sandbox.destroy()
             if isinstance(error, SandboxFailed | OSError):
                 reason = str(error) or type(error).__name__
                 raise SandboxFailed(f"the sandbox {name} could not be started: {reason}") from error
@@ -163,27 +177,6 @@ class SandboxDriver:
         finally:
             os.close(log_end)
         return sandbox
-
-    async def destroy(self, sandbox: Sandbox) -> None:
-        """Kill the whole tree and free everything. Safe to call again.
-
-        Raises:
-            TimeoutError: Something of it does not die.
-        """
-        self._groups.kill(sandbox.name)
-        sandbox.control.close()
-        try:
-            async with asyncio.timeout(_END_TIMEOUT):
-                await sandbox.stage.wait()
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                sandbox.stage.kill()
-            await sandbox.stage.wait()
-        for relay in sandbox.relays:
-            await relay.close()
-        sandbox.relays.clear()
-        await sandbox.console.close()
-        await self._groups.remove(sandbox.name)
 
     async def _spawn(self, name: str, log: Path) -> tuple[Sandbox, int]:
         console = Console(log)
