@@ -46,7 +46,8 @@ from platform_validator.daemon.pinning import Pinner
 from platform_validator.host_name import DEFAULT_HOST
 from platform_validator.jobs.lease import LeaseRules, TaskRenewer
 from platform_validator.keyring import Keyring
-from platform_validator.platform_client.memory import MemoryJob, MemoryPlatform
+from platform_validator.platform_client.memory import MemoryPlatform
+from platform_validator.platform_client.memory_job import MemoryJob
 from platform_validator.store.memory import MemoryStore
 from platform_validator.store.records import InstanceState, StateIdentity
 from platform_validator.telemetry.metrics import Metrics

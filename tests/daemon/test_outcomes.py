@@ -17,7 +17,7 @@ from platform_protocol.platform_messages import ReleaseReason
 from platform_protocol.session.messages import JobError
 from platform_validator.cvm.vmm import VmmAtCapacity, VmmRefused
 from platform_validator.daemon.engine import Engine
-from platform_validator.platform_client.memory import MAX_ATTEMPTS, MAX_SANDBOX_DEATHS
+from platform_validator.platform_client.memory_job import MAX_ATTEMPTS, MAX_SANDBOX_DEATHS
 from platform_validator.store.records import JobOutcome
 
 MANY = 1000

@@ -7,30 +7,28 @@ validator sees it. Faults are arranged a call at a time, before or after it took
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pydantic import ValidationError
 
 from platform_protocol.canonical import canonical_json
-from platform_protocol.ids import ChallengeId, ClaimId, Hotkey, JobId, LeaseToken, SubmissionId
+from platform_protocol.ids import ChallengeId, ClaimId, JobId, LeaseToken
 from platform_protocol.notifications import ChallengeUpdated, Hello, JobCancelled, NewJob
 from platform_protocol.platform_messages import (
     ActiveChallenge,
     Claim,
-    Lease,
     PendingJob,
     ReleaseReason,
     ResultBody,
-    SubmissionRef,
 )
 from platform_protocol.resources import Resources
 from platform_validator.platform_client.answers import read_json
 from platform_validator.platform_client.memory_client import MemoryPlatformClient
+from platform_validator.platform_client.memory_job import MemoryJob
 from platform_validator.platform_client.port import (
     AlreadyClaimed,
     HotkeyInUse,
@@ -43,41 +41,7 @@ from platform_validator.platform_client.port import (
     ResultRefused,
 )
 
-MAX_ATTEMPTS = 10
-MAX_SANDBOX_DEATHS = 5
 _SMALL = Resources(cpu_cores=1, memory_mb=256, disk_mb=512, gpu_count=0)
-
-
-@dataclass(slots=True)
-class MemoryJob:
-    """A job as the server holds it. `status`: pending, claimed, completed, failed or cancelled."""
-
-    id: JobId
-    challenge_id: ChallengeId
-    resources: Resources
-    timeout_s: int
-    payload: dict[str, Any]
-    job_name: str | None
-    priority: int
-    created_at: datetime
-    submission: bytes | None
-    status: str = "pending"
-    outcome: str | None = None
-    attempt: int = 0
-    token: LeaseToken | None = None
-    holder: tuple[str, ClaimId] | None = None
-    expires_at: datetime | None = None
-    released: set[LeaseToken] = field(default_factory=set)
-    body: bytes | None = None
-    result: ResultBody | None = None
-    releases: list[ReleaseReason] = field(default_factory=list)
-    lapses: int = 0
-    log_lines: list[str] = field(default_factory=list)
-
-    @property
-    def finished(self) -> bool:
-        """Whether nothing more can come of it."""
-        return self.status in {"completed", "failed", "cancelled"}
 
 
 @dataclass(slots=True)
@@ -103,7 +67,6 @@ class MemoryPlatform:
         self._now = now
         self._challenges: dict[ChallengeId, ActiveChallenge] = {}
         self.jobs: dict[JobId, MemoryJob] = {}
-        self._listed: dict[JobId, PendingJob] = {}
         self._ids = itertools.count(1)
         self._version = 0
         self._stream = 1
@@ -249,7 +212,7 @@ class MemoryPlatform:
         for job in rows:
             turn = turns[job.priority, job.challenge_id] = turns.get((job.priority, job.challenge_id), 0) + 1
             ranked.append((-job.priority, turn, job.created_at, job.id, job))
-        return [self._pending(each[-1]) for each in sorted(ranked, key=lambda each: each[:-1])[:limit]]
+        return [each[-1].listed() for each in sorted(ranked, key=lambda each: each[:-1])[:limit]]
 
     def claim(self, job_id: JobId, claim_id: ClaimId, hotkey: str) -> Claim:
         """A new token, or the same lease again for the same hotkey and claim id."""
@@ -266,7 +229,7 @@ class MemoryPlatform:
             job.holder = (hotkey, claim_id)
         job.status = "claimed"
         job.expires_at = self._now() + self.term
-        return self._granted(job, job.token)
+        return job.granted(job.token, self.term)
 
     def renew(self, job_id: JobId, token: LeaseToken) -> timedelta:
         """One more term, while nobody claimed since."""
@@ -281,8 +244,7 @@ class MemoryPlatform:
         self._held(job_id, token)
         job.released.add(token)
         job.releases.append(reason)
-        job.status, job.expires_at = "pending", None
-        self._limit(job)
+        job.given_back()
         if job.status == "pending":
             self._push(lambda seq: NewJob(seq=seq, job_id=job_id, challenge_id=job.challenge_id))
 
@@ -336,19 +298,6 @@ class MemoryPlatform:
         self._seq += 1
         self.push_hint(make(self._seq))
 
-    def _pending(self, job: MemoryJob) -> PendingJob:
-        """As it is listed, which never changes while it waits."""
-        if job.id not in self._listed:
-            self._listed[job.id] = PendingJob(
-                id=job.id,
-                challenge_id=job.challenge_id,
-                created_at=job.created_at,
-                priority=job.priority,
-                resources=job.resources,
-                timeout_s=job.timeout_s,
-            )
-        return self._listed[job.id]
-
     def _job(self, job_id: JobId) -> MemoryJob:
         job = self.jobs.get(job_id)
         if job is None:
@@ -368,36 +317,5 @@ class MemoryPlatform:
     def _reclaim(self) -> None:
         for job in self.jobs.values():
             if job.status == "claimed" and job.expires_at is not None and job.expires_at < self._now():
-                job.status, job.expires_at = "pending", None
                 job.lapses += 1
-                self._limit(job)
-
-    def _limit(self, job: MemoryJob) -> None:
-        counted = {ReleaseReason.INFRA, ReleaseReason.ATTESTATION_UNAVAILABLE}
-        if sum(reason in counted for reason in job.releases) + job.lapses >= MAX_ATTEMPTS:
-            job.status, job.outcome = "failed", "infra_error"
-        elif job.releases.count(ReleaseReason.SANDBOX_DIED) >= MAX_SANDBOX_DEATHS:
-            job.status, job.outcome = "failed", "sandbox_died"
-
-    def _granted(self, job: MemoryJob, token: LeaseToken) -> Claim:
-        submission = None
-        if job.submission is not None:
-            submission = SubmissionRef(
-                url=f"/submissions/{job.id}/bundle",
-                sha256=hashlib.sha256(job.submission).hexdigest(),
-                size=len(job.submission),
-                filename="submission.tar",
-            )
-        return Claim(
-            id=job.id,
-            challenge_id=job.challenge_id,
-            submission_id=SubmissionId(job.id) if submission else None,
-            miner_hotkey=Hotkey("miner-1"),
-            attempt=job.attempt,
-            lease=Lease(token=token, term_s=self.term.total_seconds()),
-            job_name=job.job_name,
-            payload=job.payload,
-            submission=submission,
-            timeout_s=job.timeout_s,
-            resources=job.resources,
-        )
+                job.given_back()

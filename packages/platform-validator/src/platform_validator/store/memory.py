@@ -32,8 +32,9 @@ from platform_validator.store.records import (
     VmRecord,
 )
 from platform_validator.store.value_memory import ValueMemory
+from platform_validator.store.vm_memory import VmMemory
 
-_STAGES, _PHASES = list(Stage), list(VmPhase)
+_STAGES = list(Stage)
 
 
 class MemoryStore:
@@ -46,7 +47,7 @@ class MemoryStore:
         self._identity = identity or StateIdentity(secrets.token_hex(5), str(uuid.uuid4()))
         self._jobs: dict[ClaimId, JobRecord] = {}
         self._outbox: dict[ClaimId, OutboxRecord] = {}
-        self._vms: dict[VmName, VmRecord] = {}
+        self._vms = VmMemory()
         self._instances: dict[str, InstanceRecord] = {}
         self._history: list[InstanceEvent] = []
         self._drained: dict[HostName, datetime] = {}
@@ -165,16 +166,11 @@ class MemoryStore:
             and _before(job.ended_at, ended_before)
             and job.claim_id not in self._outbox
         ]
-        vms = [
-            vm for vm in self._vms.values() if vm.phase is VmPhase.GONE and _before(vm.gone_at, ended_before)
-        ]
-        sessions = {vm.session_id for vm in vms}
         for job in jobs:
             del self._jobs[job.claim_id]
-        for vm in vms:
-            del self._vms[vm.name]
+        vms = self._vms.forget(gone_before=ended_before)
         self._history = [event for event in self._history if event.at >= ended_before]
-        self._values.forget(sessions=sessions, deleted_before=ended_before)
+        self._values.forget(sessions={vm.session_id for vm in vms}, deleted_before=ended_before)
         return len(jobs) + len(vms)
 
     # Outbox
@@ -212,59 +208,41 @@ class MemoryStore:
     async def intend_vm(self, record: VmRecord) -> None:
         """See the port."""
         self._check("intend_vm")
-        if record.name in self._vms:
-            raise DuplicateRecord(f"CVM {record.name} is there")
-        self._vms[record.name] = record
+        self._vms.intend(record)
 
     async def vm_created(self, name: VmName, vm_id: VmId) -> None:
         """See the port."""
         self._check("vm_created")
-        vm = self._vm(name)
-        phase = VmPhase.CREATED if vm.phase is VmPhase.INTENDED else vm.phase
-        self._vms[name] = replace(vm, vm_id=vm_id, phase=phase)
+        self._vms.created(name, vm_id)
 
     async def vm_phase(
         self, name: VmName, phase: VmPhase, *, at: datetime, reason: str | None = None
     ) -> None:
         """See the port."""
         self._check("vm_phase")
-        vm = self._vm(name)
-        if _PHASES.index(phase) > _PHASES.index(vm.phase):
-            self._vms[name] = replace(
-                vm,
-                phase=phase,
-                reason=vm.reason if reason is None else reason,
-                gone_at=at if phase is VmPhase.GONE else vm.gone_at,
-            )
+        self._vms.enter(name, phase, reason, at)
 
     async def vm_attested(self, name: VmName, *, attestation: str, vm_instance: str | None) -> None:
         """See the port."""
         self._check("vm_attested")
-        vm = self._vm(name)
-        others = (one for one in self._vms.values() if one.name != name)
-        if vm_instance is not None and any(one.vm_instance == vm_instance for one in others):
-            raise DuplicateRecord(f"another CVM has instance id {vm_instance}")
-        self._vms[name] = replace(vm, attestation=attestation, vm_instance=vm_instance)
+        self._vms.attested(name, attestation, vm_instance)
 
     async def vm_assigned(self, name: VmName, claim_id: ClaimId) -> None:
         """See the port."""
         self._check("vm_assigned")
-        vm = self._vm(name)
-        if vm.claim_id is not None:
-            raise DuplicateRecord(f"CVM {name} was taken by {vm.claim_id}")
         job = self._job(claim_id)
-        self._vms[name] = replace(vm, claim_id=claim_id)
+        self._vms.assign(name, claim_id)
         self._jobs[claim_id] = replace(job, vm=name)
 
     async def vm(self, name: VmName) -> VmRecord | None:
         """See the port."""
         self._check("vm")
-        return self._vms.get(name)
+        return self._vms.one(name)
 
     async def open_vms(self) -> Sequence[VmRecord]:
         """See the port."""
         self._check("open_vms")
-        return [vm for vm in self._vms.values() if vm.phase is not VmPhase.GONE]
+        return self._vms.open()
 
     # Hosts
 
@@ -401,11 +379,6 @@ class MemoryStore:
         if claim_id not in self._jobs:
             raise UnknownRecord(f"no claim {claim_id}")
         return self._jobs[claim_id]
-
-    def _vm(self, name: VmName) -> VmRecord:
-        if name not in self._vms:
-            raise UnknownRecord(f"no CVM {name}")
-        return self._vms[name]
 
 
 def _before(moment: datetime | None, limit: datetime) -> bool:
