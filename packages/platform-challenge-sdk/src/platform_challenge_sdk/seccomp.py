@@ -1,76 +1,139 @@
-"""The submission's own system call filter: what a program needs, without the kernel's odd corners.
+"""The submission's own system call filter: an allow list of what ordinary programs need.
 
-A classic BPF program for x86-64, as `seccomp(2)` takes it and bubblewrap loads it. Names and numbers are
-the kernel's (arch/x86/entry/syscalls/syscall_64.tbl, Linux 6.10).
+A classic BPF program, as `seccomp(2)` takes it: bubblewrap loads it, or the stage where there is none.
+What is not on the list does not exist (ENOSYS), so that libraries fall back; what depends on its arguments,
+or is refused because a namespace is missing, says so (EPERM, EACCES).
 """
 
 from __future__ import annotations
 
+import errno
+import platform
 import struct
+from dataclasses import dataclass
 
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+from platform_challenge_sdk.syscalls import numbers
+
+_LOAD, _MASK, _RETURN = 0x20, 0x54, 0x06
+_EQUAL, _ABOVE, _AT_LEAST, _ANY_BIT = 0x15, 0x25, 0x35, 0x45
 _NUMBER, _ARCH = 0, 4
-_X86_64 = 0xC000003E
+AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+"""The machines whose numbers are known, and Linux's name for their calling convention."""
 _X32 = 0x40000000
-_FIRST_UNKNOWN = 463
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_EPERM, _ENOSYS, _EAFNOSUPPORT = 1, 38, 97
-
-_DENIED = {
-    "mount": 165, "umount2": 166, "pivot_root": 155, "chroot": 161, "open_tree": 428, "move_mount": 429,
-    "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433, "mount_setattr": 442, "statmount": 457,
-    "listmount": 458, "setns": 308, "unshare": 272, "ptrace": 101, "process_vm_readv": 310,
-    "process_vm_writev": 311, "process_madvise": 440, "pidfd_getfd": 438, "kcmp": 312, "bpf": 321,
-    "perf_event_open": 298, "userfaultfd": 323, "io_uring_setup": 425, "io_uring_enter": 426,
-    "io_uring_register": 427, "add_key": 248, "request_key": 249, "keyctl": 250, "kexec_load": 246,
-    "kexec_file_load": 320, "create_module": 174, "init_module": 175, "delete_module": 176,
-    "get_kernel_syms": 177, "query_module": 178, "finit_module": 313, "reboot": 169, "swapon": 167,
-    "swapoff": 168, "acct": 163, "quotactl": 179, "quotactl_fd": 443, "nfsservctl": 180, "syslog": 103,
-    "iopl": 172, "ioperm": 173, "settimeofday": 164, "clock_settime": 227, "clock_adjtime": 305,
-    "adjtimex": 159, "sethostname": 170, "setdomainname": 171, "name_to_handle_at": 303,
-    "open_by_handle_at": 304, "fanotify_init": 300, "fanotify_mark": 301, "mbind": 237,
-    "set_mempolicy": 238, "get_mempolicy": 239, "migrate_pages": 256, "move_pages": 279,
-    "set_mempolicy_home_node": 450, "vmsplice": 278, "modify_ldt": 154, "memfd_secret": 447,
-    "personality": 135, "mknod": 133, "mknodat": 259, "lookup_dcookie": 212, "uselib": 134, "ustat": 136,
-    "sysfs": 139, "_sysctl": 156, "vhangup": 153,
-}  # fmt: skip
-_CLONE, _CLONE3, _SOCKET, _IOCTL = 56, 435, 41, 16
 _NEW_NAMESPACES = 0x7E020000
 _UNIX, _INET, _INET6, _NETLINK = 1, 2, 10, 16
+_STREAM, _SEQPACKET, _TYPE_BITS = 1, 5, 0xF
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
 
+_SOCKETS = ("socket", "connect", "bind", "listen", "accept", "accept4")
+_OF_OTHERS = ("setpriority", "ioprio_set")
+_OF_A_PROCESS = ("prlimit64", "sched_setaffinity", "sched_setattr", "sched_setparam", "sched_setscheduler")
+_OF_A_FILE = (
+    "chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "fchownat", "lchown", "utime", "utimes",
+    "futimesat", "utimensat", "setxattr", "lsetxattr", "fsetxattr", "setxattrat", "removexattr",
+    "lremovexattr", "fremovexattr", "removexattrat",
+)  # fmt: skip
 
-def submission_filter() -> bytes:
+
+@dataclass(frozen=True, slots=True)
+class Walls:
+    """What else stands around a submission; each that is missing closes more calls.
+
+    `network`: a network namespace of its own; without it there are no sockets but connected pairs.
+    `mounts`: a mount namespace; without it, no watching of files that it may not read. `identity`: a pid
+    namespace or a uid of its own; without it nothing that changes other processes' limits or priorities,
+    and no change of files' modes, owners, times and attributes, which Landlock does not keep in.
+    `truncation`: the file system's walls know truncate(2) (Landlock from version 3).
+    """
+
+    network: bool = True
+    mounts: bool = True
+    identity: bool = True
+    truncation: bool = True
+
+
+def submission_filter(walls: Walls | None = None, machine: str | None = None) -> bytes:
     """The filter, an array of `struct sock_filter`.
 
-    Another architecture's and x32's calls kill the process. clone3 does not exist, since its flags cannot
-    be read here: glibc then uses clone. Sockets are Unix, IPv4, IPv6 and route netlink; there is no vsock,
-    which no network namespace would keep in. Numbers that this table does not know do not exist.
+    Another architecture's and x32's calls kill the process. clone3 is not on the list, since its flags
+    cannot be read here: glibc then uses clone. Sockets are Unix, IPv4, IPv6 and route netlink; there is no
+    vsock, which no network namespace would keep in.
+
+    Raises:
+        ValueError: A machine whose numbers are not known.
     """
-    program = [
-        _load(_ARCH),
-        _jump(_EQUAL, _X86_64, yes=1),
-        _give(_KILL),
-        _load(_NUMBER),
-        *_when(_AT_LEAST, _X32, _KILL),
-        *_when(_AT_LEAST, _FIRST_UNKNOWN, _ERRNO | _ENOSYS),
-        *_when(_EQUAL, _CLONE3, _ERRNO | _ENOSYS),
-    ]
-    for number in _DENIED.values():
-        program += _when(_EQUAL, number, _ERRNO | _EPERM)
-    clone = [_load(_argument(0)), *_when(_ANY_BIT, _NEW_NAMESPACES, _ERRNO | _EPERM), _give(_ALLOW)]
+    walls, machine = walls or Walls(), machine or platform.machine()
+    if machine not in AUDIT:
+        raise ValueError(f"expected one of {', '.join(AUDIT)} for the system call filter, got {machine}")
+    known = numbers(machine)
+    refused = _refused(walls)
+    checked = {name: block for name, block in _checked(walls).items() if name not in refused}
+    program = [_load(_ARCH), _jump(_EQUAL, AUDIT[machine], yes=1), _give(_KILL), _load(_NUMBER)]
+    program += _when(_AT_LEAST, _X32, _KILL)
+    for name, block in checked.items():
+        program += [_jump(_EQUAL, known[name], no=len(block)), *block]
+    for name, number in refused.items():
+        if name in known:
+            program += _when(_EQUAL, known[name], _ERRNO | number)
+    free = sorted(number for name, number in known.items() if name not in checked and name not in refused)
+    for first, last in _ranges(free):
+        # In ascending order: what is below a range lies in the gap before it.
+        program += [_jump(_AT_LEAST, first, yes=1), _give(_ERRNO | errno.ENOSYS)]
+        program += [_jump(_ABOVE, last, yes=1), _give(_ALLOW)]
+    return b"".join([*program, _give(_ERRNO | errno.ENOSYS)])
+
+
+def _refused(walls: Walls) -> dict[str, int]:
+    refused: dict[str, int] = {}
+    if not walls.network:
+        refused |= dict.fromkeys(_SOCKETS, errno.EACCES)
+    if not walls.mounts:
+        refused["inotify_add_watch"] = errno.EACCES
+    if not walls.truncation:
+        refused["truncate"] = errno.EACCES
+    if not walls.identity:
+        refused |= dict.fromkeys((*_OF_OTHERS, *_OF_A_FILE), errno.EPERM)
+    return refused
+
+
+def _checked(walls: Walls) -> dict[str, list[bytes]]:
+    """Blocks that look at a call's arguments and always end in a verdict."""
+    no_family = _give(_ERRNO | errno.EAFNOSUPPORT)
     socket = [_load(_argument(0))]
     for family in (_UNIX, _INET, _INET6):
         socket += _when(_EQUAL, family, _ALLOW)
-    socket += [_jump(_EQUAL, _NETLINK, yes=1), _give(_ERRNO | _EAFNOSUPPORT), _load(_argument(2))]
-    socket += [*_when(_EQUAL, 0, _ALLOW), _give(_ERRNO | _EAFNOSUPPORT)]
+    socket += [_jump(_EQUAL, _NETLINK, yes=1), no_family, _load(_argument(2))]
+    socket += [*_when(_EQUAL, 0, _ALLOW), no_family]
     ioctl = [_load(_argument(1))]
     for request in (_TIOCSTI, _TIOCLINUX):
-        ioctl += _when(_EQUAL, request, _ERRNO | _EPERM)
-    ioctl.append(_give(_ALLOW))
-    for number, block in ((_CLONE, clone), (_SOCKET, socket), (_IOCTL, ioctl)):
-        program += [_jump(_EQUAL, number, no=len(block)), *block]
-    return b"".join([*program, _give(_ALLOW)])
+        ioctl += _when(_EQUAL, request, _ERRNO | errno.EPERM)
+    new_namespaces = _when(_ANY_BIT, _NEW_NAMESPACES, _ERRNO | errno.EPERM)
+    checked = {
+        "clone": [_load(_argument(0)), *new_namespaces, _give(_ALLOW)],
+        "socket": socket,
+        "ioctl": [*ioctl, _give(_ALLOW)],
+    }
+    if not walls.network:
+        # Pairs of datagram sockets could still send to a name; these two kinds only to each other.
+        pairs = [_load(_argument(1)), struct.pack("=HBBI", _MASK, 0, 0, _TYPE_BITS)]
+        pairs += [*_when(_EQUAL, _STREAM, _ALLOW), *_when(_EQUAL, _SEQPACKET, _ALLOW)]
+        checked["socketpair"] = [*pairs, _give(_ERRNO | errno.EACCES)]
+    if not walls.identity:
+        own = [_load(_argument(0)), *_when(_EQUAL, 0, _ALLOW), _give(_ERRNO | errno.EPERM)]
+        checked |= dict.fromkeys(_OF_A_PROCESS, own)
+    return checked
+
+
+def _ranges(found: list[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as (first, last) of each unbroken run."""
+    runs: list[tuple[int, int]] = []
+    for number in found:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    return runs
 
 
 def _argument(index: int) -> int:
