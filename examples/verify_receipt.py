@@ -1,9 +1,9 @@
 """Verify a receipt without the validator's code: DSSE, in-toto, sr25519, and the quote where there is one.
 
-    python examples/verify_receipt.py RECEIPT.json [SIMULATED_ROOT.pem COLLATERAL.json]
+    python examples/verify_receipt.py RECEIPT.json [SIMULATED_ROOT.pem COLLATERAL.json [IMAGES.toml]]
 
-Needs py-sr25519-bindings, base58, rfc8785, cryptography and dcap-qvl, and nothing of this project.
-Prints a line for each thing that holds; ends with 1 at the first that does not.
+Needs py-sr25519-bindings, base58, rfc8785, cryptography and dcap-qvl, and nothing of this project. Prints a
+line for each thing that holds; ends with 1 at the first that does not.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import json
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,22 @@ def replayed(events: list[dict[str, Any]], register: int) -> bytes:
     return value
 
 
+def check_image(told: dict[str, Any], report: Any) -> None:
+    """What the validator says of the OS image, and the registers against pinned images that were given."""
+    print("os image:", *(told.get(key) for key in ("image", "trust", "first_use", "origin")))
+    if len(sys.argv) <= 4:
+        print("not checked: the OS image (give the images that you trust)")
+        return
+    named = {"mrtd": report.mr_td, "rtmr0": report.rt_mr0, "rtmr1": report.rt_mr1, "rtmr2": report.rt_mr2}
+    wanted: dict[str, Any] = {name: bytes(value).hex() for name, value in named.items()}
+    wanted |= {key: told.get(key) for key in ("image", "cpu", "memory_mb", "gpus")}
+    pinned = tomllib.loads(Path(sys.argv[4]).read_text())["pinned"]
+    require(any(wanted.items() <= one.items() for one in pinned), "the image is one of those that were given")
+
+
 def check_evidence(predicate: dict[str, Any], root: bytes | None, collateral: str | None) -> None:
     """The quote binds the record; the event log replays, and measured the app-compose; then the chain."""
-    raw = base64.b64decode(predicate["quote"])
-    report = dcap_qvl.parse_quote(raw).report
+    report = dcap_qvl.parse_quote(raw := base64.b64decode(predicate["quote"])).report
     digest = hashlib.sha256(predicate["record"].encode()).digest()
     bound = hashlib.sha512(b"platform-result-v1\0" + digest).digest()
     require(bytes(report.report_data) == bound, "the quote binds the record")
@@ -109,6 +122,7 @@ def check_evidence(predicate: dict[str, Any], root: bytes | None, collateral: st
         require(replayed(events, number) == bytes(register), f"the event log replays to RTMR{number}")
     measured = [event["event_payload"] for event in events if event["event"] == "compose-hash"]
     require(measured == [sha256(predicate["app_compose"].encode())], "the CVM measured this app-compose")
+    check_image(predicate.get("os_image") or {"image": "not said"}, report)
     if collateral is None:
         print("not checked: the quote's signatures (give root and collateral)")
         return

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.attestation import forge
-from tests.attestation.evidence import COMPOSE, World
+from tests.attestation.evidence import COMPOSE, IMAGE, SHAPE, World
 
 from platform_protocol.canonical import canonical_json
 from platform_protocol.evidence import result_record, result_report_data
 from platform_protocol.ids import ChallengeId, Hotkey, JobId
 from platform_protocol.receipts import ReceiptFacts, logs_digest, seal_receipt
 from platform_protocol.signing import Keypair
+from platform_validator.attestation.os_image import ImageTrust, KnownImages, Trust
 from platform_validator.attestation.receipt_check import Given, Verdict, check_receipt
 
 KEYPAIR = Keypair.from_seed(b"r" * 32)
@@ -61,6 +62,13 @@ def evidence(world: World, text: str, **td: Any) -> tuple[str, str]:
     return base64.b64encode(made.quote or b"").decode(), made.event_log
 
 
+def told(**changed: Any) -> dict[str, Any]:
+    """How the OS image came to be trusted, as the receipt says."""
+    first = "2026-01-01T00:00:00Z"
+    trust = ImageTrust(Trust.FIRST_USE, IMAGE, SHAPE, "first use (measured)", first)
+    return {**json.loads(trust.told()), **changed}
+
+
 def facts(world: World, **changed: Any) -> ReceiptFacts:
     """What an honest receipt says, but for what is given."""
     text = record(world)
@@ -80,6 +88,7 @@ def facts(world: World, **changed: Any) -> ReceiptFacts:
         session=2,
         claimed_at="2026-01-01T00:00:00Z",
         sealed_at="2026-01-01T00:01:00Z",
+        os_image=told(),
     )
     return replace(honest, **changed)
 
@@ -92,6 +101,7 @@ def given(world: World, **changed: Any) -> Given:
         compose=COMPOSE,
         collateral=json.dumps(forge.collateral(world.pki)),
         root=world.pki.root.der,
+        images=world.images(),
     )
     return replace(held, **changed)
 
@@ -252,6 +262,20 @@ def receipts() -> list[ReceiptCase]:
             lambda world: _log(world, lambda events: events.insert(3, events.pop())),
         ),
         _said("no event log", "event_log", lambda _: {"event_log": ""}),
+        _said("another image", "os_image", lambda _: {"os_image": told(image="another")}),
+        _said("another shape", "os_image", lambda _: {"os_image": told(memory_mb=4096)}),
+        _said("a kind of trust that is none", "os_image", lambda _: {"os_image": told(trust="vouched")}),
+        _said(
+            "an image without its shape",
+            "os_image",
+            lambda _: {"os_image": {"trust": "pinned", "image": IMAGE}},
+        ),
+        _said(
+            "another image's registers",
+            "os_image",
+            lambda world: _for(world, record(world), mrtd=b"m" * 48),
+        ),
+        _held("images that know no such one", "os_image", images=lambda _: KnownImages()),
         _said(
             "registers of another boot",
             "event_log",

@@ -25,6 +25,7 @@ from platform_protocol.ids import ChallengeId, Hotkey, JobId
 from platform_protocol.platform_messages import ActiveChallenge, IsolationLevel
 from platform_protocol.resources import Resources
 from platform_protocol.session.messages import JobExecute
+from platform_protocol.signing import Keypair
 from platform_validator.attestation.checks import Outcomes
 from platform_validator.attestation.collateral import CollateralUnavailable
 from platform_validator.attestation.collateral_cache import CollateralCache
@@ -45,6 +46,7 @@ from platform_validator.daemon.parts import Outside, make_components, make_value
 from platform_validator.daemon.pinning import Pinner
 from platform_validator.host_name import DEFAULT_HOST
 from platform_validator.jobs.lease import LeaseRules, TaskRenewer
+from platform_validator.jobs.receipts import ReceiptMaker
 from platform_validator.keyring import Keyring
 from platform_validator.platform_client.memory import MemoryPlatform
 from platform_validator.platform_client.memory_job import MemoryJob
@@ -54,7 +56,8 @@ from platform_validator.telemetry.metrics import Metrics
 from platform_validator.values.keys import MemoryKeys
 
 CHALLENGE = ChallengeId("00000000-0000-4000-8000-0000000000c1")
-HOTKEY = "5H728gLgx4yuCSVEwGCAfLo3RtzTau9F6cTNqNJtrqqjACWq"
+KEYPAIR = Keypair.from_seed(b"t" * 32)
+HOTKEY = KEYPAIR.address
 SUBMISSION = b"the miner's own submission"
 SHAPE = Shape(1, 256)
 _SIZE = Resources(cpu_cores=1, memory_mb=256, disk_mb=512)
@@ -178,6 +181,7 @@ class TeeHouse:
             values=make_values(settings, MemoryKeys(), store=self.store, clock=self.clock),
             metrics=metrics,
             cache=folder,
+            receipts=ReceiptMaker(KEYPAIR, self.clock),
         )
         self.pinner = Pinner(
             fleet=parts.fleet,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
-from tests.attestation.tee import SHAPE, Boot, TeeHouse
+from tests.attestation.tee import CHALLENGE, SHAPE, Boot, TeeHouse
 
+from platform_protocol.receipts import open_receipt
 from platform_validator.attestation.os_image import Shape
 from platform_validator.cvm.memory import IMAGE
 from platform_validator.daemon.pinning import Pinning, PinState
@@ -42,6 +44,29 @@ async def test_what_an_unknown_image_measures_is_found_and_makes_it_known(tmp_pa
             runner._retry_at = 0.0
             runner.wake()
         await house.state(InstanceState.ACTIVE)
+        # And its receipts say so from then on; the journal had it before anything went in.
+        job = house.submit()
+        while not job.finished:
+            await asyncio.sleep(0.005)
+        assert job.result is not None
+        facts = open_receipt(job.result.receipt or {}).facts
+        expected = {
+            "trust": "pinned_first_use",
+            "image": IMAGE,
+            "cpu": 1,
+            "memory_mb": 256,
+            "gpus": 0,
+            "origin": found.pinned.origin,
+            "first_use": "2026-06-01T12:00:00Z",
+        }
+        assert facts.os_image == expected
+        told = [
+            vm.os_image
+            for vm in house.store._vms._vms.values()
+            if vm.challenge_id == CHALLENGE and vm.os_image
+        ]
+        assert [json.loads(one) for one in told] == [expected] * len(told)
+        assert told
 
 
 async def test_a_cvm_that_fails_another_check_is_not_pinned(tmp_path: Path) -> None:

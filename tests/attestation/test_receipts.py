@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from securesystemslib.dsse import Envelope
 from tests.attestation.evidence import World
-from tests.attestation.tampered_receipts import KEYPAIR, ReceiptCase, facts, given, receipts, result
+from tests.attestation.tampered_receipts import KEYPAIR, ReceiptCase, facts, given, receipts, result, told
 from typer.testing import CliRunner
 
-from platform_protocol.canonical import sha256_hex
-from platform_protocol.receipts import ReceiptInvalid, open_receipt, seal_receipt
+from platform_protocol.canonical import canonical_json, sha256_hex
+from platform_protocol.receipts import PAYLOAD_TYPE, ReceiptInvalid, _HotkeySigner, open_receipt, seal_receipt
+from platform_validator.attestation.os_image import ImagesFile
 from platform_validator.attestation.receipt_check import Verdict, check_receipt, summary
 from platform_validator.cli.main import app
+
+PROGRAM = Path(__file__).resolve().parents[2] / "examples" / "verify_receipt.py"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +35,17 @@ def test_an_honest_receipt_is_proved_in_everything(world: World) -> None:
     """Against its validator, challenge, root and collateral."""
     found = check_receipt(seal_receipt(KEYPAIR, facts(world)), given(world))
     assert {one.name: one.verdict for one in found} == dict.fromkeys(
-        ("signature", "subject", "record", "compose", "challenge", "binding", "chain", "event_log"),
+        (
+            "signature",
+            "subject",
+            "record",
+            "compose",
+            "challenge",
+            "binding",
+            "chain",
+            "event_log",
+            "os_image",
+        ),
         Verdict.PROVED,
     )
     assert "SIMULATED" in next(one.detail for one in found if one.name == "chain")
@@ -42,10 +59,10 @@ def test_a_receipt_that_lies_or_was_changed_is_refuted_by_name(case: ReceiptCase
 
 def test_what_is_not_given_is_not_checkable(world: World) -> None:
     """And not taken for proved."""
-    bare = given(world, validator=None, compose=None, collateral=None, root=None)
+    bare = given(world, validator=None, compose=None, collateral=None, root=None, images=None)
     found = check_receipt(seal_receipt(KEYPAIR, facts(world)), bare)
     left = {one.name for one in found if one.verdict is Verdict.NOT_CHECKABLE}
-    assert left == {"challenge", "chain"}
+    assert left == {"challenge", "chain", "os_image"}
     assert summary(found) is Verdict.NOT_CHECKABLE
 
 
@@ -67,9 +84,73 @@ def test_a_receipt_without_evidence_says_why_and_proves_less(world: World, absen
         "binding",
         "chain",
         "event_log",
+        "os_image",
     }
     assert not [one for one in found if one.verdict is Verdict.REFUTED]
     assert absent in next(one.detail for one in found if one.name == "record")
+
+
+@pytest.mark.parametrize(
+    ("trust", "says"),
+    [
+        ("pinned_first_use", "TRUSTED IT ON FIRST USE, 2026-01-01T00:00:00Z (first use (measured))"),
+        ("pinned", "by an entry of its own (first use (measured))"),
+        ("published", "as published"),
+        ("unknown", "DID NOT KNOW IT"),
+        ("not_checked", "did not check it"),
+    ],
+)
+def test_how_the_image_came_to_be_trusted_is_told_and_not_taken_for_proved(
+    world: World, trust: str, says: str
+) -> None:
+    """It is the validator's word, until the reader has images that he trusts himself."""
+    envelope = seal_receipt(KEYPAIR, facts(world, os_image=told(trust=trust)))
+    line = next(one for one in check_receipt(envelope, given(world, images=None)) if one.name == "os_image")
+    assert line.verdict is Verdict.NOT_CHECKABLE
+    assert says in line.detail
+    assert "--images FILE" in line.detail
+    line = next(one for one in check_receipt(envelope, given(world)) if one.name == "os_image")
+    assert line.verdict is Verdict.PROVED
+    assert "known here: tests" in line.detail
+    assert says in line.detail
+
+
+def test_the_second_program_tells_and_checks_the_image_too(world: World, tmp_path: Path) -> None:
+    """`examples/verify_receipt.py` over a receipt of a generated quote: by two entries."""
+    known, other = world.images().pinned[0], replace(world.images().pinned[0], rtmr2="00" * 48)
+    (tmp_path / "receipt.json").write_text(json.dumps(seal_receipt(KEYPAIR, facts(world))))
+    (tmp_path / "root.pem").write_text(world.pki.root.pem)
+    (tmp_path / "collateral.json").write_text(given(world).collateral or "")
+    ends = {}
+    for name, entry in (("known", known), ("other", other)):
+        ImagesFile(tmp_path / name).add(entry)
+        done = subprocess.run(
+            [
+                sys.executable,
+                str(PROGRAM),
+                *(str(tmp_path / one) for one in ("receipt.json", "root.pem", "collateral.json", name)),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert "pinned_first_use 2026-01-01T00:00:00Z first use (measured)" in done.stdout
+        ends[name] = "the image is one of those" in done.stdout, "REFUTED: the image" in done.stderr
+    assert ends == {"known": (True, False), "other": (False, True)}
+
+
+def test_a_receipt_from_before_they_named_the_image_is_read_and_says_so(world: World) -> None:
+    """Signed without the key, as earlier versions did: everything else is proved as ever."""
+    envelope = seal_receipt(KEYPAIR, facts(world))
+    statement = json.loads(base64.b64decode(envelope["payload"]))
+    del statement["predicate"]["os_image"]
+    older = Envelope(canonical_json(statement), PAYLOAD_TYPE, {})
+    older.sign(_HotkeySigner(KEYPAIR))
+    found = check_receipt(older.to_dict(), given(world))
+    assert {one.name for one in found if one.verdict is not Verdict.PROVED} == {"os_image"}
+    assert found[-1].verdict is Verdict.NOT_CHECKABLE
+    assert "does not say which image" in found[-1].detail
 
 
 def test_a_receipt_is_a_dsse_envelope_over_an_in_toto_statement(world: World) -> None:
@@ -137,6 +218,14 @@ def test_the_command_s_exit_codes(world: World, tmp_path: Path) -> None:
     checks = {one["check"]: one["verdict"] for one in json.loads(shown)["checks"]}
     assert code == 3
     assert checks["chain"] == "proved"
+    assert checks["os_image"] == "not_checkable"
+    images = ImagesFile(tmp_path / "images.toml")
+    assert run(str(path), "--images", str(images.path))[0] == 2
+    images.add(world.images().pinned[0])
+    code, shown = run(str(path), "--images", str(images.path))
+    assert "proved        os_image" in shown
+    images.path.write_text("[[pinned]]")
+    assert run(str(path), "--images", str(images.path))[0] == 2
     path.write_text("no JSON")
     assert run(str(path))[0] == 2
     assert run(str(tmp_path / "nothing"))[0] == 2

@@ -25,10 +25,12 @@ from platform_validator.attestation.mr_config import BoundApp, check_mr_config_i
 from platform_validator.attestation.os_image import (
     ImagesFile,
     ImagesInvalid,
+    ImageTrust,
     KnownImages,
     Pinned,
     Published,
     Shape,
+    Trust,
     check_os_image,
     read_images,
 )
@@ -180,16 +182,24 @@ def identity(events: list[Event] | None = None) -> Identity:
     return Identity("", "", "", "none", "", tuple(EVENTS if events is None else events))
 
 
+def trusted(
+    known: KnownImages, found: QuoteBody, image: str = "dstack-0.5.5", shape: Shape = PINNED.shape
+) -> ImageTrust | str:
+    return check_os_image(known, found, identity(), image=image, shape=shape, vm_config="{}")
+
+
 def judged(
     known: KnownImages, found: QuoteBody, image: str = "dstack-0.5.5", shape: Shape = PINNED.shape
 ) -> str:
-    return str(check_os_image(known, found, identity(), image=image, shape=shape, vm_config="{}"))
+    """What is wrong with it, if anything is."""
+    trust = trusted(known, found, image, shape)
+    return trust if isinstance(trust, str) else "trusted"
 
 
 def test_what_was_pinned_is_known_and_nothing_else() -> None:
     """Another shape or image names the command; another register is named with both values."""
     known = KnownImages((PINNED,))
-    assert judged(known, body()) == "None"
+    assert judged(known, body()) == "trusted"
     assert "--image dstack-0.5.5 --cpu 8 --memory 8192" in judged(known, body(), shape=Shape(8, 8192))
     assert "--gpus 1" in judged(known, body(), shape=Shape(4, 8192, 1))
     assert "--image other" in judged(known, body(), image="other")
@@ -204,8 +214,50 @@ def test_entries_of_one_shape_are_alternatives() -> None:
     """Another QEMU adds pages in another order."""
     other = replace(PINNED, mrtd="bb" * 48)
     known = KnownImages((other, PINNED))
-    assert judged(known, body()) == "None"
+    assert judged(known, body()) == "trusted"
     assert "something else" in judged(KnownImages((other,)), body())
+
+
+FIRST_USE = replace(PINNED, origin="first use (measured)", first_use="2026-11-25T12:00:00Z")
+
+
+@pytest.mark.parametrize(
+    ("entries", "trust"),
+    [
+        ((PINNED,), ImageTrust(Trust.PINNED, "dstack-0.5.5", Shape(4, 8192), "by hand")),
+        (
+            (FIRST_USE,),
+            ImageTrust(
+                Trust.FIRST_USE,
+                "dstack-0.5.5",
+                Shape(4, 8192),
+                "first use (measured)",
+                "2026-11-25T12:00:00Z",
+            ),
+        ),
+        ((FIRST_USE, PINNED), ImageTrust(Trust.PINNED, "dstack-0.5.5", Shape(4, 8192), "by hand")),
+    ],
+    ids=["by hand", "first use", "first use, then vouched for"],
+)
+def test_how_an_image_came_to_be_trusted_is_told(entries: tuple[Pinned, ...], trust: ImageTrust) -> None:
+    """First use is called that, until somebody vouches for the same values."""
+    assert trusted(KnownImages(entries), body()) == trust
+
+
+def test_what_an_earlier_pin_wrote_is_first_use_too(tmp_path: Path) -> None:
+    """Its origin begins so; entries of today say so in a line of its own, what is no time is refused."""
+    file = ImagesFile(tmp_path / "images.toml")
+    file.add(FIRST_USE)
+    assert file.known().pinned == (FIRST_USE,)
+    assert 'first_use = "2026-11-25T12:00:00Z"' in file.path.read_text()
+    for word in ("", "simulated, "):
+        old = f"first use ({word}measured 2026-06-01T12:00:00Z on unix:/vmm.sock, platform 00)"
+        file = ImagesFile(tmp_path / f"{len(word)}.toml")
+        file.add(replace(PINNED, origin=old))
+        [read] = file.known().pinned
+        assert read.first_use == "2026-06-01T12:00:00Z"
+    with pytest.raises(ImagesInvalid, match="first_use"):
+        ImagesFile(tmp_path / "wrong.toml").add(replace(PINNED, first_use="yesterday"))
 
 
 def test_registers_are_not_mixed_from_two_entries() -> None:
@@ -273,14 +325,20 @@ def test_a_changed_file_is_read_again_and_a_removed_one_knows_nothing(tmp_path: 
 
 def published(vm_config: str, shape: Shape = Shape(2, 2048), found: QuoteBody = BODY) -> str:  # noqa: B008 - a value
     known = KnownImages((), (Published("dstack-0.6.0", CONFIG["os_image_hash"], "its publisher"),))
-    return str(
-        check_os_image(known, found, identity(), image="dstack-0.6.0", shape=shape, vm_config=vm_config)
+    trust = check_os_image(known, found, identity(), image="dstack-0.6.0", shape=shape, vm_config=vm_config)
+    if isinstance(trust, str):
+        return trust
+    # Its document goes with it, so that whoever reads the receipt can compute the same.
+    expected = ImageTrust(
+        Trust.PUBLISHED, "dstack-0.6.0", shape, "its publisher", vm_config=LITE["vm_config"]
     )
+    assert trust == expected
+    return "trusted"
 
 
 def test_a_published_image_is_computed_from_its_own_document() -> None:
     """MRTD and RTMR0 to 2 of a real machine of 2 GiB; a register that is not so is named."""
-    assert published(LITE["vm_config"]) == "None"
+    assert published(LITE["vm_config"]) == "trusted"
     other = replace(BODY, rtmrs=(bytes(48), *BODY.rtmrs[1:]))
     assert (
         published(LITE["vm_config"], found=other) == "the published image does not boot to the measured RTMR0"

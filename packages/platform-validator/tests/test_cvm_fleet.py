@@ -695,6 +695,22 @@ async def test_a_running_job_is_adopted_by_a_later_process(make_world: MakeWorld
     assert (len(guest.orders), len(guest.configured)) == (1, 1)
 
 
+async def test_what_receipts_tell_of_the_os_image_outlives_the_process(make_world: MakeWorld) -> None:
+    """It was journaled before anything went in; who adopts the CVM tells the same."""
+    world, told = await make_world(), '{"trust":"pinned_first_use"}'
+    cvm = await world.boot()
+    await world.store.vm_attested(cvm.name, attestation="none", vm_instance=None, os_image=told)
+    cvm.session.close()
+    fleet = restarted(world, Quota(LIMITS))
+    await fleet.restore()
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(fleet.run())
+        while fleet._tasks is None:
+            await asyncio.sleep(0)
+        assert (await fleet.adopt(cvm.name, PLAN)).os_image == told
+        running.cancel()
+
+
 async def test_a_vmm_that_restarts_ends_neither_a_boot_nor_an_adoption(make_world: MakeWorld) -> None:
     """Its VMs go on without it, as dstack's do: it is asked again until it is back."""
     world = await make_world()

@@ -74,7 +74,9 @@ WRITES: dict[str, Callable[[Store], Awaitable[object]]] = {
     "intend_vm": lambda store: store.intend_vm(cvm(9)),
     "vm_created": lambda store: store.vm_created(VM, VmId("id")),
     "vm_phase": lambda store: store.vm_phase(VM, VmPhase.DESTROYING, at=NOW, reason="x"),
-    "vm_attested": lambda store: store.vm_attested(VM, attestation="simulated", vm_instance="aa"),
+    "vm_attested": lambda store: store.vm_attested(
+        VM, attestation="simulated", vm_instance="aa", os_image="{}"
+    ),
     "vm_assigned": lambda store: store.vm_assigned(VM, OPEN),
     "drain_host": lambda store: store.drain_host(HostName("one"), at=NOW),
     "undrain_host": lambda store: store.undrain_host(HostName("other")),

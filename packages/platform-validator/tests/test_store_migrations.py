@@ -209,6 +209,7 @@ async def test_an_older_journal_is_read_and_written_by_this_version(version: int
         attestation="tdx",
         reason="its job has ended",
         host=HostName("small") if version >= 4 else DEFAULT_HOST,
+        os_image='{"trust":"pinned"}' if version >= 7 else None,
     )
     assert await store.open_vms() == [destroying]
     assert [each.name for each in await store.env()] == (["KEY"] if version >= 6 else [])

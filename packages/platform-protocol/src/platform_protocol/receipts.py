@@ -48,7 +48,9 @@ class ReceiptFacts:
     `result`: RFC 8785 text of the result body without `NOT_SUBJECT`; its SHA-256 is the subject. `record`: R
     (RFC 8785 text) of the CVM's evidence, None where there is none; `quote` (base64) and `event_log` are the
     evidence. `absent` says why there is no evidence. `session`: the version of the session that the result
-    came over (protobuf's numbers: 1 or 2), None without a result.
+    came over (protobuf's numbers: 1 or 2), None without a result. `os_image`: how the validator came to trust
+    the OS image (`trust`, `image`, `cpu`, `memory_mb`, `gpus`, `origin`, `first_use`); None where no quote
+    was asked for, and in receipts from before they said so.
     """
 
     result: str
@@ -65,6 +67,7 @@ class ReceiptFacts:
     session: int | None
     claimed_at: str
     sealed_at: str
+    os_image: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,7 @@ def _read(signer: Hotkey, envelope: Envelope) -> Receipt:
             raise ValueError(f"expected {PREDICATE_TYPE}, got {statement.pb.predicate_type[:80]!r}")
         [subject] = statement.pb.subject
         predicate = MessageToDict(statement.pb.predicate)
+        predicate.setdefault("os_image", None)
         facts = ReceiptFacts(**{name: predicate[name] for name in ReceiptFacts.__dataclass_fields__})
         _check_types(facts)
         return Receipt(signer, str(subject.digest["sha256"]), facts)
@@ -148,6 +152,9 @@ def _check_types(facts: ReceiptFacts) -> None:
         if name == "session":
             if value not in (None, 1, 2):
                 raise ValueError(f"session: expected 1, 2 or null, got {value!r}")
+        elif name == "os_image":
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"os_image: expected an object or null, got {value!r}")
         elif not isinstance(value, str) and not (value is None and name in optional):
             raise ValueError(f"{name}: expected text, got {value!r}")
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import tempfile
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,9 @@ _MAX_FILE = 1024 * 1024
 _REGISTER = re.compile(r"[0-9a-f]{96}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _IMAGE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
+_FIRST_USE_ORIGIN = re.compile(r"first use \((?:simulated, )?measured (\S+) ")
+"""How an origin begins that was pinned before entries had `first_use`."""
 _REGISTERS = ("mrtd", "rtmr0", "rtmr1", "rtmr2")
 _SHAPE = ("cpu", "memory_mb", "gpus")
 _HEAD = (
@@ -59,7 +65,10 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """The measurements (hex) of an image at a shape. `origin` says where they come from."""
+    """The measurements (hex) of an image at a shape. `origin` says where they come from.
+
+    `first_use` (RFC 3339): when a host showed them, where nobody else vouches for them; else None.
+    """
 
     image: str
     shape: Shape
@@ -68,6 +77,7 @@ class Pinned:
     rtmr1: str
     rtmr2: str
     origin: str
+    first_use: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +97,38 @@ class KnownImages:
     published: tuple[Published, ...] = ()
     digest: str = ""
     fault: str | None = None
+
+
+class Trust(StrEnum):
+    """How the OS image that a CVM booted came to be trusted; as in receipts."""
+
+    PINNED = "pinned"
+    FIRST_USE = "pinned_first_use"
+    PUBLISHED = "published"
+    UNKNOWN = "unknown"
+    NOT_CHECKED = "not_checked"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTrust:
+    """What a judgement came to about an OS image at a shape.
+
+    `origin` and `first_use` are those of the entry that holds; `vm_config` is the guest's, with the document
+    of a published image. UNKNOWN: no entry holds, and the policy only warns; NOT_CHECKED: it does not ask.
+    """
+
+    trust: Trust
+    image: str
+    shape: Shape
+    origin: str | None = None
+    first_use: str | None = None
+    vm_config: str | None = None
+
+    def told(self) -> str:
+        """As a journal keeps it and a receipt tells it: a JSON object."""
+        said = {"trust": self.trust.value, "image": self.image, **asdict(self.shape)}
+        said |= {"origin": self.origin, "first_use": self.first_use}
+        return json.dumps(said if self.vm_config is None else said | {"vm_config": self.vm_config})
 
 
 class ImagesFile:
@@ -133,6 +175,7 @@ class ImagesFile:
         lines = [f"\n[[pinned]]\nimage = {_quoted(pinned.image)}\n"]
         lines += [f"{name} = {getattr(pinned.shape, name)}\n" for name in _SHAPE]
         lines += [f"{name} = {_quoted(getattr(pinned, name))}\n" for name in (*_REGISTERS, "origin")]
+        lines += [f"first_use = {_quoted(pinned.first_use)}\n"] if pinned.first_use is not None else []
         whole = (text.rstrip("\n") + "\n" if text.strip() else _HEAD) + "".join(lines)
         read_images(whole)
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -174,9 +217,12 @@ def read_images(text: str) -> KnownImages:
             image=_text_of(row, where, "image", _IMAGE),
             shape=Shape(*(_count_of(row, where, name) for name in _SHAPE)),
             origin=_text_of(row, where, "origin", None),
+            first_use=_first_use(row, where),
             **{name: _text_of(row, where, name, _REGISTER) for name in _REGISTERS},
         )
-        for where, row in _rows(value, "pinned", {"image", "origin", *_SHAPE, *_REGISTERS})
+        for where, row in _rows(
+            value, "pinned", {"image", "origin", *_SHAPE, *_REGISTERS}, optional={"first_use"}
+        )
     )
     published = tuple(
         Published(
@@ -191,8 +237,8 @@ def read_images(text: str) -> KnownImages:
 
 def check_os_image(
     known: KnownImages, body: QuoteBody, identity: Identity, *, image: str, shape: Shape, vm_config: str
-) -> str | None:
-    """What is wrong with what booted, or None: it is what the image is known to boot to at that shape."""
+) -> ImageTrust | str:
+    """Why what booted is trusted: the image is known to boot to it at that shape; else what is wrong."""
     if known.fault is not None:
         return known.fault
     candidates = [one for one in known.pinned if (one.image, one.shape) == (image, shape)]
@@ -201,11 +247,18 @@ def check_os_image(
         **{f"rtmr{number}": body.rtmrs[number].hex() for number in range(3)},
     }
     wrong = [[name for name in _REGISTERS if getattr(one, name) != found[name]] for one in candidates]
-    if [] in wrong:
-        return None
-    hashes = {one.os_image_hash for one in known.published if one.image == image}
+    holding = [one for one, differs in zip(candidates, wrong, strict=True) if not differs]
+    hashes = {one.os_image_hash: one for one in known.published if one.image == image}
+    if holding:
+        # Of two entries with the same values, one that somebody vouches for says more.
+        entry = min(holding, key=lambda one: one.first_use is not None)
+        trust = Trust.PINNED if entry.first_use is None else Trust.FIRST_USE
+        return ImageTrust(trust, image, shape, entry.origin, entry.first_use)
     if hashes and carries_document(vm_config):
-        return _check_published(hashes, found, identity, shape, vm_config)
+        published = _check_published(hashes, found, identity, shape, vm_config)
+        if isinstance(published, str):
+            return published
+        return ImageTrust(Trust.PUBLISHED, image, shape, published.origin, vm_config=vm_config)
     if not wrong:
         return (
             f"no measurements are known of image {image} at {shape}: "
@@ -221,8 +274,8 @@ def check_os_image(
 
 
 def _check_published(
-    hashes: set[str], found: dict[str, str], identity: Identity, shape: Shape, vm_config: str
-) -> str | None:
+    hashes: dict[str, Published], found: dict[str, str], identity: Identity, shape: Shape, vm_config: str
+) -> Published | str:
     try:
         computed = lite_measurements(vm_config, identity.events, memory_mb=shape.memory_mb)
     except LiteInvalid as error:
@@ -236,16 +289,20 @@ def _check_published(
         for number, value in enumerate((computed.rtmr0, computed.rtmr1, computed.rtmr2))
         if found[f"rtmr{number}"] != value.hex()
     ]
-    return f"the published image does not boot to the measured {', '.join(wrong)}" if wrong else None
+    if wrong:
+        return f"the published image does not boot to the measured {', '.join(wrong)}"
+    return hashes[computed.os_image_hash]
 
 
-def _rows(value: dict[str, Any], name: str, keys: set[str]) -> list[tuple[str, dict[str, Any]]]:
+def _rows(
+    value: dict[str, Any], name: str, keys: set[str], *, optional: AbstractSet[str] = frozenset()
+) -> list[tuple[str, dict[str, Any]]]:
     rows = value.get(name, [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ImagesInvalid(f"expected [[{name}]] tables")
     for number, row in enumerate(rows, 1):
-        if row.keys() != keys:
-            odd = ", ".join(sorted(row.keys() ^ keys))
+        if row.keys() - optional != keys:
+            odd = ", ".join(sorted((row.keys() - optional) ^ keys))
             raise ImagesInvalid(f"[[{name}]] {number}: expected {', '.join(sorted(keys))}; see {odd}")
     return [(f"[[{name}]] {number}", row) for number, row in enumerate(rows, 1)]
 
@@ -256,6 +313,13 @@ def _text_of(row: dict[str, Any], where: str, name: str, form: re.Pattern[str] |
         expected = f"text like {form.pattern}" if form is not None else "text"
         raise ImagesInvalid(f"{where}: {name}: expected {expected}, got {str(found)[:120]!r}")
     return found
+
+
+def _first_use(row: dict[str, Any], where: str) -> str | None:
+    if "first_use" in row:
+        return _text_of(row, where, "first_use", _MOMENT)
+    told = _FIRST_USE_ORIGIN.match(_text_of(row, where, "origin", None))
+    return told[1] if told is not None else None
 
 
 def _count_of(row: dict[str, Any], where: str, name: str) -> int:

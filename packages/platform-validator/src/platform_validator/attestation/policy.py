@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import structlog
 
@@ -28,7 +28,7 @@ from platform_validator.attestation.errors import AttestationRefused, Attestatio
 from platform_validator.attestation.event_log import EventLogRefused, Identity, check_event_log
 from platform_validator.attestation.gate import QuoteGate
 from platform_validator.attestation.mr_config import BoundApp, check_mr_config_id
-from platform_validator.attestation.os_image import KnownImages, Shape, check_os_image
+from platform_validator.attestation.os_image import ImageTrust, KnownImages, Shape, Trust, check_os_image
 from platform_validator.attestation.quote import QuoteInvalid, VerifiedQuote
 from platform_validator.attestation.tcb import TcbRules, judge_tcb
 from platform_validator.clock import Clock, SystemClock
@@ -73,12 +73,14 @@ class Accepted:
         instance: Its event log's instance id, None without a quote.
         quote: The verified quote, None without one.
         warnings: Checks that failed and only warn.
+        image: How its OS image came to be trusted, None without a quote.
     """
 
     kind: AttestationKind
     instance: str | None
     quote: VerifiedQuote | None = field(default=None, compare=False, repr=False)
     warnings: tuple[Fault, ...] = field(default=(), compare=False)
+    image: ImageTrust | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,12 +219,14 @@ class AttestationPolicy:
             return Accepted(AttestationKind.NONE, None)
         # 2. Asked for, and not there; 3. there: the chain, then what it says.
         verified = await self.verify(quote)
-        identity, faults = find_faults(verified, event_log, expected, self.rules, now=self._clock.now())
+        identity, faults, image = find_faults(
+            verified, event_log, expected, self.rules, now=self._clock.now()
+        )
         warnings = self._applied(faults)
         for check, detail in warnings:
             _log.warning("attestation_check_failed", check=check.value, detail=detail, outcome="warn")
         kind = AttestationKind.SIMULATED if self._simulated else AttestationKind.TDX
-        return Accepted(kind, identity.instance_id, verified, warnings)
+        return Accepted(kind, identity.instance_id, verified, warnings, image)
 
     async def verify(self, quote: bytes | None) -> VerifiedQuote:
         """A quote's chain alone.
@@ -260,14 +264,18 @@ class AttestationPolicy:
         return tuple(warnings)
 
 
+class Findings(NamedTuple):
+    """What a verified quote shows. Where the event log proves no identity, it is empty."""
+
+    identity: Identity
+    faults: list[Fault]
+    image: ImageTrust
+
+
 def find_faults(
     quote: VerifiedQuote, event_log: str, expected: Expected, rules: AttestationRules, *, now: datetime
-) -> tuple[Identity, list[Fault]]:
-    """Every check that a verified quote fails, in the order of the table in `checks`.
-
-    Returns:
-        The identity that the event log proves, and the faults. Where there can be no identity, it is empty.
-    """
+) -> Findings:
+    """Every check that a verified quote fails, in the order of the table in `checks`."""
     body = quote.body
     faults: list[Fault] = judge_tcb(
         quote.status, quote.advisories, quote.outdated_since, rules=rules.tcb, now=now
@@ -285,7 +293,8 @@ def find_faults(
         identity = check_event_log(event_log, body.rtmrs)
     except EventLogRefused as error:
         faults.append((error.check, str(error)))
-        return Identity("", "", "", "", "", ()), faults
+        nobody = Identity("", "", "", "", "", ())
+        return Findings(nobody, faults, ImageTrust(Trust.UNKNOWN, expected.image, expected.shape))
     ours = expected.compose_hash
     check(
         identity.compose_hash == ours,
@@ -306,14 +315,17 @@ def find_faults(
     app = BoundApp(ours, ours[:40], identity.instance_id, identity.key_provider, identity.key_provider_id)
     bound = check_mr_config_id(body.mr_config_id, app, expected.vm_config)
     check(bound is None, Check.MR_CONFIG_ID, str(bound))
-    if rules.outcomes.of(Check.OS_IMAGE) is not Outcome.OFF and not expected.pins:
-        image = check_os_image(
-            rules.images(),
-            body,
-            identity,
-            image=expected.image,
-            shape=expected.shape,
-            vm_config=expected.vm_config,
-        )
-        check(image is None, Check.OS_IMAGE, str(image))
-    return identity, faults
+    if rules.outcomes.of(Check.OS_IMAGE) is Outcome.OFF or expected.pins:
+        return Findings(identity, faults, ImageTrust(Trust.NOT_CHECKED, expected.image, expected.shape))
+    image = check_os_image(
+        rules.images(),
+        body,
+        identity,
+        image=expected.image,
+        shape=expected.shape,
+        vm_config=expected.vm_config,
+    )
+    if isinstance(image, str):
+        faults.append((Check.OS_IMAGE, image))
+        image = ImageTrust(Trust.UNKNOWN, expected.image, expected.shape)
+    return Findings(identity, faults, image)

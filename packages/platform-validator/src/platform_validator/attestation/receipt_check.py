@@ -10,6 +10,7 @@
 | `binding` | the quote binds the record, and no other |
 | `chain` | the quote's signatures verify under Intel's root, or under the simulated one that was given |
 | `event_log` | the event log replays to the quote's registers, and measured this app-compose |
+| `os_image` | MRTD and RTMR0 to 2 of the quote are those of the given images; the receipt's word is told |
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from platform_protocol.evidence import result_report_data
 from platform_protocol.ids import Hotkey
 from platform_protocol.receipts import Receipt, ReceiptInvalid, open_receipt
 from platform_validator.attestation.event_log import EventLogRefused, check_event_log
+from platform_validator.attestation.os_image import ImageTrust, KnownImages, Shape, Trust, check_os_image
 from platform_validator.attestation.quote import QuoteBody, QuoteInvalid, parse_quote, verify_quote
 
 
@@ -53,7 +55,8 @@ class Given:
     """What the receipt is checked against; what is None makes its check `not_checkable`.
 
     `compose`: the app-compose bytes that the challenge's tree makes. `collateral`: dcap-qvl's JSON, judged at
-    `now`. `root`: the simulated root (DER) that is trusted here; None: Intel's alone.
+    `now`. `root`: the simulated root (DER) that is trusted here; None: Intel's alone. `images`: the OS images
+    that are trusted here.
     """
 
     now: datetime
@@ -61,6 +64,7 @@ class Given:
     compose: bytes | None = None
     collateral: str | None = None
     root: bytes | None = None
+    images: KnownImages | None = None
 
 
 def check_receipt(envelope: Mapping[str, Any], given: Given) -> list[ReceiptCheck]:
@@ -79,6 +83,7 @@ def check_receipt(envelope: Mapping[str, Any], given: Given) -> list[ReceiptChec
         _binding(receipt, quote),
         _chain(receipt, quote, given),
         _event_log(receipt, quote),
+        _os_image(receipt, quote, given),
     ]
 
 
@@ -237,3 +242,34 @@ def _event_log(receipt: Receipt, quote: tuple[bytes, QuoteBody] | str) -> Receip
         f"measured {measured[:16]}…",
         f"it measured {identity.compose_hash[:16]}…, not {measured[:16]}…",
     )
+
+
+_TRUSTED = {
+    Trust.PINNED: "the validator trusted it by an entry of its own ({origin})",
+    Trust.FIRST_USE: "the validator TRUSTED IT ON FIRST USE, {first_use} ({origin})",
+    Trust.PUBLISHED: "the validator trusted it as published ({origin})",
+    Trust.UNKNOWN: "the validator DID NOT KNOW IT, and its policy only warns",
+    Trust.NOT_CHECKED: "the validator did not check it",
+}
+
+
+def _os_image(receipt: Receipt, quote: tuple[bytes, QuoteBody] | str, given: Given) -> ReceiptCheck:
+    said = receipt.facts.os_image
+    if isinstance(quote, str):
+        return _absent("os_image", receipt, quote)
+    if said is None:
+        return ReceiptCheck("os_image", Verdict.NOT_CHECKABLE, "the receipt does not say which image it was")
+    try:
+        image, vm_config = str(said["image"]), str(said.get("vm_config", ""))
+        shape = Shape(int(said["cpu"]), int(said["memory_mb"]), int(said["gpus"]))
+        told = f"{image} at {shape}: {_TRUSTED[Trust(said['trust'])].format(**said)}"
+        identity = check_event_log(receipt.facts.event_log, quote[1].rtmrs)
+    except (KeyError, TypeError, ValueError, EventLogRefused) as error:
+        return ReceiptCheck("os_image", Verdict.REFUTED, f"what it says of the image is nothing: {error!r}")
+    if given.images is None:
+        detail = f"{told}; give the images that you trust: --images FILE"
+        return ReceiptCheck("os_image", Verdict.NOT_CHECKABLE, detail)
+    found = check_os_image(given.images, quote[1], identity, image=image, shape=shape, vm_config=vm_config)
+    wrong = found if isinstance(found, str) else ""
+    known = f"known here: {found.origin}" if isinstance(found, ImageTrust) else ""
+    return _judge("os_image", not wrong, f"{told}; {known}", f"{told}; {wrong}")

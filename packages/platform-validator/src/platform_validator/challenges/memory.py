@@ -89,6 +89,7 @@ class MemoryCvm:
     session: MemorySession
     attestation: AttestationKind = AttestationKind.NONE
     isolation_level: IsolationLevel = IsolationLevel.CONTAINER
+    os_image: str | None = None
 
 
 @dataclass(slots=True)

@@ -72,6 +72,10 @@ class Guest(Protocol):
         """What proved it."""
 
     @property
+    def os_image(self) -> str | None:
+        """How its OS image came to be trusted (JSON), for its receipts; None where no quote was asked for."""
+
+    @property
     def isolation_level(self) -> IsolationLevel:
         """The level it was made at."""
 

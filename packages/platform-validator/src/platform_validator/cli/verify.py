@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from platform_protocol.ids import Hotkey
 from platform_protocol.receipts import ReceiptInvalid, open_receipt
+from platform_validator.attestation.os_image import ImagesFile, KnownImages
 from platform_validator.attestation.receipt_check import Given, ReceiptCheck, Verdict, check_receipt, summary
 from platform_validator.challenges.check import compose_of_folder
 from platform_validator.cli.command import AsJson, failed
@@ -48,6 +49,10 @@ def verify(
     simulated_root: Annotated[
         Path | None, typer.Option("--simulated-root", help="A simulated root (PEM) that you trust")
     ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", help="The OS images that you trust (as attestation.images_file)"),
+    ] = None,
     at: Annotated[
         str | None, typer.Option("--at", help="When it is judged, such as 2026-03-01T00:00:00Z")
     ] = None,
@@ -61,6 +66,7 @@ def verify(
         compose=None if tree is None else _compose(tree, envelope),
         collateral=None if collateral is None else _collateral(collateral),
         root=None if simulated_root is None else _root(simulated_root),
+        images=None if images is None else _images(images),
     )
     checks = check_receipt(envelope, given)
     verdict = summary(checks)
@@ -128,6 +134,13 @@ def _root(path: Path) -> bytes:
         return x509.load_pem_x509_certificate(path.read_bytes()).public_bytes(Encoding.DER)
     except (OSError, ValueError) as error:
         failed(f"{path} is no certificate: {error}")
+
+
+def _images(path: Path) -> KnownImages:
+    known = ImagesFile(path).known()
+    if known.fault is not None or not path.exists():
+        failed(known.fault or f"{path} does not exist")
+    return known
 
 
 def _moment(at: str | None) -> datetime:

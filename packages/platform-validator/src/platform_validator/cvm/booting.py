@@ -150,7 +150,7 @@ class Booter:
         await self._store.vm_phase(name, VmPhase.READY, at=self._clock.now())
         member.stage = "ready"
         level = await self._level_of(plan.image, host)
-        return Cvm(name, vm_id, plan, found[0].kind, level, session, found[0].quote)
+        return Cvm(name, vm_id, plan, found[0].kind, level, session, found[0].quote, _told(found[0]))
 
     async def adopt(self, member: Member, plan: CvmPlan, secret: bytes, *, tasks: asyncio.TaskGroup) -> Cvm:
         """See `Fleet.adopt`: the CVM was made, attested and configured by an earlier process."""
@@ -171,7 +171,7 @@ class Booter:
         await self._until_ready(member, session, found, deadline)
         member.stage = "ready"
         level = await self._level_of(plan.image, host)
-        return Cvm(record.name, record.vm_id, plan, found[0].kind, level, session)
+        return Cvm(record.name, record.vm_id, plan, found[0].kind, level, session, os_image=record.os_image)
 
     def _session(
         self,
@@ -289,7 +289,10 @@ class Booter:
             await self._check_instance(self._hosts.get(record.host), vm_id, accepted.instance)
         try:
             await self._store.vm_attested(
-                record.name, attestation=accepted.kind.value, vm_instance=accepted.instance
+                record.name,
+                attestation=accepted.kind.value,
+                vm_instance=accepted.instance,
+                os_image=_told(accepted),
             )
         except DuplicateRecord as error:
             raise AttestationRefused(
@@ -329,3 +332,7 @@ class Booter:
             self._levels |= {(host.name, one.name): one.level for one in facts.images}
         level = self._levels.get((host.name, image), self._rules.level)
         return IsolationLevel.VM if level is IsolationLevel.TEE else level
+
+
+def _told(accepted: Accepted) -> str | None:
+    return accepted.image.told() if accepted.image is not None else None

@@ -19,7 +19,10 @@ from platform_validator.store.records import Purpose, VmPhase, VmRecord
 
 @dataclass(frozen=True, slots=True)
 class Cvm:
-    """A booted, attested and configured CVM. `quote` None: it showed none."""
+    """A booted, attested and configured CVM. `quote` None: it showed none.
+
+    `os_image`: how its OS image came to be trusted (JSON), None where no quote was asked for.
+    """
 
     name: VmName
     vm_id: VmId
@@ -28,6 +31,7 @@ class Cvm:
     isolation_level: IsolationLevel
     session: Session
     quote: VerifiedQuote | None = None
+    os_image: str | None = None
 
     @property
     def compose_hash(self) -> str:

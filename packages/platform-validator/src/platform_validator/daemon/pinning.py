@@ -181,6 +181,7 @@ class Pinner:
             rtmr1,
             rtmr2,
             f"first use ({word}measured {when} on {self._where}, platform {body.fmspc})",
+            first_use=when,
         )
         return replace(
             asked,

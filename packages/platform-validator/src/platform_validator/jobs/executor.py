@@ -232,7 +232,9 @@ class JobExecutor:
             compose_hash=job.plan.compose_hash,
             isolation_level=cvm.isolation_level,
             attestation=cvm.attestation,
-            receipt=lambda shown: self._receipts.seal(job, shown, result) if self._receipts else None,
+            receipt=lambda shown: (
+                self._receipts.seal(job, shown, result, os_image=cvm.os_image) if self._receipts else None
+            ),
         )
         outcome = _OUTCOMES[finding.outcome]
         await self._diary.keep_result(job, outcome, body)

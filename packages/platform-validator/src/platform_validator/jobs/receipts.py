@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 from typing import Any
 
 import structlog
@@ -34,8 +35,15 @@ class ReceiptMaker:
         self._keypair = keypair
         self._clock = clock
 
-    def seal(self, job: ClaimedJob, body: dict[str, Any], result: GuestResult | None) -> dict[str, Any]:
-        """The receipt of a result body (which has no receipt yet)."""
+    def seal(
+        self,
+        job: ClaimedJob,
+        body: dict[str, Any],
+        result: GuestResult | None,
+        *,
+        os_image: str | None = None,
+    ) -> dict[str, Any]:
+        """The receipt of a result body (which has no receipt yet). `os_image`: its CVM's, as journaled."""
         session = _session(result)
         record, absent = self._record(job, result, session)
         evidence = (result.evidence if result is not None else None) or {}
@@ -58,6 +66,7 @@ class ReceiptMaker:
             isolation_level=str(body["isolation_level"]),
             attestation=str(body["attestation"]),
             session=session,
+            os_image=None if os_image is None else json.loads(os_image),
             claimed_at=rfc3339(job.claimed_at),
             sealed_at=rfc3339(self._clock.now()),
         )

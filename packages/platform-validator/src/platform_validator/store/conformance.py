@@ -129,10 +129,13 @@ async def a_cvm_goes_forward_only(store: Store) -> None:
 
 
 async def an_instance_id_belongs_to_one_cvm(store: Store) -> None:
-    """Two CVMs cannot show one instance id; several may show none."""
+    """Two CVMs cannot show one instance id; several may show none. What a receipt will say stays with it."""
     for number in (1, 2, 3):
         await store.intend_vm(cvm(number))
-    await store.vm_attested(VmName("pv-1"), attestation="simulated", vm_instance="aa")
+    told = '{"trust":"pinned"}'
+    await store.vm_attested(VmName("pv-1"), attestation="simulated", vm_instance="aa", os_image=told)
+    attested = await store.vm(VmName("pv-1"))
+    require(attested is not None and attested.os_image == told, f"unexpected {attested}")
     duplicate = store.vm_attested(VmName("pv-2"), attestation="simulated", vm_instance="aa")
     await refuses(DuplicateRecord, duplicate)
     for name in ("pv-2", "pv-3"):

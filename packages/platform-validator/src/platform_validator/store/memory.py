@@ -222,10 +222,12 @@ class MemoryStore:
         self._check("vm_phase")
         self._vms.enter(name, phase, reason, at)
 
-    async def vm_attested(self, name: VmName, *, attestation: str, vm_instance: str | None) -> None:
+    async def vm_attested(
+        self, name: VmName, *, attestation: str, vm_instance: str | None, os_image: str | None = None
+    ) -> None:
         """See the port."""
         self._check("vm_attested")
-        self._vms.attested(name, attestation, vm_instance)
+        self._vms.attested(name, attestation, vm_instance, os_image)
 
     async def vm_assigned(self, name: VmName, claim_id: ClaimId) -> None:
         """See the port."""

@@ -168,8 +168,12 @@ class Store(Protocol):
     ) -> None:
         """It reached a phase; GONE stamps gone_at. A phase never goes back (a lower one changes nothing)."""
 
-    async def vm_attested(self, name: VmName, *, attestation: str, vm_instance: str | None) -> None:
+    async def vm_attested(
+        self, name: VmName, *, attestation: str, vm_instance: str | None, os_image: str | None = None
+    ) -> None:
         """The first handshake's finding. `vm_instance` is the event log's instance id, hex.
+
+        `os_image` says how its OS image came to be trusted, as its receipts will.
 
         Raises:
             DuplicateRecord: Another CVM of our journal has that instance id.

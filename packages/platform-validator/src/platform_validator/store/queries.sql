@@ -94,7 +94,8 @@ UPDATE cvms_journal SET phase = :phase, reason = COALESCE(:reason, reason),
 WHERE name = :name;
 
 -- name: vm_attested
-UPDATE cvms_journal SET attestation = :attestation, vm_instance = :vm_instance WHERE name = :name;
+UPDATE cvms_journal SET attestation = :attestation, vm_instance = :vm_instance, os_image = :os_image
+WHERE name = :name;
 
 -- name: vm_assigned
 UPDATE cvms_journal SET claim_id = :claim_id WHERE name = :name;

@@ -120,7 +120,8 @@ class OutboxRecord:
 class VmRecord:
     """One CVM of ours, from before it is made until the VMM has confirmed that it is gone.
 
-    `sealed_secret` is the launch secret under the keyring; `sealed_with` is the VM's name.
+    `sealed_secret` is the launch secret under the keyring; `sealed_with` is the VM's name. `os_image`: how
+    its OS image came to be trusted, the JSON that its receipts tell.
     """
 
     name: VmName
@@ -142,6 +143,7 @@ class VmRecord:
     reason: str | None = None
     gone_at: datetime | None = None
     host: HostName = DEFAULT_HOST
+    os_image: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

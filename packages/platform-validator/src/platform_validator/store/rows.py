@@ -99,6 +99,7 @@ def vm_of(row: sqlite3.Row) -> VmRecord:
         reason=row["reason"],
         gone_at=_optional(row["gone_at"]),
         host=DEFAULT_HOST if row["host"] is None else HostName(row["host"]),
+        os_image=row["os_image"],
     )
 
 

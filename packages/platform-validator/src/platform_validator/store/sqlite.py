@@ -244,10 +244,18 @@ class SqliteStore:
 
         await self._db.do(work)
 
-    async def vm_attested(self, name: VmName, *, attestation: str, vm_instance: str | None) -> None:
+    async def vm_attested(
+        self, name: VmName, *, attestation: str, vm_instance: str | None, os_image: str | None = None
+    ) -> None:
         """See the port."""
         await self._db.do(
-            lambda: self._db.known("vm_attested", name=name, attestation=attestation, vm_instance=vm_instance)
+            lambda: self._db.known(
+                "vm_attested",
+                name=name,
+                attestation=attestation,
+                vm_instance=vm_instance,
+                os_image=os_image,
+            )
         )
 
     async def vm_assigned(self, name: VmName, claim_id: ClaimId) -> None:

@@ -41,13 +41,13 @@ class VmMemory:
                 gone_at=at if phase is VmPhase.GONE else vm.gone_at,
             )
 
-    def attested(self, name: VmName, attestation: str, vm_instance: str | None) -> None:
+    def attested(self, name: VmName, attestation: str, vm_instance: str | None, os_image: str | None) -> None:
         """See the port's `vm_attested`."""
         vm = self._vm(name)
         others = (one for one in self._vms.values() if one.name != name)
         if vm_instance is not None and any(one.vm_instance == vm_instance for one in others):
             raise DuplicateRecord(f"another CVM has instance id {vm_instance}")
-        self._vms[name] = replace(vm, attestation=attestation, vm_instance=vm_instance)
+        self._vms[name] = replace(vm, attestation=attestation, vm_instance=vm_instance, os_image=os_image)
 
     def assign(self, name: VmName, claim_id: ClaimId) -> None:
         """See the port's `vm_assigned`."""

@@ -122,6 +122,7 @@ _ROWS: dict[str, list[dict[str, object]]] = {
             "attestation": "tdx",
             "reason": "its job has ended",
             "host@4": "small",
+            "os_image@7": '{"trust":"pinned"}',
         },
     ],
     "cvms_hosts_drained@4": [{"name": "small", "drained_at": _AT[3]}],
