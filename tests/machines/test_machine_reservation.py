@@ -29,6 +29,7 @@ from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.cvm.connection import Callee, Judge
 from platform_validator.cvm.errors import BootFailed, CvmError, SessionLost
 from platform_validator.cvm.fleet import Fleet, FleetRules
+from platform_validator.cvm.holdings import Holdings
 from platform_validator.cvm.host_ports import HostPorts
 from platform_validator.cvm.hosts import Hosts, VmmHost
 from platform_validator.cvm.memory import IMAGE, MemoryVmm
@@ -369,12 +370,13 @@ TestReservationMachine = ReservationMachine.TestCase
 
 
 def _never_given_back(patch: pytest.MonkeyPatch) -> None:
+    original = Holdings.gone
+
     def gone(self: Any, name: VmName) -> None:
         self._reservations.pop(name, None)
-        self._members.pop(name, None)
-        self._restored.pop(name, None)
+        original(self, name)
 
-    patch.setattr(Fleet, "_gone", gone)
+    patch.setattr(Holdings, "gone", gone)
 
 
 def _forgotten_at_a_restart(patch: pytest.MonkeyPatch) -> None:
@@ -388,7 +390,7 @@ def _given_back_before_it_is_gone(patch: pytest.MonkeyPatch) -> None:
     original = Fleet.destroy
 
     def destroy(self: Any, name: VmName, reason: str | None = None, **named: Any) -> None:
-        reservation = self._reservations.pop(name, None)
+        reservation = self._holdings._reservations.pop(name, None)
         if reservation is not None:
             self._quota.release(reservation)
         original(self, name, reason, **named)

@@ -69,7 +69,7 @@ def released_twice() -> Iterator[None]:
         self._changed()
 
     def destroy(self: Any, name: VmName, reason: str | None = None, **named: Any) -> None:
-        reservation = self._reservations.get(name)
+        reservation = self._holdings._reservations.get(name)
         if reservation is not None:
             self._quota.release(reservation)
         original(self, name, reason, **named)

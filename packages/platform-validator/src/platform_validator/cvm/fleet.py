@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import uuid
 from collections.abc import Callable, Collection
@@ -15,8 +14,7 @@ from platform_protocol.ids import ClaimId, Hotkey, VmName
 from platform_protocol.tokens import bundle_vm, check_bundle_authorization
 from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.clock import Clock
-from platform_validator.crashpoint import crashpoint
-from platform_validator.cvm.booting import Booter, FleetRules, lifetimes_of
+from platform_validator.cvm.booting import Booter, FleetRules
 from platform_validator.cvm.destroyer import Destroyer
 from platform_validator.cvm.errors import (
     AttestationRefused,
@@ -26,10 +24,10 @@ from platform_validator.cvm.errors import (
     SessionLost,
     is_port_conflict,
 )
+from platform_validator.cvm.holdings import Holdings
 from platform_validator.cvm.host_keeper import HostKeeper
-from platform_validator.cvm.host_ports import NoHostPort
 from platform_validator.cvm.hosts import Hosts
-from platform_validator.cvm.members import Cvm, CvmView, Member, use_of
+from platform_validator.cvm.members import Cvm, CvmView, Member
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.quota import Quota, Refusal, Reservation, Use
 from platform_validator.cvm.sampling import UsageSampler
@@ -41,7 +39,7 @@ from platform_validator.cvm.vmm import VmmUnavailable
 from platform_validator.host_name import DEFAULT_HOST, HostName
 from platform_validator.keyring import Keyring, KeyringBroken
 from platform_validator.store.port import Store
-from platform_validator.store.records import Purpose, StateIdentity, VmPhase, VmRecord
+from platform_validator.store.records import Purpose, StateIdentity
 
 __all__ = ["Cvm", "CvmView", "Fleet", "FleetRules"]
 
@@ -98,13 +96,20 @@ class Fleet:
         self._on_reclaimed = on_reclaimed
         self._orphans: dict[VmName, str] = {}
         self.hosts = hosts
-        self._new_id = new_id
-        self._random_bytes = random_bytes
         self._store = store
         self._keyring = keyring
         self._quota = quota
         self._clock = clock
-        self._prefix = f"pv-{identity.state_id}-"
+        self._holdings = Holdings(
+            hosts=hosts,
+            store=store,
+            keyring=keyring,
+            quota=quota,
+            clock=clock,
+            prefix=f"pv-{identity.state_id}-",
+            new_id=new_id,
+            random_bytes=random_bytes,
+        )
         self._booter = Booter(
             hosts=hosts,
             store=store,
@@ -115,9 +120,6 @@ class Fleet:
             rules=rules,
             sessions=sessions,
         )
-        self._members: dict[VmName, Member] = {}
-        self._restored: dict[VmName, Member] = {}
-        self._reservations: dict[VmName, Reservation] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self.destroyer = Destroyer(hosts=hosts, store=store, clock=clock, on_gone=self._gone)
         self._sweeper = Sweeper(
@@ -154,15 +156,7 @@ class Fleet:
             StoreUnavailable: The journal cannot be read.
         """
         self.hosts.drained(await self._store.drained_hosts())
-        for record in await self._store.open_vms():
-            if record.name in self._restored:
-                continue
-            [self._reservations[record.name]] = self._quota.rebuild(
-                [(record.name, record.resources)], host=record.host, use=use_of(record)
-            )
-            with contextlib.suppress(VmmUnavailable):
-                self.hosts.get(record.host).ports.hold(record.host_port)
-            self._restored[record.name] = Member(record, stage="restored")
+        self._holdings.restore(await self._store.open_vms())
 
     async def run(self) -> None:
         """Destruction, the looks at hosts, and the sweep, at once and then periodically, until cancelled."""
@@ -210,7 +204,7 @@ class Fleet:
             self._quota.release(reservation)
             raise SessionLost("the fleet is not running")
         for _ in range(_PORT_TRIES):
-            member, secret = await self._intend(plan, purpose, reservation, claim_id)
+            member, secret = await self._holdings.intend(plan, purpose, reservation, claim_id)
             name, host = member.record.name, member.record.host
             try:
                 cvm = await self._booter.boot(member, plan, secret, tasks=tasks, on_stage=on_stage)
@@ -253,7 +247,7 @@ class Fleet:
             SessionRefused: The SDK refused.
             VmmUnavailable: The VMM does not answer.
         """
-        member, tasks = self._restored.get(name), self._tasks
+        member, tasks = self._holdings.restored(name), self._tasks
         if member is None or tasks is None or name in self.destroyer.names:
             raise SessionLost(f"{name} is not held any more")
         try:
@@ -271,7 +265,7 @@ class Fleet:
 
         `host` is where one is that the fleet does not hold any more.
         """
-        member = self._members.get(name) or self._restored.get(name)
+        member = self._holdings.get(name)
         if member is not None:
             member.stage, host = "destroying", member.record.host
             if member.session is not None:
@@ -324,9 +318,7 @@ class Fleet:
 
     def assigned(self, name: VmName) -> None:
         """A ready CVM is a job's now, as the journal says already."""
-        reservation = self._reservations.get(name)
-        if reservation is not None:
-            self._quota.reassign(reservation, Use.JOB)
+        self._holdings.use(name, Use.JOB)
 
     def views(self) -> list[CvmView]:
         """Every CVM that is not gone."""
@@ -336,7 +328,7 @@ class Fleet:
     def may_fetch_bundle(self, authorization: str, sha256: str) -> bool:
         """Whether the header is one of a CVM that is creating or booting, for the bundle of its own plan."""
         name = bundle_vm(authorization)
-        member = self._members.get(name) if name is not None else None
+        member = self._holdings.made(name) if name is not None else None
         if member is None or member.secret is None or member.plan is None:
             return False
         if member.stage not in _STARTING or member.plan.bundle_sha256 != sha256:
@@ -349,7 +341,7 @@ class Fleet:
 
     def held(self) -> dict[VmName, Member]:
         """Every CVM that is not gone, those on their way out with them."""
-        return {**self._restored, **self._members}
+        return self._holdings.all()
 
     def _reclaim_swept(self, name: VmName, host: HostName) -> None:
         _log.warning("cvm_reclaimed", vm=name, host=host)
@@ -361,49 +353,6 @@ class Fleet:
                 return
             await self._clock.sleep(_GONE_POLL)
 
-    async def _intend(
-        self, plan: CvmPlan, purpose: Purpose, reservation: Reservation, claim_id: ClaimId | None
-    ) -> tuple[Member, bytes]:
-        name = VmName(f"{self._prefix}{self._new_id()}")
-        secret = self._random_bytes(32)
-        now = self._clock.now()
-        try:
-            ports = self.hosts.get(reservation.host).ports
-            port = ports.take()
-        except NoHostPort as error:
-            self._quota.release(reservation)
-            raise NoCapacity(str(error)) from error
-        except VmmUnavailable:
-            self._quota.release(reservation)
-            raise
-        record = VmRecord(
-            name=name,
-            purpose=purpose,
-            challenge_id=plan.challenge_id,
-            instance_key=plan.instance_key,
-            resources=plan.resources,
-            phase=VmPhase.INTENDED,
-            sealed_secret=self._keyring.seal(secret, name.encode()),
-            compose=plan.compose,
-            host_port=port,
-            session_id=self._new_id(),
-            intended_at=now,
-            hard_deadline=now + lifetimes_of(plan, purpose).hard,
-            claim_id=claim_id,
-            host=reservation.host,
-        )
-        try:
-            await self._store.intend_vm(record)
-        except BaseException:
-            ports.give_back(port)
-            self._quota.release(reservation)
-            raise
-        crashpoint("intent_written")
-        self._quota.reassign(reservation, use_of(record))
-        self._members[name] = member = Member(record, plan, secret)
-        self._reservations[name] = reservation
-        return member, secret
-
     def _refused(self, instance_key: str, error: AttestationRefused) -> None:
         self.on_refused(instance_key, error)
 
@@ -411,13 +360,4 @@ class Fleet:
         where = self._orphans.pop(name, None)
         if where is not None:
             self._on_reclaimed(where)
-        reservation = self._reservations.pop(name, None)
-        if reservation is not None:
-            self._quota.release(reservation)
-        member = self._members.pop(name, None) or self._restored.pop(name, None)
-        if member is not None:
-            with contextlib.suppress(VmmUnavailable):
-                self.hosts.get(member.record.host).ports.give_back(member.record.host_port)
-            if member.session is not None or member.record.vm_id is not None:
-                # One that was never made took no room, and leaves none.
-                self.hosts.freed(member.record.host)
+        self._holdings.gone(name)
