@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -25,7 +24,7 @@ from platform_validator.jobs.claiming import Claimer
 from platform_validator.jobs.ending import Ending, died
 from platform_validator.jobs.ends import JobEnds
 from platform_validator.jobs.executor import JobExecutor
-from platform_validator.jobs.gate import ClaimGate
+from platform_validator.jobs.gates import ClaimGates
 from platform_validator.jobs.inherited import inherited_job
 from platform_validator.jobs.left_cvm import LeftCvm
 from platform_validator.jobs.observe import JobMetrics
@@ -33,6 +32,7 @@ from platform_validator.jobs.passed_over import PassedOver
 from platform_validator.jobs.recovery import Inheritance
 from platform_validator.jobs.slot import Slot, wish_of
 from platform_validator.jobs.waiting import Tally, Waiting
+from platform_validator.jobs.waking import Waking
 from platform_validator.jobs.work import ClaimedJob, JobView
 from platform_validator.platform_client.port import PlatformClient, PlatformError
 from platform_validator.platform_client.retries import TABLE, Kind, asked_for
@@ -42,10 +42,6 @@ from platform_validator.store.records import JobOutcome, JobRecord, VmRecord
 POLL_EVERY = timedelta(seconds=5)
 DECLINED_FOR = timedelta(minutes=10)
 NOT_GRANTED_FOR = TABLE[Kind.CLAIM].pause.cap
-_ROOM_RETRY = 0.5
-_SPREAD = 0.05
-_APART = 0.5
-"""Seconds between passes that pushes ask for: a burst that takes a while to arrive folds all the same."""
 
 _log = structlog.get_logger(__name__)
 
@@ -101,7 +97,7 @@ class JobManager:
         self._max = max_concurrent
         self._metrics = metrics
         self._can_attest = can_attest
-        self._poll = poll_every.total_seconds()
+        self._waking = Waking(clock, rng, poll_every.total_seconds())
         self._claimer = Claimer(
             client=client,
             store=store,
@@ -111,7 +107,7 @@ class JobManager:
             metrics=metrics,
         )
         self._slots: dict[JobId, Slot] = {}
-        self._gates: dict[ChallengeId, ClaimGate] = {}
+        self._gates = ClaimGates()
         self._held: frozenset[JobId] = frozenset()
         self._declined: dict[JobId, float] = {}
         self._passed_over = PassedOver()
@@ -119,22 +115,17 @@ class JobManager:
         self._tally = Tally()
         self.waiting: tuple[Waiting, ...] = ()
         self._inherited = Inheritance()
-        self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._source = "poll"
         self._claiming = True
         self._lacking_room = self._asked_room = False
-        self._hold_off = 0.0
-        self._pushed_at = -_APART
         self.last_error: str | None = None
 
     # What others ask
 
     def wake(self, source: str = "push") -> None:
         """Make a pass soon; any number of calls before it fold into that one."""
-        self._source = source
-        self._wake.set()
+        self._waking.wake(source)
 
     def inherit(self, inheritance: Inheritance) -> None:
         """Before `run`: go on with what an earlier process left."""
@@ -194,8 +185,7 @@ class JobManager:
 
     def closed_gates(self) -> dict[ChallengeId, bool]:
         """Of each challenge whose jobs were claimed: whether its gate is closed now."""
-        now = self._clock.monotonic()
-        return {challenge_id: not gate.admits(now) for challenge_id, gate in self._gates.items()}
+        return self._gates.closed(self._clock.monotonic())
 
     def views(self) -> list[JobView]:
         """The jobs that occupy slots and are granted, oldest first."""
@@ -219,7 +209,7 @@ class JobManager:
                 held=frozenset({job.id}) if self._holds(job.id) else frozenset(),
                 active=frozenset(self._challenges.active_ids()),
                 can_attest=self._can_attest(),
-                gate_open=self._gate(job.challenge_id).admits(self._clock.monotonic()),
+                gate_open=self._gates.admits(job.challenge_id, self._clock.monotonic()),
                 room=self._quota.would(wish, kept=self._passed_over.kept_from(job)),
                 ready=ref.ready_size() if ref is not None else None,
                 shared=ref is not None and ref.shared and covers(ref.plan.resources, wish.resources),
@@ -243,40 +233,20 @@ class JobManager:
             for record in inherited.release:
                 group.create_task(self._executor.release_inherited(record))
             while True:
-                self._metrics.pass_made(self._source)
-                source, self._source = self._source, "poll"
+                source = self._waking.taken()
+                self._metrics.pass_made(source)
                 try:
                     await self._pass(group, source)
                     self.last_error = None
                 except (PlatformError, StoreUnavailable) as error:
                     self.last_error = str(error)
-                    self._hold_off = asked_for(Kind.LIST, error)
+                    self._waking.hold_off(asked_for(Kind.LIST, error))
                     _log.warning("jobs_not_listed", error=str(error))
                 self._metrics.slots(len(self._slots), self._max)
                 self.beat()
-                await self._rest()
-
-    async def _rest(self) -> None:
-        asked_at = self._clock.monotonic()
-        pause = _ROOM_RETRY if self._lacking_room else self._poll * self._rng.uniform(0.9, 1.1)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(pause):
-                await self._wake.wait()
-        hold_off, self._hold_off = self._hold_off, 0.0
-        if (left := asked_at + hold_off - self._clock.monotonic()) > 0.0:
-            # The server asked not to be asked: pushes wait as well.
-            await self._clock.sleep(left)
-        if self._wake.is_set() and self._source == "push":
-            await self._gather()
-        self._wake.clear()
-
-    async def _gather(self) -> None:
-        """Pushed: not at once again, and spread out a little, the more the oftener others were faster."""
-        apart = self._pushed_at + _APART - self._clock.monotonic()
-        spread = self._rng.uniform(0.0, _SPREAD) * self._claimer.conflicts
-        if (pause := max(apart, spread)) > 0.0:
-            await self._clock.sleep(pause)
-        self._pushed_at = self._clock.monotonic()
+                await self._waking.rest(
+                    lacking_room=self._lacking_room, conflicts=lambda: self._claimer.conflicts
+                )
 
     async def _pass(self, group: asyncio.TaskGroup, source: str) -> None:
         self._lacking_room = self._asked_room = False
@@ -328,7 +298,7 @@ class JobManager:
         self._challenges.room_taken()
         self._passed_over.forget(job.id)
         self._occupy(slot)
-        self._set_gate(job.challenge_id, self._gate(job.challenge_id).claimed())
+        self._gates.claimed(job.challenge_id)
         group.create_task(self._claim_and_execute(slot, ref, wish.resources))
 
     def _pass_over(self, job: PendingJob, answer: Capacity, wish: Wish) -> None:
@@ -364,13 +334,13 @@ class JobManager:
             if claimed is None:
                 # It may go on being listed: asked for again at once, it would be refused without end.
                 self._declined[slot.job_id] = self._clock.monotonic() + NOT_GRANTED_FOR.total_seconds()
-                self._set_gate(slot.challenge_id, self._gate(slot.challenge_id).withdrawn())
+                self._gates.withdrawn(slot.challenge_id)
                 return
             slot.cvm = slot.reservation = None
             await self._execute(slot, claimed)
         except StoreUnavailable as error:
             _log.error("job_not_journaled", job_id=slot.job_id, error=str(error))
-            self._set_gate(slot.challenge_id, self._gate(slot.challenge_id).withdrawn())
+            self._gates.withdrawn(slot.challenge_id)
         finally:
             self._vacate(slot)
 
@@ -393,7 +363,7 @@ class JobManager:
         ending = await self._executor.execute_job(job)
         if slot.ref is not None and died(ending):
             slot.ref.condemn(ending.reason or ending.outcome.value)
-        self._set_gate(slot.challenge_id, self._after(self._gate(slot.challenge_id), ending))
+        self._gates.ended(slot.challenge_id, ending, self._clock.monotonic())
 
     def _occupy(self, slot: Slot) -> None:
         self._slots[slot.job_id] = slot
@@ -412,18 +382,3 @@ class JobManager:
         if not self._slots:
             self._idle.set()
         self.wake("local")
-
-    def _gate(self, challenge_id: ChallengeId) -> ClaimGate:
-        return self._gates.get(challenge_id, ClaimGate())
-
-    def _set_gate(self, challenge_id: ChallengeId, gate: ClaimGate) -> None:
-        self._gates[challenge_id] = gate
-
-    def _after(self, gate: ClaimGate, ending: Ending) -> ClaimGate:
-        match ending.outcome:
-            case JobOutcome.SUCCEEDED | JobOutcome.FAILED | JobOutcome.TIMEOUT:
-                return gate.succeeded()
-            case JobOutcome.INFRA_ERROR:
-                return gate.failed(ending.stage, self._clock.monotonic())
-            case _:
-                return gate.withdrawn()
