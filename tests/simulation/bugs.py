@@ -248,7 +248,7 @@ def old_version_first() -> Iterator[None]:
     """The version that serves is given up as soon as another is wanted."""
 
     async def begin(self: Any, candidate: Instance) -> None:
-        if self._serving is not None:
+        if self._instances.serving is not None:
             await self._withdraw()
         await original(self, candidate)
 

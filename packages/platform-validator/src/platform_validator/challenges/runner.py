@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Collection
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -26,13 +25,13 @@ from platform_validator.challenges.instance import (
     generation_of,
     instance_key,
 )
-from platform_validator.challenges.leaving import Leaving
 from platform_validator.challenges.lifecycle import RETRY, Aside, Fact
 from platform_validator.challenges.parts import RunnerParts
 from platform_validator.challenges.pool import REFILL_RETRY, Pool
 from platform_validator.challenges.provision import Provisioner, told
 from platform_validator.challenges.resolve import Unfit
 from platform_validator.challenges.source import SourceError
+from platform_validator.challenges.succession import Succession
 from platform_validator.crashpoint import crashpoint
 from platform_validator.cvm.errors import AttestationRefused, CvmError
 from platform_validator.cvm.plan import CvmPlan
@@ -49,7 +48,7 @@ _log = structlog.get_logger(__name__)
 
 
 class ChallengeRunner:
-    """One challenge: at most one serving instance, one candidate, and old ones that finish their jobs.
+    """One challenge.
 
     Args:
         challenge_id: Which.
@@ -64,9 +63,6 @@ class ChallengeRunner:
         self._parts = parts
         self._aim = Aim(before)
         self._name = ""
-        self._serving: Instance | None = None
-        self._candidate: Instance | None = None
-        self._leaving = Leaving(parts)
         self._changed = asyncio.Event()
         self._bringing: asyncio.Task[None] | None = None
         self._retry_at = 0.0
@@ -75,6 +71,7 @@ class ChallengeRunner:
         self._chronicle = Chronicle(challenge_id, parts)
         self._provisioner = Provisioner(parts)
         self._pool = Pool(challenge_id, parts, broke=self._broke, refused=self._is_refused, wake=self.wake)
+        self._instances = Succession(parts, self._chronicle, self._pool)
 
     # What others ask
 
@@ -87,7 +84,8 @@ class ChallengeRunner:
 
     def refused(self, key: str, error: AttestationRefused) -> None:
         """A CVM of an instance was refused: if it serves here, it has failed."""
-        if self._serving is not None and self._serving.key == key:
+        serving = self._instances.serving
+        if serving is not None and serving.key == key:
             self._refusal = key, error
             self.wake()
 
@@ -108,20 +106,18 @@ class ChallengeRunner:
     @property
     def active(self) -> bool:
         """Whether jobs may be claimed for it."""
-        serving = self._serving
-        return serving is not None and serving.state is InstanceState.ACTIVE and serving.drained_for is None
+        return self._instances.active is not None
 
     def acquire(self) -> InstanceRef | None:
         """A counted reference on the Active instance."""
-        serving = self._serving
-        if serving is None or not self.active or serving.plan is None or serving.spec is None:
+        serving = self._instances.active
+        if serving is None or serving.plan is None or serving.spec is None:
             return None
         return InstanceRef(serving, serving.plan, serving.spec, self._pool, self._parts.clock.monotonic)
 
     def bundles_in_use(self) -> set[str]:
         """Hashes of the bundles that its instances boot CVMs from."""
-        instances = (self._serving, self._candidate, *self._leaving.instances)
-        return {each.plan.bundle_sha256 for each in instances if each is not None and each.plan is not None}
+        return {each.plan.bundle_sha256 for each in self._instances if each.plan is not None}
 
     def oldest_ready(self) -> float | None:
         """Since when (monotonic) the oldest idle ready CVM waits."""
@@ -137,20 +133,21 @@ class ChallengeRunner:
 
     def view(self) -> ChallengeView:
         """As shown."""
-        old = self._leaving.instances
-        shown = self._serving or self._candidate or (old[-1] if old else None)
+        serving, candidate = self._instances.serving, self._instances.candidate
+        old = self._instances.leaving.instances
+        shown = serving or candidate or (old[-1] if old else None)
         return ChallengeView(
             id=self._id,
             name=self._name,
             state=shown.state if shown else InstanceState.CREATED,
-            serving=self._serving.view() if self._serving else None,
-            candidate=self._candidate.view() if self._candidate else None,
+            serving=serving.view() if serving else None,
+            candidate=candidate.view() if candidate else None,
             old=tuple(each.view() for each in old),
         )
 
     def planned(self) -> tuple[ChallengeSpec, CvmPlan] | None:
         """What its serving instance, or else its candidate, is made of; None before that is known."""
-        for instance in (self._serving, self._candidate):
+        for instance in (self._instances.serving, self._instances.candidate):
             if instance is not None and instance.spec is not None and instance.plan is not None:
                 return instance.spec, instance.plan
         return None
@@ -167,17 +164,16 @@ class ChallengeRunner:
                 self._pool.end()
         finally:
             self._pool.tasks = None
-            for instance in (self._serving, self._candidate, *self._leaving.instances):
-                if instance is not None:
-                    self._pool.clear(instance)
+            for instance in self._instances:
+                self._pool.clear(instance)
 
     async def _step(self, group: asyncio.TaskGroup) -> bool:
         try:
-            await self._leaving.retire()
+            await self._instances.leaving.retire()
             await self._take_refusal()
             if self._aim.listed is None:
                 await self._withdraw()
-                return not self._leaving.instances and self._candidate is None and self._serving is None
+                return self._instances.over
             await self._follow(self._aim.listed, group)
             self._pool.refill(group)
         except StoreUnavailable as error:
@@ -204,17 +200,19 @@ class ChallengeRunner:
         await self._compare(listed)
         await self._bring_back()
         target = self._aim.target(listed)
-        if self._candidate is not None and self._candidate.key != target.key:
+        candidate = self._instances.candidate
+        if candidate is not None and candidate.key != target.key:
             await self._drop_candidate(Fact.SUPERSEDED)
-        if self._serving is not None and self._serving.key == target.key:
+        serving = self._instances.serving
+        if serving is not None and serving.key == target.key:
             return
         now = self._parts.clock.monotonic()
-        if self._candidate is None:
+        if self._instances.candidate is None:
             if now < self._aim.followed_at:
                 return
             record = self._aim.record(target, self._parts.clock.now())
             await self._begin(Instance(record, target.wanted))
-        candidate = self._candidate
+        candidate = self._instances.candidate
         if candidate is None or (self._bringing is not None and not self._bringing.done()):
             return
         if now < self._retry_at:
@@ -237,21 +235,20 @@ class ChallengeRunner:
 
     async def _bring_back(self) -> None:
         """What served and broke is its own candidate, before anything newer that has failed (I8)."""
-        serving, candidate = self._serving, self._candidate
+        serving, candidate = self._instances.serving, self._instances.candidate
         if serving is None or serving.state is not InstanceState.FAILED:
             return
         if candidate is not None and candidate.state is not InstanceState.FAILED:
             # It may be about to serve.
             return
         await self._drop_candidate(Fact.SUPERSEDED)
-        self._candidate, self._serving = serving, None
-        self._pool.serving = None
+        self._instances.bring_back(serving)
         self._aim.broke(serving.record)
         self._retry_at = self._parts.clock.monotonic() + RETRY.wait(1, self._parts.rng)
 
     async def _compare(self, listed: ActiveChallenge) -> None:
         """Another image, environment or limit is another instance, of the same commit."""
-        serving = self._serving
+        serving = self._instances.serving
         if not self._look_closer or serving is None:
             return
         self._look_closer = False
@@ -263,21 +260,10 @@ class ChallengeRunner:
 
     async def _begin(self, candidate: Instance) -> None:
         candidate.generation = generation_of(candidate.key)
-        self._candidate = candidate
         if not self._aim.failures(candidate.key):
             # What has not failed yet is tried at once.
             self._retry_at = 0.0
-        before = self._aim.restores(candidate.key)
-        candidate.restoring = before is not None
-        if before is not None:
-            candidate.record = replace(candidate.record, superseded_by=before.superseded_by)
-            return
-        await self._parts.store.put_instance(candidate.record)
-        crashpoint("instance_created")
-        self._chronicle.said(candidate)
-        if self._serving is not None:
-            self._serving.record = replace(self._serving.record, superseded_by=candidate.key)
-            await self._parts.store.put_instance(self._serving.record)
+        await self._instances.begin(candidate, self._aim.restores(candidate.key))
 
     async def _bring_up(self, candidate: Instance) -> None:
         """Created to Active, or to Failed with the reason."""
@@ -295,7 +281,7 @@ class ChallengeRunner:
     async def _provision(self, candidate: Instance) -> None:
         provisioner, fleet = self._provisioner, self._parts.fleet
         await provisioner.prepare(candidate)
-        reservation = await provisioner.find_room(candidate, self)
+        reservation = await provisioner.find_room(candidate, self._instances)
         candidate.waits = None
         began = self._parts.clock.monotonic()
         try:
@@ -311,7 +297,8 @@ class ChallengeRunner:
             await self._chronicle.store(candidate)
             crashpoint("instance_booted")
             await provisioner.probe(cvm)
-            await self._switch(candidate)
+            await self._instances.switch(candidate)
+            self._aim.served()
         except BaseException:
             fleet.destroy(cvm.name)
             raise
@@ -319,49 +306,6 @@ class ChallengeRunner:
             self._parts.quota.reassign(reservation, Use.READY)
         self._pool.keep(candidate, cvm)
         self._parts.on_ready()
-
-    @property
-    def serving(self) -> Instance | None:
-        """The instance that a candidate waits beside."""
-        return self._serving
-
-    async def drain_serving(self, reason: str) -> None:
-        """It takes no more jobs, and gives its room to the candidate as those that run end."""
-        serving = self._serving
-        if serving is not None and self.active:
-            await self._chronicle.drained_for(serving, reason)
-            self._pool.clear(serving)
-            crashpoint("instance_draining")
-
-    async def _take_jobs_again(self) -> None:
-        """The candidate that the serving instance was drained for is no more."""
-        if self._serving is not None and self._serving.drained_for is not None:
-            await self._chronicle.drained_for(self._serving, None)
-
-    async def _switch(self, candidate: Instance) -> None:
-        """The candidate serves and the old one recycles: one store transaction, then both in memory."""
-        now = self._parts.clock.now()
-        old = self._serving
-        new_before, old_before = candidate.record, old.record if old else None
-        candidate.told(Fact.PROVED, at=now)
-        if old is not None:
-            old.told(Fact.SUPERSEDED, at=now)
-        try:
-            await self._parts.store.switch_instances(candidate.record, old.record if old else None)
-            crashpoint("instance_switched")
-        except BaseException:
-            candidate.record = new_before
-            if old is not None and old_before is not None:
-                old.record = old_before
-            raise
-        self._serving = self._pool.serving = candidate
-        self._candidate = None
-        self._aim.served()
-        candidate.boot_failures, candidate.restoring = 0, False
-        if old is not None:
-            self._leave(old)
-            self._chronicle.said(old)
-        self._chronicle.said(candidate)
 
     # Ends
 
@@ -374,9 +318,9 @@ class ChallengeRunner:
         with contextlib.suppress(StoreUnavailable):
             await self._parts.store.put_instance(instance.record)
             crashpoint("instance_failed")
-        if instance is self._candidate:
+        if instance is self._instances.candidate:
             self._aim.failed(instance.record)
-            await self._take_jobs_again()
+            await self._instances.take_jobs_again()
         self.wake()
 
     async def _is_refused(self, instance: Instance, error: AttestationRefused) -> None:
@@ -388,40 +332,19 @@ class ChallengeRunner:
 
     async def _take_refusal(self) -> None:
         refusal, self._refusal = self._refusal, None
-        serving = self._serving
+        serving = self._instances.serving
         if refusal is not None and serving is not None and serving.key == refusal[0]:
             await self._is_refused(serving, refusal[1])
 
     async def _drop_candidate(self, fact: Fact) -> None:
-        candidate, self._candidate = self._candidate, None
-        if candidate is None:
+        if self._instances.candidate is None:
             return
-        if self._bringing is not None and not self._bringing.done():
+        cut_short = self._bringing is not None and not self._bringing.done()
+        if self._bringing is not None:
             self._bringing.cancel()
-            if self._serving is not None:
-                # The switch may have been written, and taken back here.
-                await self._parts.store.put_instance(self._serving.record)
         self._bringing = None
-        now = self._parts.clock.now()
-        if candidate.told(fact, at=now) is Aside.FORGOTTEN:
-            await self._parts.store.remove_instance(candidate.key, at=now, reason=fact.value)
-        else:
-            self._leave(candidate)
-            await self._parts.store.put_instance(candidate.record)
-        self._pool.clear(candidate)
-        await self._take_jobs_again()
+        await self._instances.drop_candidate(fact, cut_short=cut_short)
 
     async def _withdraw(self) -> None:
         await self._drop_candidate(Fact.REMOVED)
-        serving, self._serving = self._serving, None
-        self._pool.serving = None
-        if serving is not None:
-            serving.told(Fact.REMOVED, at=self._parts.clock.now())
-            self._leave(serving)
-            self._chronicle.said(serving)
-            await self._parts.store.put_instance(serving.record)
-        await self._leaving.retire()
-
-    def _leave(self, instance: Instance) -> None:
-        self._leaving.add(instance)
-        self._pool.clear(instance)
+        await self._instances.remove_serving()
