@@ -15,7 +15,7 @@ export PIP_NO_INPUT := 1
 
 export URL IMAGE TOKEN
 
-.PHONY: help setup system demo test lint bench simulate chaos attest-matrix mitm vmm-conformance values-drill update-drill docs lock clean hosts-demo canary
+.PHONY: help setup system demo test lint bench simulate chaos cycles attest-matrix mitm vmm-conformance values-drill update-drill docs lock clean hosts-demo canary
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -70,6 +70,9 @@ simulate: setup ## the daemon on a virtual clock under seeded faults; SEEDS=1000
 
 chaos: setup system ## real processes under kill -9, SIGSTOP and a failing network; ARGS="--seed 2", ARGS=--short
 	@$(BIN)/python -m tests.chaos $(ARGS)
+
+cycles: setup system ## make and destroy 2,000 sandboxes and count what is left; ARGS="--cycles 200"
+	@$(BIN)/python -m tests.cycles $(ARGS)
 
 attest-matrix: setup ## every check of attestation against real and generated quotes, honest and tampered
 	@$(BIN)/python -m tests.attestation
