@@ -1,16 +1,14 @@
-"""The subset of docker-compose, key by key; and the filter's program."""
+"""The subset of docker-compose, key by key."""
 
 from __future__ import annotations
 
 import json
-import struct
 from typing import Any
 
 import pytest
 
 from platform_vmm.app_compose import Service, read_service
 from platform_vmm.errors import ComposeUnsupported
-from platform_vmm.sandbox.syscalls import ARCHITECTURES, guest_filter
 
 IMAGE = "platform-runtime@sha256:" + "ab" * 32
 
@@ -87,20 +85,3 @@ def test_aliases_that_multiply_are_refused_without_being_written_out() -> None:
     nested = f"services: {{one: {{image: '{IMAGE}', environment: {{A: &a [y], B: [*a, *a]}}, command: b}}}}"
     with pytest.raises(ComposeUnsupported, match="environment"):
         read_service(nested)
-
-
-@pytest.mark.parametrize("machine", sorted(ARCHITECTURES))
-def test_every_jump_of_the_filter_lands_inside_and_it_ends_with_a_verdict(machine: str) -> None:
-    """The kernel would refuse it otherwise, and with it every sandbox."""
-    program = guest_filter(machine) or b""
-    steps = [struct.unpack_from("=HBBI", program, at) for at in range(0, len(program), 8)]
-    for at, (code, yes, no, _) in enumerate(steps):
-        if code in (0x15, 0x35):
-            assert at + 1 + max(yes, no) < len(steps)
-    assert steps[-1][0] == 0x06
-    assert len(steps) < 256
-
-
-def test_an_unknown_machine_has_no_filter() -> None:
-    """The image's description then says so."""
-    assert guest_filter("riscv64") is None

@@ -181,8 +181,20 @@ def _distribution_files(name: str) -> Iterator[tuple[Path, str]]:
 
 def _digest(sources: list[tuple[Path, str]]) -> str:
     lines = [f"{name} {importlib.metadata.version(name)}" for name in sorted(_closure(_SDK))]
-    lines += sorted(f"{to} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path, to in sources)
+    lines += sorted(f"{to} {hashlib.sha256(_content(path, to)).hexdigest()}" for path, to in sources)
     return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _content(path: Path, to: str) -> bytes:
+    """A file as the image has it: an interpreter finds its libpython beside itself, wherever it was built.
+
+    Else it would run with whatever libpython of that name the system has, and the wrong standard library.
+    """
+    data = path.read_bytes()
+    built, beside = f"\0{sys.base_prefix}/lib\0".encode(), b"\0$ORIGIN/../lib"
+    if to.startswith("bin/") and built in data and len(beside) < len(built):
+        data = data.replace(built, beside.ljust(len(built), b"\0"))
+    return data
 
 
 def _copy(sources: list[tuple[Path, str]], images: Path, target: Path) -> None:
@@ -191,7 +203,7 @@ def _copy(sources: list[tuple[Path, str]], images: Path, target: Path) -> None:
         for path, to in sources:
             place = scratch / to
             place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, place)
+            place.write_bytes(_content(path, to))
             shutil.copystat(path, place)
             place.chmod(0o755 if os.access(path, os.X_OK) else 0o644)
             compiled = Path(importlib.util.cache_from_source(str(path))) if path.suffix == ".py" else path

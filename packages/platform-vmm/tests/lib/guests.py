@@ -53,8 +53,11 @@ class Guests:
         self.made.append(machine)
         return machine
 
-    async def run(self, script: str, **more: Any) -> Any:
-        """Run a script to its end in a VM of its own; what it printed last, as JSON. Removes the VM."""
+    async def run(self, script: list[str] | str, **more: Any) -> Any:
+        """Run a script, or a command, to its end in a VM of its own, and remove the VM.
+
+        What it printed last, as JSON.
+        """
         machine = self.create(script, **more)
         await until(lambda: machine.state == "exited", machine)
         output = serial(machine)
