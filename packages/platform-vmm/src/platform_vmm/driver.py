@@ -59,6 +59,10 @@ class GuestDriver(Protocol):
         """The isolation level that its guests have, as ListImages tells it: Container or Vm."""
 
     @property
+    def note(self) -> str:
+        """What its guests are, for people."""
+
+    @property
     def missing(self) -> str | None:
         """What it needs and this machine lacks, with what to do; None when all is there."""
 

@@ -13,12 +13,11 @@ from platform_vmm.images import RuntimeTable
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One image. `runtimes` is what the image of a compose file is looked up in; `note` is for people."""
+    """One image. `runtimes` is what the image of a compose file is looked up in."""
 
     name: str
     driver: GuestDriver
     runtimes: RuntimeTable
-    note: str
 
     def description(self) -> dict[str, Any]:
         """What ListImages tells of it, as JSON."""
@@ -26,7 +25,7 @@ class Image:
             "isolation_level": self.driver.level,
             "runtimes": self.runtimes.digests(),
             "local": True,
-            "note": self.note,
+            "note": self.driver.note,
             "weaker": self.driver.weaker,
         }
 
@@ -36,6 +35,10 @@ class ImageTable:
 
     def __init__(self, images: list[Image]) -> None:
         self._images = {image.name: image for image in images}
+
+    def add(self, image: Image) -> None:
+        """One more."""
+        self._images[image.name] = image
 
     def __iter__(self) -> Iterator[Image]:
         return iter(self._images.values())

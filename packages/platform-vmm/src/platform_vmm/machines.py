@@ -16,8 +16,10 @@ from platform_vmm.boot import Host
 from platform_vmm.configuration import VmConfiguration
 from platform_vmm.errors import RecordUnreadable, VmmError, VmNotFound
 from platform_vmm.image_table import Image, ImageTable
-from platform_vmm.images import IMAGE, RuntimeTable
+from platform_vmm.images import IMAGE, RUNTIME, Runtime, RuntimeTable
 from platform_vmm.machine import Machine
+from platform_vmm.qemu.driver import QEMU_IMAGE, make_driver
+from platform_vmm.qemu.image import GuestImage
 from platform_vmm.record import Record
 from platform_vmm.restarts import RestartPolicy
 from platform_vmm.sandbox.cgroups import ControlGroups
@@ -46,6 +48,7 @@ class Machines:
         *,
         runtimes: RuntimeTable,
         pki: Pki,
+        guest_image: GuestImage | None = None,
         guest_ports: tuple[int, ...] = (),
         restarts: RestartPolicy | None = None,
     ) -> None:
@@ -53,10 +56,10 @@ class Machines:
         self._groups = ControlGroups(f"platform-vmm-{state.name}", ledger=state.groups)
         self._guest_uids = guest_uids(state.path)
         self._uids: set[int] = set()
-        sandboxes = SandboxDriver(self._groups)
-        self.images = ImageTable(
-            [Image(IMAGE, sandboxes, runtimes, "a sandbox on this host's kernel; not a TEE")]
-        )
+        self._sandboxes = SandboxDriver(self._groups)
+        self._images_folder = state.path / "images"
+        self._guest_image = guest_image
+        self.images = ImageTable([Image(IMAGE, self._sandboxes, runtimes)])
         self._host = Host(
             images=self.images,
             pki=pki,
@@ -74,6 +77,8 @@ class Machines:
         """Reclaim what a crash left, start what was started, serve until `stop`, then end every guest."""
         try:
             await self._reclaim()
+            if self._guest_image is not None:
+                await self._add_virtual_machines(self._guest_image)
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 for machine in self._restore():
@@ -178,6 +183,19 @@ class Machines:
                 continue
             self._machines[machine.id] = machine
         return self.all()
+
+    async def _add_virtual_machines(self, image: GuestImage) -> None:
+        """The image `local-qemu`, unless this machine lacks what it needs."""
+        uid = self._claim_uid()
+        try:
+            driver = await make_driver(self._sandboxes, image, self._images_folder, uid=uid)
+        except (VmmError, OSError) as error:
+            log.warning("image_not_offered", image=QEMU_IMAGE, reason=str(error))
+            return
+        finally:
+            self._uids.discard(uid)
+        runtime = Runtime(RUNTIME, image.digest, image.path, image.boot, image.library)
+        self.images.add(Image(QEMU_IMAGE, driver, RuntimeTable([runtime])))
 
     async def _reclaim(self) -> None:
         for name in await self._groups.reclaim():

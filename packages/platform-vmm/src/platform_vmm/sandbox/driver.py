@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -24,7 +25,8 @@ from platform_vmm.sandbox.recipe import NAMESPACES, ROOM, Recipe
 from platform_vmm.sandbox.relay import Connect, Relay, loopback
 from platform_vmm.sandbox.syscalls import guest_filter
 
-_STAGE = Path(__file__).with_name("stage.py")
+STAGE = Path(__file__).with_name("stage.py")
+"""The program that makes a sandbox, on the host and in a virtual machine alike."""
 _GUEST = "10.0.2.15"
 _START_TIMEOUT = 30.0
 _END_TIMEOUT = 5.0
@@ -117,6 +119,11 @@ class SandboxDriver:
         return "Container"
 
     @property
+    def note(self) -> str:
+        """For people."""
+        return "a sandbox on this host's kernel; not a TEE"
+
+    @property
     def missing(self) -> str | None:
         """What the driver needs and this machine lacks, with what to do; None when all is there."""
         if self._bwrap is None:
@@ -185,7 +192,7 @@ class SandboxDriver:
         try:
             stage = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *("-I", "-S", str(_STAGE), str(theirs)),
+                *("-I", "-S", str(STAGE), str(theirs)),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.DEVNULL,
@@ -206,23 +213,8 @@ class SandboxDriver:
         return Sandbox(name, 0, False, control, console, stage, self._groups), log_end
 
     def _send_config(self, control: Control, recipe: Recipe, uid: int, log_end: int) -> None:
-        config = {
-            "root": os.getuid() == 0,
-            "uid": uid,
-            "binds": recipe.binds(),
-            "disk_bytes": recipe.disk_bytes,
-            "inodes": recipe.inodes,
-            "folders": list(recipe.places()),
-            "ports": list(recipe.ports),
-            "nft": self._nft,
-            "bwrap": self._bwrap,
-            "arguments": recipe.bwrap_arguments(filtered=self._filter is not None),
-            "filter": "" if self._filter is None else self._filter.hex(),
-            "command": list(recipe.command),
-            "rlimits": recipe.rlimits(),
-            "namespaces": NAMESPACES,
-            "oom_score": _OOM_SCORE,
-        }
+        config = stage_config(recipe, uid=uid, system_filter=self._filter, root=os.getuid() == 0)
+        config |= {"nft": self._nft, "bwrap": self._bwrap}
         document = os.memfd_create("config", os.MFD_CLOEXEC)
         try:
             with os.fdopen(document, "wb", closefd=False) as file:
@@ -231,6 +223,26 @@ class SandboxDriver:
             control.send(b"config", [document, log_end])
         finally:
             os.close(document)
+
+
+def stage_config(recipe: Recipe, *, uid: int, system_filter: bytes | None, root: bool) -> dict[str, Any]:
+    """What the stage program is told, but for where this machine has its programs `nft` and `bwrap`."""
+    return {
+        "root": root,
+        "uid": uid,
+        "binds": recipe.binds(),
+        "disk_bytes": recipe.disk_bytes,
+        "inodes": recipe.inodes,
+        "folders": list(recipe.places()),
+        "devices": list(recipe.devices),
+        "ports": list(recipe.ports),
+        "arguments": recipe.bwrap_arguments(filtered=system_filter is not None),
+        "filter": "" if system_filter is None else system_filter.hex(),
+        "command": list(recipe.command),
+        "rlimits": recipe.rlimits(),
+        "namespaces": NAMESPACES,
+        "oom_score": _OOM_SCORE,
+    }
 
 
 async def _relay(sandbox: Sandbox, listener: socket.socket, connect: Connect) -> None:

@@ -50,6 +50,8 @@ class Recipe:
     scratch: Sequence[str] = ()
     """More writable places, on the same capped disk."""
     inodes: int = _INODES
+    devices: Sequence[str] = ()
+    """Character devices of the host that the guest has too, under the same path."""
 
     @property
     def memory_limit(self) -> int:
@@ -80,6 +82,8 @@ class Recipe:
         words += ["--proc", "/proc", "--dev", "/dev"]
         for folder, place in self.places().items():
             words += ["--bind", f"{ROOM}/disk/{folder}", place]
+        for device in self.devices:
+            words += ["--dev-bind", f"{ROOM}/devices/{os.path.basename(device)}", device]
         words += ["--remount-ro", "/dev", "--symlink", "/run", "/var/run"]
         words += ["--bind", f"{ROOM}/agent", _AGENT, "--symlink", "../dstack.sock", "/run/dstack/dstack.sock"]
         words += ["--ro-bind", f"{ROOM}/image", IMAGE, "--ro-bind", f"{ROOM}/shared", "/dstack/.host-shared"]

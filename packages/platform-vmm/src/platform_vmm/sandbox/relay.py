@@ -39,7 +39,7 @@ class Relay:
 
     async def start(self, listener: socket.socket) -> None:
         """Begin to accept."""
-        self._server = await asyncio.start_server(self._accepted, sock=listener, limit=_CHUNK)
+        self._server = await asyncio.start_server(self.carry, sock=listener, limit=_CHUNK)
 
     async def close(self) -> None:
         """Stop accepting and drop every connection."""
@@ -52,7 +52,8 @@ class Relay:
                 async with asyncio.timeout(2):
                     await self._server.wait_closed()
 
-    async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Join one connection with one made by `connect`, until both have ended."""
         if self._pairs >= self._maximum:
             self.refused += 1
             writer.transport.abort()

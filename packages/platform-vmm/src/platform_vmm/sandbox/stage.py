@@ -17,6 +17,7 @@ import resource
 import select
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -64,6 +65,27 @@ def bind(source: str, target: str) -> None:
     mount("none", target, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
 
 
+def furnish(config: dict[str, Any]) -> None:
+    """The room: what the guest may read, its devices, and where its disk will be."""
+    mount("tmpfs", ROOM, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+    for source, name in config["binds"]:
+        bind(source, f"{ROOM}/{name}")
+    os.mkdir(f"{ROOM}/disk", 0o755)
+    if not config["devices"]:
+        return
+    os.mkdir(f"{ROOM}/devices", 0o755)
+    if config["root"]:  # a node of its own, since the host's belongs to others
+        mount("tmpfs", f"{ROOM}/devices", "tmpfs", MS_NOSUID | MS_NOEXEC, "size=64k,mode=755")
+    for source in config["devices"]:
+        target = f"{ROOM}/devices/{os.path.basename(source)}"
+        if config["root"]:
+            os.mknod(target, stat.S_IFCHR | 0o600, os.stat(source).st_rdev)
+            os.chown(target, config["uid"], config["uid"])
+        else:
+            os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
+            mount(source, target, None, MS_BIND)
+
+
 def write(path: str, text: str) -> None:
     """Write a kernel file."""
     descriptor = os.open(path, os.O_WRONLY)
@@ -75,10 +97,7 @@ def prepare_mounts(config: dict[str, Any]) -> None:
     """As the VMM's own user: bring what the guest may read to a place that its uid can reach."""
     call("unshare", CLONE_NEWNS)
     mount("none", "/", None, MS_REC | MS_PRIVATE)
-    mount("tmpfs", ROOM, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
-    for source, name in config["binds"]:
-        bind(source, f"{ROOM}/{name}")
-    os.mkdir(f"{ROOM}/disk", 0o755)
+    furnish(config)
 
 
 def drop_to(uid: int) -> None:
@@ -99,10 +118,7 @@ def own_namespaces(config: dict[str, Any]) -> None:
     write("/proc/self/gid_map", f"0 {gid} 1")
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     if not config["root"]:
-        mount("tmpfs", ROOM, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
-        for source, name in config["binds"]:
-            bind(source, f"{ROOM}/{name}")
-        os.mkdir(f"{ROOM}/disk", 0o755)
+        furnish(config)
     for name, most in config["namespaces"].items():
         write(f"/proc/sys/user/max_{name}_namespaces", str(most))
     disk = f"size={config['disk_bytes']},nr_inodes={config['inodes']},mode=755"

@@ -1,0 +1,1 @@
+"""Guests that are virtual machines of QEMU's."""

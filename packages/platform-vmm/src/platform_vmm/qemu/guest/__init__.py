@@ -1,0 +1,1 @@
+"""What runs inside the virtual machine before the service does. Standard library only."""
