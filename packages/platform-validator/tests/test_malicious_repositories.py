@@ -6,115 +6,27 @@ bundles in it; no process left; a good challenge beside it is fetched as if noth
 
 from __future__ import annotations
 
-import asyncio
 import os
-import stat
-import struct
-import threading
 import zlib
 from collections.abc import Iterator
-from datetime import timedelta
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 from author import PLATFORM_TOML, Author, packed_header, tree_of, zeros_deflated
-from git_server import GitServer
 from job_house import CHALLENGE, CVM, OTHER, TOML, House, new_commit
-from processes import processes_about
+from trap import MIB, Trap, traps, varint
 
 from platform_protocol.platform_messages import ActiveChallenge
-from platform_protocol.spec import SpecInvalid, parse_platform_toml
-from platform_validator.challenges.git_source import GitSource
-from platform_validator.challenges.source import SourceError
 from platform_validator.store.records import InstanceState
 
-MIB = 1024 * 1024
 ZEROS_2_GIB = "77e9132b46cb9535f286f18974872f40049d1a89"
 ZEROS_3_GIB = "1077662767e8de998abc7dbe3649b8df9a2baf72"
 
 
-class Trap:
-    """A place with a canary, a good challenge, and hostile ones made by the tests."""
-
-    def __init__(self, folder: Path, server: GitServer) -> None:
-        self.folder = folder
-        self.server = server
-        self.cache = folder / "caches"
-        self.source = self.source_of(cache="main")
-        self.canary = folder / "outside" / "canary"
-        self.canary.parent.mkdir()
-        self.canary.write_text("alive")
-        self.good = Author(folder / "served" / "good")
-        self.good_commit = self.good.commit()
-
-    def source_of(self, *, cache: str = "other", max_bytes: int = 64 * MIB, timeout: float = 50) -> GitSource:
-        """A source that may also fetch from files."""
-        return GitSource(
-            cache=self.cache / cache,
-            allow=frozenset({"file"}),
-            max_bytes=max_bytes,
-            timeout=timedelta(seconds=timeout),
-        )
-
-    def author(self, name: str = "hostile") -> Author:
-        """Who makes a hostile repository."""
-        return Author(self.folder / "served" / name)
-
-    def url_of(self, author: Author) -> str:
-        """Where it is served."""
-        return self.server.url_of(f"{author.folder.name}/.git")
-
-    async def springs(self, repository: str, commit: str, source: GitSource | None = None) -> tuple[str, str]:
-        """Fetch and read it as a challenge's provisioning does; the word and the message of its refusal."""
-        before = self._outside()
-        good = await self.source.fetch(self.url_of(self.good), self.good_commit)
-        await asyncio.to_thread(good.bundle.unlink)
-        async with asyncio.TaskGroup() as group:
-            beside = group.create_task(self.source.fetch(self.url_of(self.good), self.good_commit))
-            answer = await self._refusal(source or self.source, repository, commit)
-        assert beside.result() == good
-        self.assert_nothing_is_left()
-        assert self._outside() == before
-        word, message = answer
-        assert message.isprintable()
-        assert len(message) < 1000
-        return word, message
-
-    async def _refusal(self, source: GitSource, repository: str, commit: str) -> tuple[str, str]:
-        try:
-            tree = await source.fetch(repository, commit)
-            parse_platform_toml(tree.platform_toml)
-        except SourceError as error:
-            return error.reason, str(error)
-        except SpecInvalid as error:
-            return "platform_toml_invalid", str(error)
-        return "", "nothing was refused"
-
-    def assert_nothing_is_left(self) -> None:
-        """No process at work in the cache, and nothing but bundles and their index in it."""
-        assert {entry.name for entry in self.cache.glob("*/*")} <= {"bundles", "commits"}
-        assert all(not entry.name.startswith(".") for entry in self.cache.rglob("*"))
-        assert all(stat.S_ISREG(e.lstat().st_mode) for e in self.cache.rglob("*") if not e.is_dir())
-        assert list(processes_about(str(self.cache))) == []
-
-    def _outside(self) -> dict[str, tuple[int, int]]:
-        return {
-            str(path): (path.lstat().st_mtime_ns, path.lstat().st_size)
-            for path in self.folder.rglob("*")
-            if self.cache not in path.parents and path != self.cache and not path.is_dir()
-        }
-
-
 @pytest.fixture
 def trap(tmp_path: Path) -> Iterator[Trap]:
-    """A trap."""
-    (tmp_path / "served").mkdir()
-    with GitServer(tmp_path / "served") as server:
-        yield Trap(tmp_path, server)
-
-
-# Paths and links
+    with traps(tmp_path) as made:
+        yield made
 
 
 @pytest.mark.parametrize("name", [b"..", b".", b".git", b"a/b"])
@@ -158,9 +70,6 @@ async def test_a_file_below_a_link(trap: Trap) -> None:
     assert word == "tree_refused"
 
 
-# Sizes
-
-
 async def test_a_file_of_2_gb(trap: Trap) -> None:
     """A server that can leave it out does not even send it; nothing of that size is ever written."""
     author = trap.author()
@@ -169,17 +78,6 @@ async def test_a_file_of_2_gb(trap: Trap) -> None:
     word, message = await trap.springs(trap.url_of(author), at)
     assert word == "tree_refused"
     assert "'large' is larger than 67108864 bytes" in message
-
-
-async def test_a_file_over_the_limit_from_a_server_that_sends_everything(trap: Trap) -> None:
-    """It is refused by its size before it is read."""
-    trap.server.filters = False
-    author = trap.author()
-    (author.folder / "large").write_bytes(bytes(8 * MIB))
-    at = author.commit()
-    word, message = await trap.springs(trap.url_of(author), at, trap.source_of(max_bytes=4 * MIB))
-    assert word == "tree_refused"
-    assert "'large' has 8388608" in message
 
 
 @pytest.mark.slow(reason="packs and fetches seven MiB that do not compress")
@@ -201,7 +99,7 @@ async def test_a_delta_bomb(trap: Trap) -> None:
     author = trap.author()
     base = author.blob(bytes(65536))
     copies = 3072 * 16
-    delta = _varint(65536) + _varint(65536 * copies) + b"\x80" * copies
+    delta = varint(65536) + varint(65536 * copies) + b"\x80" * copies
     packed = packed_header(7, len(delta)) + bytes.fromhex(base) + zlib.compress(delta)
     author.pack_by_hand(
         [
@@ -248,9 +146,6 @@ async def test_folders_two_hundred_deep(trap: Trap) -> None:
     word, message = await trap.springs(trap.url_of(author), at)
     assert word == "tree_refused"
     assert "255 bytes" in message
-
-
-# Code that wants to be run
 
 
 async def test_hooks_and_settings_of_a_local_repository(trap: Trap) -> None:
@@ -323,9 +218,6 @@ async def test_a_repository_that_is_a_command(trap: Trap, url: str) -> None:
     assert "https URL" in message
 
 
-# Text that wants to be shown
-
-
 async def test_terminal_escapes(trap: Trap) -> None:
     """A commit message is never read; a path with escapes is refused, and shown escaped."""
     author = trap.author()
@@ -335,28 +227,6 @@ async def test_terminal_escapes(trap: Trap) -> None:
     word, message = await trap.springs(trap.url_of(author), author.commit())
     assert word == "tree_refused"
     assert "\\x1b[31mred" in message
-
-
-async def test_terminal_escapes_of_a_server(trap: Trap) -> None:
-    """What a server says is shown on one line, without anything that a terminal obeys."""
-
-    def lie(request: BaseHTTPRequestHandler) -> bool:
-        body = _packet(b"ERR \x1b[2J\x1b]0;owned\x07\r\n2026 [info] all is well\n")
-        request.send_response(200)
-        request.send_header("Content-Type", "application/x-git-upload-pack-advertisement")
-        request.end_headers()
-        request.wfile.write(_packet(b"# service=git-upload-pack\n") + b"0000" + body)
-        return True
-
-    author = trap.author()
-    trap.server.instead = lambda request: "hostile" in request.path and lie(request)
-    word, message = await trap.springs(trap.url_of(author), "1" * 40)
-    assert word == "git_failed"
-    assert "\x1b" not in message
-    assert "\n" not in message
-
-
-# platform.toml
 
 
 @pytest.mark.slow(reason="packs and fetches 50 MB")
@@ -389,9 +259,6 @@ async def test_a_platform_toml_nested_ten_thousand_deep(trap: Trap, more: str) -
     assert "deep" in message
 
 
-# Beside the others
-
-
 async def test_a_hostile_challenge_beside_a_good_one(trap: Trap, tmp_path: Path) -> None:
     """It is Failed with the word and the message, and the other is Active."""
     house = House(tmp_path / "house")
@@ -420,70 +287,6 @@ async def test_a_hostile_challenge_beside_a_good_one(trap: Trap, tmp_path: Path)
         assert house.challenges.bundles_in_use() == {serving.plan.bundle_sha256}
 
 
-# Servers
-
-
-async def test_a_server_that_sends_on_and_on(trap: Trap) -> None:
-    """A pack without end is ended at the limit."""
-
-    def endless(request: BaseHTTPRequestHandler) -> bool:
-        if request.command != "POST":
-            return False
-        request.send_response(200)
-        request.send_header("Content-Type", "application/x-git-upload-pack-result")
-        request.end_headers()
-        deflate = zlib.compressobj(0)
-        pack = b"PACK" + struct.pack(">II", 2, 1) + packed_header(3, 1 << 40)
-        send = _packet(b"packfile\n") + _packet(b"\x01" + pack)
-        try:
-            while True:
-                request.wfile.write(send)
-                send = _packet(b"\x01" + deflate.compress(os.urandom(32_000)))
-        except OSError:
-            return True
-
-    author = trap.author()
-    at = author.commit()
-    trap.server.instead = lambda request: "hostile" in request.path and endless(request)
-    word, message = await trap.springs(trap.url_of(author), at, trap.source_of(max_bytes=4 * MIB))
-    assert word == "repository_too_large"
-    assert "expected at most" in message or "over" in message
-
-
-async def test_a_server_that_never_answers(trap: Trap) -> None:
-    """It is given up at the time limit."""
-    over = threading.Event()
-
-    def silent(request: BaseHTTPRequestHandler) -> bool:
-        return "hostile" in request.path and over.wait(50)
-
-    author = trap.author()
-    at = author.commit()
-    trap.server.instead = silent
-    word, message = await trap.springs(trap.url_of(author), at, trap.source_of(timeout=1))
-    over.set()
-    assert word == "git_timed_out"
-    assert "within 1 s" in message
-
-
-@pytest.mark.parametrize("to", ["file:///etc", "ext::sh -c true", "{good}"])
-async def test_a_server_that_redirects(trap: Trap, to: str) -> None:
-    """No redirect is followed: not to another scheme, and not to another repository."""
-
-    def away(request: BaseHTTPRequestHandler) -> bool:
-        request.send_response(302)
-        request.send_header("Location", to.format(good=trap.url_of(trap.good)) + "/info/refs")
-        request.send_header("Content-Length", "0")
-        request.end_headers()
-        return True
-
-    author = trap.author()
-    trap.server.instead = lambda request: "hostile" in request.path and away(request)
-    word, message = await trap.springs(trap.url_of(author), trap.good_commit)
-    assert word == "repository_moved"
-    assert "302" in message
-
-
 async def test_a_tree_that_is_no_tree(trap: Trap) -> None:
     """Objects that git itself would not write are refused, by the server's git or by ours."""
     author = trap.author()
@@ -506,14 +309,3 @@ def _commit_literally(author: Author, tree: str) -> str:
     at = author.git("hash-object", "-w", "-t", "commit", "--literally", "--stdin", given=data)
     (author.folder / ".git/refs/heads/main").write_text(f"{at}\n")
     return at
-
-
-def _packet(data: bytes) -> bytes:
-    return b"%04x" % (len(data) + 4) + data
-
-
-def _varint(number: int) -> bytes:
-    out = b""
-    while number > 127:
-        out, number = out + bytes([number & 127 | 128]), number >> 7
-    return out + bytes([number])

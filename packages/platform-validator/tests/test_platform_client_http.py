@@ -6,29 +6,26 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import random
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from aiohttp import WSCloseCode, web
+from aiohttp import web
+from platform_server import CHALLENGE, JOB, KEY, NOW, TOKEN, Server, client_of, serving, signer
 
-from platform_protocol.ids import ChallengeId, ClaimId, JobId, LeaseToken
-from platform_protocol.notifications import ChallengeUpdated, JobCancelled, NewJob
+from platform_protocol.ids import ChallengeId, ClaimId, JobId
 from platform_protocol.platform_messages import SubmissionRef
-from platform_protocol.signing import Keypair, signing_payload, verify
+from platform_protocol.signing import signing_payload, verify
 from platform_validator.clock import SystemClock
 from platform_validator.platform_client.answers import Call, read_json, refusal
 from platform_validator.platform_client.http import HttpPlatformClient
-from platform_validator.platform_client.notifications import NotificationLoop
 from platform_validator.platform_client.port import (
     AlreadyClaimed,
-    HotkeyInUse,
     JobUnknown,
     LeaseRefused,
     NotAuthorized,
@@ -42,70 +39,17 @@ from platform_validator.platform_client.renewals import BlockingRenewals
 from platform_validator.platform_client.retries import retry_after
 from platform_validator.platform_client.signer import RequestSigner
 
-KEY = Keypair.from_seed(bytes(32))
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
-CHALLENGE = ChallengeId("00000000-0000-4000-8000-000000000001")
-JOB = JobId("00000000-0000-4000-8000-000000000002")
-TOKEN = LeaseToken("token")
-Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-class Server:
-    """A server on loopback that answers everything with one function."""
-
-    def __init__(self) -> None:
-        self.requests: list[web.Request] = []
-        self.bodies: list[bytes] = []
-        self.answer: Answer = self._nothing
-        self.url = ""
-
-    async def _nothing(self, request: web.Request) -> web.StreamResponse:
-        return web.Response(status=404)
-
-    async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Note the request and answer it."""
-        self.requests.append(request)
-        self.bodies.append(await request.read())
-        return await self.answer(request)
-
-    def says(self, status: int, body: object, headers: dict[str, str] | None = None) -> None:
-        """Answer everything with this."""
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-
-        async def answer(request: web.Request) -> web.StreamResponse:
-            return web.Response(status=status, body=data, headers=headers)
-
-        self.answer = answer
-
 
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
-    """A running server."""
-    scripted = Server()
-    app = web.Application(client_max_size=2**26)
-    app.router.add_route("*", "/{tail:.*}", scripted.handle)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    port = runner.addresses[0][1]
-    scripted.url = f"http://127.0.0.1:{port}"
-    yield scripted
-    await runner.cleanup()
+    async with serving() as scripted:
+        yield scripted
 
 
 @pytest.fixture
 async def client(server: Server) -> AsyncIterator[HttpPlatformClient]:
-    """A client of it."""
-    async with HttpPlatformClient(
-        base_url=server.url, signer=signer(server), clock=SystemClock(), timeout=timedelta(seconds=5)
-    ) as made:
+    async with client_of(server) as made:
         yield made
-
-
-def signer(server: Server) -> RequestSigner:
-    """Signs for the server's origin."""
-    return RequestSigner(keypair=KEY, base_url=server.url, instance="instance", clock=SystemClock())
 
 
 async def test_each_request_is_signed_over_what_goes_out(server: Server, client: HttpPlatformClient) -> None:
@@ -451,182 +395,3 @@ def test_a_blocking_renewal_without_a_server_is_unanswered() -> None:
     renewals = BlockingRenewals(base_url="http://127.0.0.1:1", signer=keys, clock=SystemClock())
     with pytest.raises(PlatformUnavailable):
         renewals.renew(JOB, TOKEN)
-
-
-# WebSocket
-
-
-def closing(frames: list[str | bytes], code: int) -> Answer:
-    """A server that sends these frames and closes with this code."""
-
-    async def answer(request: web.Request) -> web.StreamResponse:
-        socket = web.WebSocketResponse()
-        await socket.prepare(request)
-        for frame in frames:
-            await (socket.send_str(frame) if isinstance(frame, str) else socket.send_bytes(frame))
-        await socket.close(code=code)
-        return socket
-
-    return answer
-
-
-HELLO = json.dumps({"type": "hello", "stream": "s", "seq": 3, "server_time": "2026-01-01T00:00:00Z"})
-
-
-async def test_unreadable_frames_are_passed_over(server: Server, client: HttpPlatformClient) -> None:
-    """Unreadable frames are passed over."""
-    frames: list[str | bytes] = [HELLO, "nonsense", b"\x00", '{"type":"new_job"}', '{"type":"dance"}']
-    new_job = json.dumps({"type": "new_job", "seq": 4, "job_id": JOB, "challenge_id": CHALLENGE})
-    server.answer = closing([*frames, new_job], WSCloseCode.OK)
-    received = [notification async for notification in client.notifications()]
-    assert [each.type for each in received] == ["hello", "dance", "new_job"]
-    assert server.requests[0].path == f"/validators/{KEY.address}/ws"
-    assert server.requests[0].headers["X-Validator-Hotkey"] == KEY.address
-
-
-@pytest.mark.parametrize(
-    ("code", "kind"),
-    [(1008, PlatformUnavailable), (1013, PlatformUnavailable), (4401, NotAuthorized), (4409, HotkeyInUse)],
-)
-async def test_close_codes(
-    server: Server, client: HttpPlatformClient, code: int, kind: type[PlatformError]
-) -> None:
-    """Close codes."""
-    server.answer = closing([HELLO], code)
-    stream = client.notifications()
-    await anext(stream)
-    with pytest.raises(kind):
-        await anext(stream)
-
-
-@pytest.mark.parametrize(
-    ("status", "kind"),
-    [(401, NotAuthorized), (403, NotAuthorized), (503, PlatformUnavailable), (302, PlatformUnavailable)],
-)
-async def test_refused_upgrades(
-    server: Server, client: HttpPlatformClient, status: int, kind: type[PlatformError]
-) -> None:
-    """Refused upgrades."""
-    server.says(status, {"code": "hotkey_mismatch"}, {"Location": "http://127.0.0.1:1/"})
-    with pytest.raises(kind):
-        await anext(client.notifications())
-    assert len(server.requests) == 1
-
-
-@pytest.mark.robustness(15, "5-mb-frame")
-async def test_a_frame_of_five_megabytes_ends_the_connection_and_nothing_else(
-    server: Server, client: HttpPlatformClient
-) -> None:
-    """A frame of five megabytes ends the connection and nothing else."""
-    server.answer = closing([HELLO, "x" * 5_000_000], WSCloseCode.OK)
-    stream = client.notifications()
-    await anext(stream)
-    with pytest.raises(PlatformUnavailable):
-        await anext(stream)
-
-
-class Heard:
-    """A listener that notes what it is told."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def poll_now(self) -> None:
-        self.told.append("poll")
-
-    def new_job(self, hint: NewJob) -> None:
-        self.told.append("new_job")
-
-    def challenge_updated(self, hint: ChallengeUpdated) -> None:
-        self.told.append("challenge_updated")
-
-    def job_cancelled(self, hint: JobCancelled) -> None:
-        self.told.append("job_cancelled")
-
-    def hotkey_in_use(self) -> None:
-        self.told.append("in_use")
-
-
-class VirtualClock(SystemClock):
-    """A clock that sleeps in no time and remembers for how long."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-        self.slept: list[float] = []
-
-    def monotonic(self) -> float:
-        return self.time
-
-    async def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.time += seconds
-        await asyncio.sleep(0)
-
-
-def notification(kind: str, seq: int, **fields: object) -> str:
-    """One frame."""
-    base: dict[str, dict[str, object]] = {
-        "new_job": {"job_id": JOB, "challenge_id": CHALLENGE},
-        "job_cancelled": {"job_id": JOB},
-    }
-    return json.dumps({"type": kind, "seq": seq, **base.get(kind, {}), **fields})
-
-
-def hello(stream: str, seq: int) -> str:
-    """A hello."""
-    return notification("hello", seq, stream=stream, server_time="2026-01-01T00:00:00Z")
-
-
-async def heard(
-    server: Server, client: HttpPlatformClient, scripts: list[list[str]]
-) -> tuple[Heard, VirtualClock]:
-    """Run the loop over scripted connections, the last of which another instance takes over."""
-    listener, clock = Heard(), VirtualClock()
-    left = [closing(list(script), 1012) for script in scripts] + [closing([], 4409)]
-
-    async def next_one(request: web.Request) -> web.StreamResponse:
-        return await left.pop(0)(request)
-
-    server.answer = next_one
-    loop = NotificationLoop(
-        client=client,
-        listener=listener,
-        clock=clock,
-        rng=random.Random(1),  # noqa: S311 - jitter
-    )
-    await loop.run()
-    return listener, clock
-
-
-@pytest.mark.robustness(15, "gap")
-async def test_a_new_stream_or_a_missed_seq_means_poll_now(
-    server: Server, client: HttpPlatformClient
-) -> None:
-    """A new stream or a missed seq means poll now."""
-    listener, _ = await heard(
-        server,
-        client,
-        [
-            [hello("s", 5), notification("new_job", 6), notification("new_job", 8)],
-            [hello("s", 8), notification("job_cancelled", 9)],
-            [hello("s", 12)],
-            [hello("other", 12)],
-        ],
-    )
-    assert listener.told == [
-        "poll", "new_job", "new_job", "poll",
-        "job_cancelled",
-        "poll",
-        "poll",
-        "in_use",
-    ]  # fmt: skip
-
-
-async def test_reconnects_back_off_with_full_jitter_up_to_a_minute(
-    server: Server, client: HttpPlatformClient
-) -> None:
-    """Reconnects back off with full jitter up to a minute."""
-    _, clock = await heard(server, client, [[hello("s", 0)] for _ in range(12)])
-    bounds = [min(2.0**n, 60.0) for n in range(12)]
-    assert all(0 <= slept <= bound for slept, bound in zip(clock.slept, bounds, strict=True))
-    assert len(set(clock.slept)) == len(clock.slept)

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import socket
-from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any
-
-import aiohttp
 import pytest
-from starlette.types import ASGIApp
+from controlled import JOB, TOKEN, Controlled, over_tcp, served
 
-from platform_protocol.ids import ChallengeId, JobId, VmName
-from platform_protocol.values import ValueInvalid
 from platform_validator.attestation.os_image import Shape
-from platform_validator.challenges.environment import EnvCommand, EnvRefused
 from platform_validator.cvm.hosts import UnknownHost
 from platform_validator.cvm.vmm import VmmUnavailable
-from platform_validator.host_name import HostName
 from platform_validator.store.port import StoreUnavailable
-from platform_validator.values.commands import GetValue, ValueCommand
-from platform_validator.values.errors import ValueKeysUnusable, ValueRefused, ValueUnreadable
-from platform_validator.web.control import Cancelling, Draining, HostDraining, NotStarted, PinBusy, Reloaded
-from platform_validator.web.operators import TokenGuard, operators_app
-from platform_validator.web.server import WebServer
-from platform_validator.web.views import Health
+from platform_validator.web.control import Cancelling, NotStarted, PinBusy, Reloaded
+from platform_validator.web.operators import operators_app
 
-JOB = JobId("00000000-0000-4000-8000-00000000000b")
-TOKEN = {"Authorization": "Bearer t0ken"}
 PIN = "/api/v1/attestation/pin"
 POSTS = [
     "/api/v1/drain",
@@ -44,122 +26,9 @@ POSTS = [
 ]
 
 
-class Controlled:
-    """Views with nothing to show; a Control that notes what was asked, and answers what a test says."""
-
-    def __init__(self) -> None:
-        self.asked: list[object] = []
-        self.cancelling: Cancelling | Exception = Cancelling.CANCELLED
-        self.reloaded: Reloaded | Exception = Reloaded()
-        self.reclaimed: list[VmName] | Exception = [VmName("pv-stray")]
-        self.host: HostDraining | Exception = HostDraining(HostName("big"), "drained", 3)
-        self.valued: dict[str, Any] | Exception = {"challenges": []}
-        self.pinned: dict[str, Any] | Exception = {"state": "booting"}
-
-    def drain(self, reason: str, *, hurry: bool = False) -> Draining:
-        self.asked.append((reason, hurry))
-        return Draining("draining", 2, 1, 1050.0, hurry)
-
-    async def cancel_job(self, job_id: JobId) -> Cancelling:
-        self.asked.append(job_id)
-        if isinstance(self.cancelling, Exception):
-            raise self.cancelling
-        return self.cancelling
-
-    async def reclaim(self, names: Collection[VmName]) -> list[VmName]:
-        self.asked.append(sorted(names))
-        if isinstance(self.reclaimed, Exception):
-            raise self.reclaimed
-        return self.reclaimed
-
-    async def drain_host(self, name: HostName) -> HostDraining:
-        self.asked.append(("drain", name))
-        if isinstance(self.host, Exception):
-            raise self.host
-        return self.host
-
-    async def undrain_host(self, name: HostName) -> HostDraining:
-        self.asked.append(("undrain", name))
-        if isinstance(self.host, Exception):
-            raise self.host
-        return self.host
-
-    async def env(self, command: EnvCommand) -> dict[str, Any]:
-        self.asked.append(command)
-        if isinstance(self.valued, Exception):
-            raise self.valued
-        return self.valued
-
-    async def values(self, command: ValueCommand) -> dict[str, Any]:
-        self.asked.append(command)
-        if isinstance(self.valued, Exception):
-            raise self.valued
-        return self.valued
-
-    def pinning(self) -> dict[str, Any]:
-        if isinstance(self.pinned, Exception):
-            raise self.pinned
-        return self.pinned
-
-    def pin(self, image: str, shape: Shape) -> dict[str, Any]:
-        self.asked.append((image, shape))
-        return self.pinning()
-
-    def reload(self) -> Reloaded:
-        self.asked.append("reload")
-        if isinstance(self.reloaded, Exception):
-            raise self.reloaded
-        return self.reloaded
-
-    def health(self) -> Health:
-        return Health("running", {})
-
-    def metrics(self) -> tuple[bytes, str] | None:
-        return None
-
-    def bundle(self, sha256: str, authorization: str) -> Path | None:
-        return None
-
-    def status(self) -> dict[str, Any]:
-        return {}
-
-    async def jobs(self, limit: int) -> list[dict[str, Any]]:
-        return []
-
-    def cvms(self) -> list[dict[str, Any]]:
-        return []
-
-    def hosts(self) -> list[dict[str, Any]]:
-        return [{"name": "big"}]
-
-    def challenges(self) -> list[dict[str, Any]]:
-        return []
-
-    async def challenge(self, named: str) -> dict[str, Any] | None:
-        return {"name": named} if named == "di gits" else None
-
-
 @pytest.fixture
 def controlled() -> Controlled:
     return Controlled()
-
-
-@asynccontextmanager
-async def served(app: ASGIApp) -> AsyncIterator[aiohttp.ClientSession]:
-    """A client of the application, behind a real listener."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    server = WebServer(app, ("127.0.0.1", port))
-    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        group.create_task(server.run())
-        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client:
-            yield client
-        await server.stop()
-
-
-def over_tcp(controlled: Controlled) -> TokenGuard:
-    """As it is on the operators' TCP listener."""
-    return TokenGuard(operators_app(controlled, controlled), "t0ken", frozenset({"127.0.0.1"}))
 
 
 @pytest.mark.parametrize(
@@ -414,80 +283,4 @@ async def test_strays_that_cannot_be_reclaimed(
     ):
         assert answer.status == status
         assert (await answer.json())["error"]
-    assert len(controlled.asked) == (fault is not None)
-
-
-@pytest.mark.parametrize(
-    ("body", "fault", "status", "code"),
-    [
-        (b'{"do": "list"}', None, 200, None),
-        (
-            b'{"do": "unset", "challenge_id": "c", "name": "N"}',
-            EnvRefused("not_found", "no"),
-            404,
-            "not_found",
-        ),
-        (b'{"do": "unset", "challenge_id": "c", "name": "N"}', EnvRefused("bad_name", "no"), 422, "bad_name"),
-        (b'{"do": "list"}', NotStarted("soon"), 409, "not_started"),
-        (b'{"do": "list"}', StoreUnavailable("full"), 503, "journal_unavailable"),
-        (b'{"do": "set", "value": {"secret": "canary"}}', None, 400, "bad_body"),
-        (b'{"do": "show"}', None, 400, "bad_body"),
-        (b"[" * 100_000, None, 400, "bad_body"),
-        (b" " * 600_000, None, 413, "too_large"),
-    ],
-)
-async def test_environment_goes_in_by_post(
-    controlled: Controlled, body: bytes, fault: Exception | None, status: int, code: str | None
-) -> None:
-    """Every refusal has its word, and none repeats what was sent."""
-    controlled.valued = fault or {"env": []}
-    async with (
-        served(over_tcp(controlled)) as client,
-        client.post("/api/v1/env", data=body, headers=TOKEN) as answer,
-    ):
-        said = await answer.json()
-        assert (answer.status, said.get("code")) == (status, code)
-        assert "canary" not in str(said)
-
-
-async def test_values_are_asked_for_by_commands(controlled: Controlled) -> None:
-    """A command reaches the daemon, and its answer comes back; also a read is a POST."""
-    controlled.valued = {"key": "k", "value": [1], "version": 2}
-    command = {"do": "get", "challenge_id": "c", "key": "k"}
-    async with served(over_tcp(controlled)) as client:
-        async with client.post("/api/v1/values", json=command, headers=TOKEN) as answer:
-            assert answer.status == 200
-            assert await answer.json() == controlled.valued
-        async with client.get("/api/v1/values", headers=TOKEN) as answer:
-            assert answer.status == 405
-    assert controlled.asked == [GetValue(challenge_id=ChallengeId("c"), key="k")]
-
-
-@pytest.mark.parametrize(
-    ("body", "fault", "status", "code"),
-    [
-        (b"", None, 400, "bad_body"),
-        (b'{"do": "explode"}', None, 400, "bad_body"),
-        (b'{"do": "get", "challenge_id": "c"}', None, 400, "bad_body"),
-        (b'{"do": "get", "challenge_id": "c", "key": "k", "x": 1}', None, 400, "bad_body"),
-        (b"[" * 100_000, None, 400, "bad_body"),
-        (b'{"do": "scopes"}', NotStarted("starting"), 409, "not_started"),
-        (b'{"do": "scopes"}', ValueRefused("not_found", "none"), 404, "not_found"),
-        (b'{"do": "scopes"}', ValueRefused("challenge_full", "full"), 422, "challenge_full"),
-        (b'{"do": "scopes"}', ValueInvalid("bad_key", "no"), 422, "bad_key"),
-        (b'{"do": "scopes"}', ValueUnreadable("changed"), 500, "value_unreadable"),
-        (b'{"do": "scopes"}', ValueKeysUnusable("no key"), 503, "keys_unusable"),
-        (b'{"do": "scopes"}', StoreUnavailable("disk full"), 503, "journal_unavailable"),
-    ],
-)
-async def test_what_is_wrong_with_values_has_its_word(
-    controlled: Controlled, body: bytes, fault: Exception | None, status: int, code: str
-) -> None:
-    """Bad bodies reach nobody; a refusal keeps its code."""
-    controlled.valued = fault or {}
-    async with (
-        served(over_tcp(controlled)) as client,
-        client.post("/api/v1/values", data=body, headers=TOKEN) as answer,
-    ):
-        assert (answer.status, (await answer.json())["code"]) == (status, code)
     assert len(controlled.asked) == (fault is not None)
