@@ -15,13 +15,14 @@ from platform_protocol.ids import ChallengeId
 from platform_protocol.resources import Resources
 from platform_protocol.spec import ChallengeSpec
 from platform_validator.attestation.policy import AttestationPolicy
-from platform_validator.challenges.effective import NetworkPolicy, effective
+from platform_validator.challenges.effective import effective
 from platform_validator.challenges.git_source import GitSource
 from platform_validator.config import Settings
 from platform_validator.config.promises import promised_beyond
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.daemon.accounts import KINDS, counts, shown_host, shown_quota
 from platform_validator.daemon.parts import Components
+from platform_validator.egress.effective import NetworkPolicy
 from platform_validator.machine import machine_resources
 from platform_validator.platform_client.notifications import NotificationLoop
 from platform_validator.scoring import ScoringRule
