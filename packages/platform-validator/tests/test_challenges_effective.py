@@ -15,10 +15,11 @@ from platform_protocol.filesystem_policy import FilesystemPolicy
 from platform_protocol.ids import ChallengeId
 from platform_protocol.resources import Resources
 from platform_protocol.spec import ChallengeSpec, NetworkSpec
-from platform_validator.challenges.effective import EffectiveNetwork, NetworkPolicy, effective, narrowed
+from platform_validator.challenges.effective import effective
 from platform_validator.cli.show import in_force
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.daemon.board import plain
+from platform_validator.egress.effective import EffectiveNetwork, NetworkPolicy, narrowed
 
 SIZE = Resources(cpu_cores=1, memory_mb=256, disk_mb=512)
 

@@ -136,7 +136,7 @@ async def test_rebinding_reaches_nothing_private(tmp_path: Path) -> None:
 
 async def test_names_that_do_not_resolve_and_hosts_that_do_not_answer_are_told_apart(tmp_path: Path) -> None:
     """502, with another word each."""
-    names = {"b.wild.example": [["198.41.0.4"]], "c.wild.example": [[]]}
+    names: dict[str, list[list[str]]] = {"b.wild.example": [["198.41.0.4"]], "c.wild.example": [[]]}
     async with world(tmp_path, names) as made:
         told = [
             refusal(await made.ask(f"CONNECT {name}.wild.example:443 HTTP/1.1")) for name in ("a", "b", "c")
