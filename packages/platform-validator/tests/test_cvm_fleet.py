@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from fleet_world import (
 
 from platform_protocol.filesystem_policy import FilesystemPolicy
 from platform_protocol.platform_messages import AttestationKind, IsolationLevel
+from platform_protocol.session.v2 import Offer
 from platform_protocol.tokens import bundle_authorization
 from platform_protocol.user_config import UserConfig
+from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.cvm import errors
 from platform_validator.cvm.fleet import Cvm
 from platform_validator.cvm.vmm import VmmRefused
@@ -150,3 +153,20 @@ async def test_a_bundle_is_for_the_cvm_that_boots_and_for_no_other(make_world: M
         world.vmm.machines()[0].guest.script.status = "ready"  # type: ignore[union-attr]  # it serves
     assert isinstance(boot.result(), Cvm)
     assert not world.fleet.may_fetch_bundle(header, BUNDLE)
+
+
+async def test_a_version_1_quote_counts_as_no_attestation_below_tee_and_is_judged_at_tee(
+    make_world: MakeWorld,
+) -> None:
+    """Nobody signed their development quotes, nothing binds version 1's keys to a real one; it is counted."""
+    world, heard = await make_world(), []
+    booter = world.fleet._booter
+    booter._policy.heard = lambda answer, check: heard.append((answer, check))
+    offer = Offer(1, b"not signed" * 100, '{"dev_mode": true}', "", bytes(64), None)
+    accepted = await booter._accept(PLAN, offer)
+    assert (accepted.kind, accepted.instance, accepted.image) == (AttestationKind.NONE, None, None)
+    assert heard == [("version_1", "")]
+    booter._rules = replace(booter._rules, level=IsolationLevel.TEE)
+    booter._policy = AttestationPolicy(level=IsolationLevel.TEE, allow_simulated=False, checker=None)
+    with pytest.raises(errors.AttestationUnavailable, match="nothing here can verify one"):
+        await booter._accept(PLAN, offer)

@@ -28,7 +28,7 @@ from platform_challenge_sdk.values import Values
 from platform_challenge_sdk.wire_text import wire_text
 from platform_protocol.canonical import canonical_json
 from platform_protocol.ids import ChallengeId, Hotkey, VmName
-from platform_protocol.session.channel import SealedChannel
+from platform_protocol.session.channel import MAX_FRAME, SealedChannel
 from platform_protocol.session.ends import ChallengeSession
 from platform_protocol.session.errors import AuthRefused, HandshakeInvalid, MessageInvalid, SessionError
 from platform_protocol.session.messages import (
@@ -51,20 +51,19 @@ from platform_protocol.session.messages import (
     WeightsResponse,
     encode_message,
 )
-from platform_protocol.session.v2 import Begin, ChallengeHandshake
+from platform_protocol.session.v2 import MAX_BEGIN, Begin, ChallengeHandshake
 from platform_protocol.user_config import UserConfig
 
 PORT = 10000
 _HANDSHAKE = 10.0
 _IDLE = 150.0
-_MAX_FRAME = 64 * 1024 * 1024
 _MAX_RESULT = 48 * 1024 * 1024
 _SEND = 60.0
 _CLEANUP = 10.0
 _TICK = 5.0
 _MAX_QUEUE = 1000
 _MAX_UNREAD = 4
-_MAX_MESSAGE = _MAX_FRAME - 1024
+_MAX_MESSAGE = MAX_FRAME - 1024
 _AUTH_REFUSED, _HANDSHAKE_INVALID, _FRAME_INVALID, _BUSY, _REPLACED = 4403, 4400, 4401, 1013, 4409
 _SILENT = 4408
 _MAX_ERROR = 4000
@@ -129,7 +128,7 @@ class ChallengeServer:
             host,
             port,
             process_request=self._process_request,
-            max_size=_MAX_FRAME,
+            max_size=MAX_BEGIN,
             max_queue=_MAX_UNREAD,
             compression=None,
             ping_interval=None,
@@ -198,6 +197,8 @@ class ChallengeServer:
         quote = await self.agent.quote(begin.report_data)
         await connection.send(handshake.respond(quote.quote, quote.event_log, quote.vm_config))
         channel = handshake.receive_verdict(_text(await connection.recv()))
+        # It knows the launch secret, and sends nothing more before our hello; then frames may be large.
+        connection.protocol.max_message_size = MAX_FRAME
         return await self._greet(connection, channel, begin)
 
     async def _greet(

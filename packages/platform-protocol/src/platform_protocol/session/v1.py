@@ -22,7 +22,10 @@ _INFO = b"platform-api-sdk-v1"
 _NOT_A_QUOTE = b"NOT A QUOTE platform-validator"
 _NOT_A_QUOTE_BYTES = 1024
 _REPORT_DATA_OFFSET = 568
-_MAX_ENVELOPE = 96 * 1024 * 1024
+MAX_MESSAGE = 64 * 1024 * 1024
+"""Bytes of one message."""
+MAX_ENVELOPE = 4 * ((MAX_MESSAGE + 16 + 2) // 3) + 256
+"""Characters of a frame that holds one: base64 of it and its tag, and what is around it, however spaced."""
 
 
 class EnvelopeChannel:
@@ -84,7 +87,7 @@ def derive_key(shared: bytes, salt: bytes) -> bytes:
 
 
 def _envelope(frame: str) -> dict[str, Any] | None:
-    if len(frame) > _MAX_ENVELOPE:
+    if len(frame) > MAX_ENVELOPE:
         return None
     try:
         value = json.loads(frame)

@@ -26,7 +26,10 @@ from platform_protocol.session.errors import AttestationRejected, AuthRefused, H
 VERSION = 2
 _BEGIN_LABEL = b"platform-session-v2 begin"
 _KEY_BYTES = 32
-_MAX_HANDSHAKE = 8 * 1024 * 1024
+MAX_BEGIN = 64 * 1024
+"""Characters of a handshake frame of V: what S reads of whoever dials."""
+MAX_RESPONSE = 2 * 1024 * 1024
+"""Characters of S's answer, which has a quote and an event log."""
 
 Random = Callable[[int], bytes]
 
@@ -109,7 +112,7 @@ class ValidatorHandshake:
             AttestationRejected: S refused (version 1 peers may).
             HandshakeInvalid: Not an answer; version 1 where it is not allowed; the name of another VM.
         """
-        answer = _read(frame)
+        answer = _read(frame, MAX_RESPONSE)
         if answer.get("type") == "attestation_reject":
             raise AttestationRejected(f"the challenge rejected us: {str(answer.get('reason'))[:256]}")
         if answer.get("type") != "attestation_response":
@@ -197,7 +200,7 @@ class ChallengeHandshake:
             HandshakeInvalid: Not a begin of version 2.
             AuthRefused: The dialler does not know our launch secret, or repeats a nonce: close 4403.
         """
-        begin = _read(frame)
+        begin = _read(frame, MAX_BEGIN)
         if begin.get("type") != "attestation_begin":
             raise HandshakeInvalid(f"expected attestation_begin, got {str(begin.get('type'))[:64]!r}")
         versions = begin.get("versions")
@@ -241,7 +244,7 @@ class ChallengeHandshake:
             AttestationRejected: V refused.
             HandshakeInvalid: Not a verdict, or V's key is no X25519 key.
         """
-        verdict = _read(frame)
+        verdict = _read(frame, MAX_BEGIN)
         if verdict.get("type") == "attestation_reject":
             raise AttestationRejected(f"the validator rejected us: {str(verdict.get('reason'))[:256]}")
         if verdict.get("type") != "attestation_ok" or verdict.get("version") != VERSION:
@@ -281,9 +284,9 @@ def _b64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def _read(frame: str) -> dict[str, Any]:
-    if len(frame) > _MAX_HANDSHAKE:
-        raise HandshakeInvalid(f"expected a handshake frame of at most {_MAX_HANDSHAKE} characters")
+def _read(frame: str, most: int) -> dict[str, Any]:
+    if len(frame) > most:
+        raise HandshakeInvalid(f"expected a handshake frame of at most {most} characters")
     try:
         value = json.loads(frame)
     except (ValueError, RecursionError) as error:

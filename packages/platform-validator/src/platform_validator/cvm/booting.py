@@ -304,6 +304,7 @@ class Booter:
     async def _accept(self, plan: CvmPlan, offer: Offer) -> Accepted:
         if offer.version == v1.VERSION and self._rules.level is not IsolationLevel.TEE:
             # Their development quotes are signed by nobody, and nothing binds version 1's keys to a quote.
+            self._policy.heard("version_1", "")
             return Accepted(AttestationKind.NONE, None)
         expected = Expected(
             plan.compose_hash,

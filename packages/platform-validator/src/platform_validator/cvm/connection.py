@@ -13,8 +13,8 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 from platform_protocol.ids import Hotkey, VmName
 from platform_protocol.session.channel import SealedChannel
 from platform_protocol.session.errors import AttestationRejected, HandshakeInvalid, SessionError
-from platform_protocol.session.v1 import EnvelopeChannel
-from platform_protocol.session.v2 import Offer, ValidatorHandshake
+from platform_protocol.session.v1 import MAX_ENVELOPE, EnvelopeChannel
+from platform_protocol.session.v2 import MAX_RESPONSE, Offer, ValidatorHandshake
 from platform_validator.cvm.errors import AttestationRefused, AttestationUnavailable, SessionRefused
 from platform_validator.cvm.vmm import url_of
 
@@ -22,8 +22,6 @@ Judge = Callable[[Offer], Awaitable[None]]
 """Accepts an offer, or raises AttestationRefused or AttestationUnavailable."""
 Channel = SealedChannel | EnvelopeChannel
 
-_MAX_FRAME = 64 * 1024 * 1024
-_MAX_ENVELOPE = 96 * 1024 * 1024
 _MAX_QUEUE = 2
 """Frames that wait to be read; then the guest waits."""
 _AUTH_REFUSED = 4403
@@ -94,7 +92,7 @@ async def dial(
             close_timeout=2,
             ping_interval=None,
             compression=None,
-            max_size=_MAX_ENVELOPE if callee.allow_v1 else _MAX_FRAME,
+            max_size=MAX_RESPONSE,
             max_queue=_MAX_QUEUE,
             proxy=None,
         )
@@ -117,6 +115,11 @@ async def dial(
     except BaseException:
         await abandon(socket)
         raise
+
+
+def widen(socket: ClientConnection, most: int) -> None:
+    """Take messages of up to `most` bytes from now on; during the handshake they are small."""
+    socket.protocol.max_message_size = most
 
 
 async def abandon(socket: ClientConnection) -> None:
@@ -159,5 +162,8 @@ async def _shake_hands(socket: ClientConnection, callee: Callee, resume: bool, j
             await socket.send(handshake.reject(type(error).__name__))
         raise
     accepted, channel = handshake.accept()
+    if isinstance(channel, EnvelopeChannel):
+        # Version 1 says nothing before its first message.
+        widen(socket, MAX_ENVELOPE)
     await socket.send(accepted)
     return channel

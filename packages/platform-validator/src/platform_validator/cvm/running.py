@@ -43,6 +43,7 @@ class RunningJob:
         evidence: dict[str, Any] | None,
         seq: int,
         result_bytes: int | None = None,
+        session: int = 2,
     ) -> None:
         """Its result is here."""
         self.started()
@@ -57,6 +58,7 @@ class RunningJob:
                 execution_time_ms=int(ran * 1000),
                 seq=seq,
                 result_bytes=result_bytes,
+                session=session,
             )
         )
 

@@ -265,8 +265,18 @@ class CvmSession:
         await self._jobs.pick_up(state)
 
     async def _converse_v1(self, socket: ClientConnection) -> None:
+        if not self._first:
+            # It was begun by an earlier process, or in version 2: what ran then is lost with that connection.
+            self._old = None
+            await abandon(socket)
+            raise SessionLost(f"{self._vm} answers in version 1, which cannot resume")
         old = self._old
-        _log.warning("session_v1", vm=self._vm, why="the challenge speaks version 1 of the session")
+        _log.warning(
+            "session_v1",
+            vm=self._vm,
+            why="the challenge speaks version 1 of the session",
+            environment_not_given=sorted(self._env),
+        )
         try:
             if old is not None and not self._closing:
                 self._link.up(socket)

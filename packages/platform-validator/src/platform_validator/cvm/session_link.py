@@ -15,7 +15,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import WebSocketException
 
 from platform_protocol.ids import VmName
-from platform_protocol.session.channel import MAX_FRAMES, SealedChannel
+from platform_protocol.session.channel import MAX_FRAME, MAX_FRAMES, SealedChannel
 from platform_protocol.session.ends import ValidatorSession
 from platform_protocol.session.errors import SessionError
 from platform_protocol.session.messages import (
@@ -26,7 +26,7 @@ from platform_protocol.session.messages import (
     ValidatorMessage,
     guest_message,
 )
-from platform_validator.cvm.connection import SessionPace, abandon, bytes_of
+from platform_validator.cvm.connection import SessionPace, abandon, bytes_of, widen
 from platform_validator.cvm.reading import read_message
 
 _UNANSWERED = 3
@@ -85,6 +85,8 @@ class SessionLink:
                 hello = self._end.receive(bytes_of(await socket.recv()))
                 if not isinstance(hello, GuestHello):
                     raise SessionError("expected the SDK's hello first")
+                # The guest sends nothing more before it has this, and whatever it likes at once after it.
+                widen(socket, MAX_FRAME)
                 await socket.send(self._end.hello())
                 return hello
         except BaseException:

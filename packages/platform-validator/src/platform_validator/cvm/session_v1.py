@@ -13,15 +13,18 @@ from typing import Any
 
 import structlog
 from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
 
 from platform_protocol.session.errors import MessageInvalid
 from platform_protocol.session.messages import JobError
-from platform_protocol.session.v1 import EnvelopeChannel
-from platform_validator.cvm.connection import text_of
+from platform_protocol.session.v1 import MAX_MESSAGE, VERSION, EnvelopeChannel
+from platform_validator.cvm.errors import SessionLost
 from platform_validator.cvm.reading import ReadMessage, read_message
 from platform_validator.cvm.running import RunningJob
 
 _MAX_ERROR = 16_384
+_NO_ORM = "this validator offers no ORM"
 
 _log = structlog.get_logger(__name__)
 
@@ -41,13 +44,21 @@ class SessionV1:
         await self._send({"type": "orm_ready"})
 
     async def give(self, running: RunningJob) -> None:
-        """Have it run a job. It acknowledges nothing: the job counts as started once it is sent."""
+        """Have it run a job. It acknowledges nothing: the job counts as started once it is sent.
+
+        Raises:
+            SessionLost: It is still at work for a job that nobody waits for: version 1 cannot end one.
+        """
+        if self._running is not None and not self._running.result.done():
+            raise SessionLost(
+                f"{self._vm} may still run {self._running.order.job_id}, which version 1 cannot end"
+            )
         self._running = running
         order, payload = running.order, dict(running.order.payload)
         if running.submission is not None:
             data = await asyncio.to_thread(running.submission.read_bytes)
             payload["submission"] = {
-                "filename": running.submission.name,
+                "filename": order.submission_name or running.submission.name,
                 "sha256": order.submission_sha256,
                 "data": base64.b64encode(data).decode("ascii"),
             }
@@ -63,21 +74,44 @@ class SessionV1:
             SessionError: A frame that does not open.
             WebSocketException: The connection broke.
         """
-        async for frame in self._socket:
-            message, result_bytes = await _object(self._channel.open(text_of(frame)))
-            if message.get("type") == "job_result":
-                self._finished(message, result_bytes)
-            elif message.get("type") == "orm_query":
-                await self._refuse_query(message)
-            else:
-                self.ignored += 1
-                _log.debug("session_v1_message_ignored", vm=self._vm, count=self.ignored)
+        try:
+            async for frame in self._socket:
+                await self._hear(frame)
+        except ConnectionClosed as error:
+            if error.sent is not None and error.sent.code == CloseCode.MESSAGE_TOO_BIG:
+                self._too_large()
+            raise
+
+    async def _hear(self, frame: str | bytes) -> None:
+        message, result_bytes = await _object(self._channel.open(frame) if isinstance(frame, str) else None)
+        if message.get("type") == "job_result":
+            self._finished(message, result_bytes)
+        elif message.get("type") == "orm_query":
+            await self._refuse_query(message)
+        else:
+            self.ignored += 1
+            _log.debug("session_v1_message_ignored", vm=self._vm, count=self.ignored)
 
     async def _refuse_query(self, message: dict[str, Any]) -> None:
-        text = "this validator offers no ORM"
-        answer = {"type": "error", "error": "unsupported", "message": text}
-        kept = {key: message[key] for key in ("message_id", "query_id") if key in message}
-        await self._send(answer | kept)
+        """Their queries have their id in the message or in its payload, and wait for it half a minute."""
+        payload = message.get("payload")
+        inner = payload.get("query_id") if isinstance(payload, dict) else None
+        query_id = message.get("query_id", inner)
+        answer = {
+            "type": "error",
+            "error": _NO_ORM,
+            "message": _NO_ORM,
+            "message_id": message.get("message_id", query_id),
+            "query_id": query_id,
+        }
+        await self._send(answer)
+
+    def _too_large(self) -> None:
+        """Nothing but a result is that large, and it would be as large at the next try."""
+        if self._running is not None and not self._running.result.done():
+            text = f"expected a message of at most {MAX_MESSAGE} bytes"
+            failure = JobError(code="result_too_large", message=text)
+            self._running.finish(result=None, error=failure, evidence=None, seq=0, session=VERSION)
 
     def _finished(self, message: dict[str, Any], result_bytes: int | None) -> None:
         running = self._running
@@ -90,7 +124,9 @@ class SessionV1:
         elif not isinstance(result, dict):
             failure = JobError(code="no_result", message="expected an object as result")
         answer = result if failure is None and isinstance(result, dict) else None
-        running.finish(result=answer, error=failure, evidence=None, seq=0, result_bytes=result_bytes)
+        running.finish(
+            result=answer, error=failure, evidence=None, seq=0, result_bytes=result_bytes, session=VERSION
+        )
 
     async def _send(self, message: dict[str, Any]) -> None:
         await self._socket.send(self._channel.seal(json.dumps(message).encode()))

@@ -44,7 +44,7 @@ class ReceiptMaker:
         os_image: str | None = None,
     ) -> dict[str, Any]:
         """The receipt of a result body (which has no receipt yet). `os_image`: its CVM's, as journaled."""
-        session = _session(result)
+        session = None if result is None else result.session
         record, absent = self._record(job, result, session)
         evidence = (result.evidence if result is not None else None) or {}
         quote, event_log = evidence.get("quote"), evidence.get("event_log")
@@ -100,13 +100,6 @@ class ReceiptMaker:
             # 4. What came is no I-JSON: there is no R to prove.
             return None, "not_canonical"
         return record, None
-
-
-def _session(result: GuestResult | None) -> int | None:
-    """Version 1 brings no evidence, version 2 always some; a very large result may come without it."""
-    if result is None:
-        return None
-    return 1 if result.evidence is None and result.result_bytes is None else 2
 
 
 def _binds(quote: str, record: bytes) -> bool:

@@ -115,6 +115,7 @@ class ClaimedJob:
             job_name=claim.job_name,
             payload=claim.payload,
             submission_sha256=claim.submission.sha256 if claim.submission else None,
+            submission_name=claim.submission.filename if claim.submission else None,
         )
 
     def progressed(self, percent: float, message: str) -> None:

@@ -106,7 +106,7 @@ class Metrics:
         ):
             for value in values:
                 counter.labels(value)
-        for answer in ("accepted", "unavailable"):
+        for answer in ("accepted", "unavailable", "version_1"):
             self._attestations.labels(answer, "")
         self._used, self._total = self._slots.labels("used"), self._slots.labels("total")
 
@@ -115,7 +115,7 @@ class Metrics:
         return generate_latest(self.registry)
 
     def attested(self, answer: str, check: str) -> None:
-        """A quote was judged: accepted, refused by a check, or unavailable."""
+        """A quote was judged: accepted, refused by a check, unavailable; or not asked for in version 1."""
         self._attestations.labels(answer, str(check)).inc()
 
     # What jobs report
