@@ -318,15 +318,20 @@ class TestNested:
         told = self.in_a_sandbox(NESTED, json.dumps(programs))
         assert told == [1000, ["False [1, 2]\n", None], ["True\n", None], ["", "memory"], ["done\n", None]]
 
-    def test_where_namespaces_are_refused_nothing_is_run_and_the_reason_is_told(self) -> None:
+    def test_where_namespaces_are_refused_it_falls_back_and_tells_once_what_is_lost(self) -> None:
         program = (
-            "import json\nfrom pathlib import Path\n"
-            "from platform_challenge_sdk import ContainmentUnavailable, Submission\n"
-            "try: Submission(Path('/tmp'), '').run_sync(['true'])\n"
-            "except ContainmentUnavailable as error: print(json.dumps(str(error)))"
+            "import json, os\nfrom pathlib import Path\n"
+            "from platform_challenge_sdk import Submission\n"
+            "Path('/tmp/submission').mkdir()\ntold = []\n"
+            "submission = Submission(Path('/tmp/submission'), '', warn=told.append)\n"
+            "found = [submission.run_sync(['sh', '-c', 'true < /tmp/submission/../../etc/ld.so.cache && echo ran'], disk=1 << 20).text for _ in range(2)]\n"
+            "print(json.dumps([told, found]))"
         )
-        told = self.in_a_sandbox(program, "", "--disable-userns")
-        assert "new user or mount namespace" in told
+        told, found = self.in_a_sandbox(program, "", "--disable-userns")
+        assert found == ["ran\n", "ran\n"]
+        assert len(told) == 1
+        assert "contained by Landlock" in told[0]
+        assert "lost: network, paths" in told[0]
 
     @staticmethod
     def in_a_sandbox(program: str, argument: str, *more: str) -> Any:

@@ -90,6 +90,7 @@ class TestVerdicts:
             "connect": (),
             "socketpair": (1, 2, 0),
             "inotify_add_watch": (),
+            "fsetxattr": (),
             "truncate": (),
             "prlimit64": (77,),
             "sched_setaffinity": (77,),

@@ -19,7 +19,7 @@ from platform_challenge_sdk.errors import BootFailed, SdkError
 from platform_challenge_sdk.health import Health
 from platform_challenge_sdk.program import end_on_signals, exit_program, run_program
 from platform_challenge_sdk.serve import PORT, ChallengeServer
-from platform_challenge_sdk.standalone import apply_spec, read_config, say
+from platform_challenge_sdk.standalone import apply_spec, find_containment, read_config, say
 from platform_challenge_sdk.tree import import_challenge, unpack_bundle
 from platform_challenge_sdk.worker import in_thread
 from platform_protocol.user_config import UserConfig
@@ -97,11 +97,16 @@ async def _prepare(config: UserConfig, server: ChallengeServer, stop: asyncio.Ev
 
 async def _import_bundle(config: UserConfig, server: ChallengeServer) -> None:
     boot = read_boot()
-    target = Path(tempfile.mkdtemp(prefix="challenge-"))
-    data = await in_thread(lambda: fetch_bundle(config, boot.sha256))
-    spec = await in_thread(unpack_bundle, data, target)
-    apply_spec(spec, server)
-    await in_thread(import_challenge, target, boot.entry)
+    trial = asyncio.ensure_future(find_containment())
+    try:
+        target = Path(tempfile.mkdtemp(prefix="challenge-"))
+        data = await in_thread(lambda: fetch_bundle(config, boot.sha256))
+        spec = await in_thread(unpack_bundle, data, target)
+        apply_spec(spec, server)
+        await in_thread(import_challenge, target, boot.entry)
+        server.health.containment = await trial
+    finally:
+        trial.cancel()
 
 
 def main() -> None:

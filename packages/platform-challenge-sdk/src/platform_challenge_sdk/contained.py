@@ -1,7 +1,8 @@
-"""Runs untrusted code in a sandbox of its own: namespaces, no network, capped memory, files, output, time.
+"""Runs untrusted code in a sandbox of its own: no network, capped memory, files, output and time.
 
-Made for the inside of a CVM, as an ordinary user without capabilities; bubblewrap does the namespaces and
-`stage.py` what comes before and after it. When a run returns, nothing of its tree is left.
+Made for the inside of a CVM. `stage.py` is the helper process around each run; inside it are bubblewrap's
+namespaces or, where there are none, Landlock (`containment.py`). When a run returns, nothing of its tree is
+left.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import shutil
 import signal
 import socket
@@ -23,14 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from platform_challenge_sdk.containment import NAMESPACES, Containment
 from platform_challenge_sdk.errors import ContainmentUnavailable
 from platform_challenge_sdk.pump import Pump
 from platform_challenge_sdk.recipe import MIB, OUTPUT_BYTES, Order
+from platform_challenge_sdk.room import made_room
 from platform_challenge_sdk.seccomp import submission_filter
 
 __all__ = ["MIB", "OUTPUT_BYTES", "Order", "Outcome", "Usage", "describe_end", "run_contained"]
 
 _STAGE = Path(__file__).with_name("stage.py")
+NOT_RUN = "no sandbox can be made here, so the submission was not run: "
 _GRACE = 20.0
 _SIGNALLED = 128
 _NOT_FOUND, _NO_COMMAND = 127, b"bwrap: execvp "
@@ -54,8 +57,10 @@ class Usage:
 class Outcome:
     """How a run ended; `exit` as a shell has it: 128 + number for a signal, 127 for a command not found.
 
-    `killed_by`: None (it ended by itself), `timeout`, `memory` (the tree together used too much), `output`,
+    `killed_by`: None (it ended by itself), `timeout`, `memory` (the tree together used too much), `disk`
+    (too many or too large files, where there is no mount namespace to say so at once), `output`,
     `cancelled`, or `signal:<number>` (its first process died of one; 9 is also the kernel's out of memory).
+    `containment`: what held it, and what fell away of the guarantees.
     """
 
     exit: int
@@ -63,6 +68,7 @@ class Outcome:
     stderr: bytes
     killed_by: str | None
     usage: Usage
+    containment: Containment = NAMESPACES
 
     @property
     def ok(self) -> bool:
@@ -75,87 +81,99 @@ class Outcome:
         return self.stdout.decode("utf-8", "replace")
 
 
-def run_contained(order: Order, cancelled: Sequence[threading.Event] = ()) -> Outcome:
+def run_contained(
+    order: Order, cancelled: Sequence[threading.Event] = (), containment: Containment = NAMESPACES
+) -> Outcome:
     """Run it and wait for the end of its whole tree. Blocks; call it in a worker thread.
 
     Any of `cancelled` that is set ends it.
 
     Raises:
-        ContainmentUnavailable: bubblewrap is missing, or may make no namespaces here: nothing was run.
+        ContainmentUnavailable: This containment cannot be had here: nothing was run.
     """
-    if platform.machine() != "x86_64":
-        raise ContainmentUnavailable(f"expected an x86_64 machine for the filter, got {platform.machine()}")
+    try:
+        if containment.kind == "namespaces":
+            return _outcome(_in_namespaces(order, cancelled), containment)
+        return _outcome(_confined(order, cancelled, containment), containment)
+    except OSError as error:
+        raise ContainmentUnavailable(f"the sandbox could not be started: {error}") from error
+
+
+def _in_namespaces(order: Order, cancelled: Sequence[threading.Event]) -> Pump:
     bwrap = _program("bwrap")
     room = tempfile.mkdtemp(prefix="contained-")
+    with contextlib.ExitStack() as held:
+        held.callback(_remove_empty, Path(room))
+        files = {name: _memory_file(held, "file", data) for name, data in order.files.items()}
+        filter_file = _memory_file(held, "seccomp", submission_filter())
+        arguments = order.arguments(room, files, filter_file)
+        packed = _memory_file(held, "arguments", b"".join(os.fsencode(word) + b"\0" for word in arguments))
+        inherited = [*files.values(), filter_file, packed]
+        return _staged(
+            order,
+            cancelled,
+            inherited,
+            room=room,
+            bwrap=bwrap,
+            arguments=["--args", str(packed), "--", *order.argv],
+            inherit=inherited,
+            binds=order.binds(),
+            uid=_FIRST_UID + os.getpid() % _UIDS,
+        )
+
+
+def _confined(order: Order, cancelled: Sequence[threading.Event], containment: Containment) -> Pump:
+    with (
+        made_room(order.submission, order.files, own_uid=containment.own_uid) as room,
+        contextlib.ExitStack() as held,
+    ):
+        decided = order.confined(room.path, room.submission, containment, room.uid)
+        filter_file = _memory_file(held, "seccomp", submission_filter(containment.walls))
+        decided["confined"]["filter"] = filter_file
+        pump = _staged(order, cancelled, [filter_file], room=str(room.path), **decided)
+        if not pump.report:
+            room.end_all()
+        return pump
+
+
+def _staged(order: Order, cancelled: Sequence[threading.Event], inherited: list[int], **told: Any) -> Pump:
+    """Run a stage to its end. `told`: what it is to know besides the order's limits."""
     ours, theirs = socket.socketpair()
-    try:
-        process, pump = _start(order, bwrap, room, ours, theirs, cancelled)
+    with ours, contextlib.ExitStack() as held:
+        held.callback(theirs.close)
+        limits = {"disk": order.disk, "memory": order.memory, "timeout": order.timeout}
+        config = told | limits | {"rlimits": order.rlimits(), "control": theirs.fileno()}
+        config_file = _memory_file(held, "config", json.dumps(config).encode())
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_STAGE), str(config_file)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=[*inherited, config_file, theirs.fileno()],
+            env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
+            cwd="/",
+        )
+        held.close()
+        deadline = time.monotonic() + order.timeout + _GRACE
+        pump = Pump(
+            process, ours, stdin=order.stdin, limit=order.output, deadline=deadline, cancelled=cancelled
+        )
         try:
             pump.run()
         finally:
             pump.close()
-            _end(process, overdue=pump.overdue)
-    finally:
-        ours.close()
-        with contextlib.suppress(OSError):
-            Path(room).rmdir()
-    return _outcome(pump)
+            _end(process, overdue=pump.overdue, holds_alone="confined" in told)
+    return pump
 
 
-def _start(
-    order: Order,
-    bwrap: str,
-    room: str,
-    ours: socket.socket,
-    theirs: socket.socket,
-    cancelled: Sequence[threading.Event],
-) -> tuple[subprocess.Popen[bytes], Pump]:
-    descriptors: list[int] = []
+def _end(process: subprocess.Popen[bytes], *, overdue: bool, holds_alone: bool) -> None:
+    """Wait for the stage, which ends when nothing of the run is left; the control socket is closed.
 
-    def held(name: str, data: bytes) -> int:
-        descriptors.append(_memory_file(name, data))
-        return descriptors[-1]
-
-    try:
-        files = {name: held("file", data) for name, data in order.files.items()}
-        arguments = order.arguments(room, files, held("seccomp", submission_filter()))
-        packed = held("arguments", b"".join(os.fsencode(word) + b"\0" for word in arguments))
-        config = {
-            "bwrap": bwrap,
-            "arguments": ["--args", str(packed), "--", *order.argv],
-            "inherit": list(descriptors),
-            "room": room,
-            "binds": order.binds(),
-            "disk": order.disk,
-            "memory": order.memory,
-            "timeout": order.timeout,
-            "rlimits": order.rlimits(),
-            "uid": _FIRST_UID + os.getpid() % _UIDS,
-            "control": theirs.fileno(),
-        }
-        told = held("config", json.dumps(config).encode())
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_STAGE), str(told)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=[*descriptors, theirs.fileno()],
-            env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
-            cwd="/",
-        )
-    except OSError as error:
-        raise ContainmentUnavailable(f"the sandbox could not be started: {error}") from error
-    finally:
-        theirs.close()
-        for descriptor in descriptors:
-            os.close(descriptor)
-    deadline = time.monotonic() + order.timeout + _GRACE
-    pump = Pump(process, ours, stdin=order.stdin, limit=order.output, deadline=deadline, cancelled=cancelled)
-    return process, pump
-
-
-def _end(process: subprocess.Popen[bytes], *, overdue: bool) -> None:
-    """Wait for the stage, which ends when nothing of the run is left; the control socket is closed."""
+    `holds_alone`: no namespace dies with the stage, so it must be let finish, however long it takes.
+    """
+    if holds_alone:
+        process.wait()
+        return
     if overdue:
         process.kill()
     try:
@@ -165,33 +183,37 @@ def _end(process: subprocess.Popen[bytes], *, overdue: bool) -> None:
         process.wait()
 
 
-def _outcome(pump: Pump) -> Outcome:
+def _outcome(pump: Pump, containment: Containment) -> Outcome:
     report: dict[str, Any] = json.loads(pump.report) if pump.report else {}
     # Before the submission's command is executed, only bubblewrap can have written this.
-    missing = "code" in report and not report["started"] and pump.stderr.startswith(_NO_COMMAND)
-    if missing:
+    unfound = "code" in report and not report["started"] and pump.stderr.startswith(_NO_COMMAND)
+    if unfound or report.get("missing"):
         report["code"] = _NOT_FOUND
     elif not report.get("started"):
         reason = report.get("failed") or bytes(pump.stderr[-512:]).decode("utf-8", "replace").strip()
-        raise ContainmentUnavailable(
-            f"no sandbox can be made here, so the submission was not run: {reason or 'the stage died'}"
-        )
+        raise ContainmentUnavailable(NOT_RUN + (reason or "the stage died"))
     code, killed_by = int(report["code"]), report["killed_by"]
     if pump.flooded:
         killed_by = "output"
     elif killed_by is None and code > _SIGNALLED:
         killed_by = f"signal:{code - _SIGNALLED}"
     usage = Usage(report["wall_ms"], report["cpu_ms"], report["peak"])
-    return Outcome(code, bytes(pump.stdout), bytes(pump.stderr), killed_by, usage)
+    return Outcome(code, bytes(pump.stdout), bytes(pump.stderr), killed_by, usage, containment)
 
 
-def _memory_file(name: str, data: bytes) -> int:
+def _memory_file(held: contextlib.ExitStack, name: str, data: bytes) -> int:
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    held.callback(os.close, descriptor)
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _program(name: str) -> str:
@@ -205,6 +227,7 @@ _ENDS: dict[str, str] = {
     "timeout": "did not end in time and was killed",
     "output": "wrote too much and was killed",
     "memory": "used too much memory and was killed",
+    "disk": "wrote more or larger files than it may and was killed",
     "cancelled": "was cancelled",
 }
 

@@ -177,7 +177,7 @@ class JobRun:
         self._archive.unlink()
         names = [path.name for path in tree.iterdir()]
         single = SINGLE_FILE if names == [SINGLE_FILE] and (tree / SINGLE_FILE).is_file() else None
-        return Submission(tree, expected, single, self._ended)
+        return Submission(tree, expected, single, self._ended, JobLog(self.order.job_id, self._send).warning)
 
     async def _evidence(self, result: dict[str, Any] | None, error: JobError | None) -> dict[str, Any]:
         try:

@@ -1,4 +1,4 @@
-"""What a contained run sees and may do: bubblewrap's arguments and the resource limits, wholly decided."""
+"""What a contained run sees and may do: bubblewrap's arguments, or Landlock's rules, and the limits. Pure."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from platform_challenge_sdk import landlock
+from platform_challenge_sdk.containment import Containment
 
 MIB = 1024 * 1024
 OUTPUT_BYTES = 4 * MIB
 _UID = 1000
 _PROCESSES = 128
 _LINKS = {"bin": "usr/bin", "lib": "usr/lib", "lib64": "usr/lib64", "sbin": "usr/sbin"}
+_DEVICES = {"null": True, "zero": True, "full": True, "random": False, "urandom": False}
+"""What of /dev a run without namespaces may read, and whether it may write there."""
+_FACTS = ("/etc/ld.so.cache", "/proc/cpuinfo", "/proc/meminfo", "/sys/devices/system/cpu")
 _SAFE_PATH = f"{sys.prefix}/bin:{sys.base_prefix}/bin:/usr/local/bin:/usr/bin:/bin"
 
 
@@ -67,9 +74,7 @@ class Order:
         words = ["--unshare-all", "--unshare-user", "--uid", str(_UID), "--gid", str(_UID)]
         words += ["--disable-userns", "--cap-drop", "ALL", "--die-with-parent", "--new-session"]
         words += ["--hostname", "submission", "--clearenv", "--seccomp", str(seccomp)]
-        environment = {"PATH": _SAFE_PATH, "HOME": "/workspace", "LANG": "C.UTF-8", "TMPDIR": "/tmp"}  # noqa: S108 - the run's own
-        environment["PYTHONDONTWRITEBYTECODE"] = "1"
-        for name, value in environment.items():
+        for name, value in _environment("/workspace", "/tmp").items():  # noqa: S108 - the run's own
             words += ["--setenv", name, value]
         words += ["--ro-bind", "/usr", "/usr"]
         for name, target in _LINKS.items():
@@ -86,6 +91,51 @@ class Order:
         for name, descriptor in files.items():
             words += ["--file", str(descriptor), f"/workspace/{name}"]
         return [*words, "--remount-ro", "/", "--chdir", "/submission"]
+
+    def confined(
+        self, room: Path, submission: Path, containment: Containment, uid: int | None
+    ) -> dict[str, Any]:
+        """For the stage, where there are no namespaces: `room` has the writable folders.
+
+        In `argv`, words that are or begin with one of the three fixed folders mean the run's own.
+        """
+        known = containment.landlock
+        workspace, scratch = str(room / "workspace"), str(room / "tmp")
+        readable = ["/usr", *(f"/{name}" for name in _LINKS), *_FACTS, *_prefixes(), str(submission)]
+        paths = [(path, landlock.READ & landlock.file_rights(known)) for path in readable]
+        paths += [(folder, landlock.write_rights(known)) for folder in (workspace, scratch)]
+        for name, writable in _DEVICES.items():
+            paths.append((f"/dev/{name}", landlock.USE if writable else landlock.READ))
+        fence = landlock.signal_fence().hex() if known >= landlock.SIGNALS else None
+        folders = {"/workspace": workspace, "/tmp": scratch, "/submission": str(submission)}  # noqa: S108 - as above
+        return {
+            "arguments": [_moved(word, folders) for word in self.argv],
+            "confined": {
+                "uid": uid,
+                "ruleset": landlock.ruleset(known).hex(),
+                "fence": fence,
+                "paths": paths,
+                "folder": str(submission),
+                "environment": _environment(workspace, scratch),
+            },
+        }
+
+
+def _environment(workspace: str, scratch: str) -> dict[str, str]:
+    return {
+        "PATH": _SAFE_PATH,
+        "HOME": workspace,
+        "LANG": "C.UTF-8",
+        "TMPDIR": scratch,
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+def _moved(word: str, folders: Mapping[str, str]) -> str:
+    for fixed, folder in folders.items():
+        if word == fixed or word.startswith(f"{fixed}/"):
+            return folder + word.removeprefix(fixed)
+    return word
 
 
 def _prefixes() -> list[str]:

@@ -31,8 +31,11 @@ _OF_OTHERS = ("setpriority", "ioprio_set")
 _OF_A_PROCESS = ("prlimit64", "sched_setaffinity", "sched_setattr", "sched_setparam", "sched_setscheduler")
 _OF_A_FILE = (
     "chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "fchownat", "lchown", "utime", "utimes",
-    "futimesat", "utimensat", "setxattr", "lsetxattr", "fsetxattr", "setxattrat", "removexattr",
-    "lremovexattr", "fremovexattr", "removexattrat",
+    "futimesat", "utimensat",
+)  # fmt: skip
+_ATTRIBUTES = (
+    "setxattr", "lsetxattr", "fsetxattr", "setxattrat", "removexattr", "lremovexattr", "fremovexattr",
+    "removexattrat",
 )  # fmt: skip
 
 
@@ -41,9 +44,10 @@ class Walls:
     """What else stands around a submission; each that is missing closes more calls.
 
     `network`: a network namespace of its own; without it there are no sockets but connected pairs.
-    `mounts`: a mount namespace; without it, no watching of files that it may not read. `identity`: a pid
-    namespace or a uid of its own; without it nothing that changes other processes' limits or priorities,
-    and no change of files' modes, owners, times and attributes, which Landlock does not keep in.
+    `mounts`: a mount namespace; without it, no extended attributes (they go on files that anyone may write)
+    and no watching of files that it may not read. `identity`: a pid namespace or a uid of its own; without
+    it nothing that changes other processes' limits or priorities, and no change of files' modes, owners and
+    times, which Landlock does not keep in.
     `truncation`: the file system's walls know truncate(2) (Landlock from version 3).
     """
 
@@ -89,7 +93,7 @@ def _refused(walls: Walls) -> dict[str, int]:
     if not walls.network:
         refused |= dict.fromkeys(_SOCKETS, errno.EACCES)
     if not walls.mounts:
-        refused["inotify_add_watch"] = errno.EACCES
+        refused |= dict.fromkeys(("inotify_add_watch", *_ATTRIBUTES), errno.EACCES)
     if not walls.truncation:
         refused["truncate"] = errno.EACCES
     if not walls.identity:

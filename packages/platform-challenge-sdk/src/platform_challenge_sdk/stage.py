@@ -1,9 +1,10 @@
-"""The helper process between the SDK and bubblewrap, one a contained run.
+"""The helper process between the SDK and a contained run, one each.
 
 Started as a program of its own (`python -I -S stage.py FD`): namespaces are entered by processes with one
-thread. It makes the writable tmpfs, starts bubblewrap, watches time and memory, and is the reaper of all
-that the run leaves behind; it ends when nothing of it is left. Told by JSON in FD, it answers with one line
-of JSON on the control socket, and kills everything when that socket closes.
+thread. It makes the writable tmpfs and starts bubblewrap, or, where there are no namespaces, confines the
+command itself by Landlock, seccomp and an own uid. It watches time, memory and disk, and is the reaper of
+all that the run leaves behind; it ends when nothing of it is left. Told by JSON in FD, it answers with one
+line of JSON on the control socket, and kills everything when that socket closes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import os
 import resource
 import select
 import signal
+import stat
+import struct
 import sys
 import time
 from pathlib import Path
@@ -22,8 +25,15 @@ from typing import Any
 
 _NEWNS, _NEWUSER = 0x20000, 0x10000000
 _NOSUID, _NODEV, _BIND, _REC, _PRIVATE = 2, 4, 4096, 16384, 1 << 18
-_PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP = 1, 4, 22
+_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
+_SECCOMP_MODE_FILTER = 2
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF, _PATH_BENEATH = 444, 445, 446, 1
+_RIGHTS_OF_A_FILE = 0b1100_0000_0000_0111  # the kernel refuses a folder's rights on a file
 _INODES = 20_000
+_DEPTH = 64
+_DESCRIPTORS = 1 << 20
+_RESERVE = 16 * 1024 * 1024  # of a disk without a cap of its own, this stays free
 _SAMPLE = 0.05
 _SHARE = 20  # looking takes at most a twentieth of one core
 _PAGE = resource.getpagesize()
@@ -40,11 +50,30 @@ class Stage:
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = config
         self._room = Path(config["room"])
+        self._confined: dict[str, Any] | None = config.get("confined")
         self._peak = 0
 
     def enter(self) -> None:
-        """Leave root, if we are root, and enter a user and a mount namespace of our own with a tmpfs."""
+        """What is done before anything of the run exists."""
         _checked(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "subreaper")
+        if self._confined is None:
+            self._enter_namespaces()
+            return
+        if _free(self._room) < self._config["disk"] + _RESERVE:
+            raise Failed(f"expected {self._config['disk'] + _RESERVE} bytes free for the run's files")
+        if self._confined["fence"] is not None:
+            _restrict(bytes.fromhex(self._confined["fence"]), [])
+            self._try_the_fence()
+
+    def _try_the_fence(self) -> None:
+        """Everyone whom we may signal is killed at the end: that must not be the SDK."""
+        if self._confined is not None and self._confined["uid"] is None:
+            with contextlib.suppress(PermissionError):
+                os.kill(os.getppid(), 0)
+                raise Failed("the fence around signals does not hold")
+
+    def _enter_namespaces(self) -> None:
+        """Leave root, if we are root, and enter a user and a mount namespace of our own with a tmpfs."""
         uid = os.geteuid()
         if uid == 0:
             # The kernel's own uid 0 passes many checks by its number alone, and no process limit binds it.
@@ -73,7 +102,7 @@ class Stage:
             _call_mount(source, str(self._room / name), None, _BIND | _REC, None)
 
     def run(self, control: int) -> dict[str, Any]:
-        """Run bubblewrap to the end of everything that it started; the answer is the report."""
+        """Run it to the end of everything that it started; the answer is the report."""
         status_read, status_write = os.pipe()
         os.set_inheritable(status_write, True)
         began = time.monotonic()
@@ -86,27 +115,30 @@ class Stage:
             os.dup2(null, standard)  # the pipes close when the run has ended, not when we have
         killed_by, code = self._watch(child, control, began)
         wall = time.monotonic() - began
-        _reap_all()
+        self._reap_all()
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        with os.fdopen(status_read, "rb") as told:
-            started = b"exit-code" in told.read() or killed_by is not None
+        with os.fdopen(status_read, "rb") as file:
+            told = file.read()
+        if told.startswith(b"failed"):
+            raise Failed(told.decode("utf-8", "replace"))
+        ended = not told if self._confined is not None else b"exit-code" in told
         return {
             "code": code,
             "killed_by": killed_by,
-            "started": started,
+            "started": ended or killed_by is not None,
+            "missing": told == b"missing",
             "wall_ms": int(wall * 1000),
             "cpu_ms": int((used.ru_utime + used.ru_stime) * 1000),
             "peak": max(self._peak, used.ru_maxrss * 1024),
         }
 
     def _become(self, status: int) -> None:
+        """In the child: bubblewrap, or the command itself. `status` says why it could not be started."""
         try:
             Path("/proc/self/oom_score_adj").write_bytes(b"1000")
-            for name, value in self._config["rlimits"].items():
-                limit = getattr(resource, f"RLIMIT_{name}")
-                hard = resource.getrlimit(limit)[1]
-                capped = value if hard == resource.RLIM_INFINITY else min(value, hard)
-                resource.setrlimit(limit, (capped, capped))
+            if self._confined is not None:
+                self._become_confined(self._confined, status)
+            self._limit(0)
             command = [self._config["bwrap"], "--json-status-fd", str(status)]
             for descriptor in self._config["inherit"]:
                 os.set_inheritable(descriptor, True)
@@ -118,8 +150,45 @@ class Stage:
         finally:
             os._exit(1)
 
+    def _become_confined(self, confined: dict[str, Any], status: int) -> None:
+        command, environment = self._config["arguments"], confined["environment"]
+        try:
+            os.setsid()
+            os.set_inheritable(status, False)
+            with os.fdopen(confined["filter"], "rb") as file:
+                program = file.read()
+            os.chdir(confined["folder"])
+            # Root counts for itself; an own uid counts from nothing; ours has its other processes already.
+            self._limit(0 if confined["uid"] is not None else _threads_of(os.geteuid()))
+            os.umask(0o022)
+            if confined["uid"] is not None:
+                _become_uid(confined["uid"])
+            _restrict(bytes.fromhex(confined["ruleset"]), confined["paths"])
+            _checked(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "parent's death")
+            os.closerange(3, status)
+            os.closerange(status + 1, _DESCRIPTORS)
+            _filter(program)
+        except (Failed, OSError, ValueError) as error:
+            os.write(status, f"failed: {error}".encode())
+            os._exit(1)
+        try:
+            os.execvpe(command[0], command, environment)  # noqa: S606 - no shell is the point
+        except OSError as error:
+            os.write(2, f"{command[0]}: {error.strerror}\n".encode())
+            os.write(status, b"missing")
+            os._exit(127)
+
+    def _limit(self, processes: int) -> None:
+        """Set the limits of each process; `processes` that are not the run's count with its own."""
+        for name, value in self._config["rlimits"].items():
+            limit = getattr(resource, f"RLIMIT_{name}")
+            hard = resource.getrlimit(limit)[1]
+            wanted = value + (processes if name == "NPROC" else 0)
+            capped = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(limit, (capped, capped))
+
     def _watch(self, child: int, control: int, began: float) -> tuple[str | None, int]:
-        """(killed_by, exit code as a shell has it) of bubblewrap."""
+        """(killed_by, exit code as a shell has it) of the child."""
         pidfd = os.pidfd_open(child)
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
@@ -141,9 +210,11 @@ class Stage:
                 # Twice: processes that end while the tree is read are counted askew once.
                 if all(self._memory() > self._config["memory"] for _ in range(2)):
                     killed_by = "memory"
+                elif self._confined is not None and self._overfull():
+                    killed_by = "disk"
                 pause = max(_SAMPLE, _SHARE * (time.monotonic() - looked))
             if killed_by is not None:
-                os.kill(child, signal.SIGKILL)
+                self._kill_all() if self._confined is not None else os.kill(child, signal.SIGKILL)
                 break
         _, status = os.waitpid(child, 0)
         os.close(pidfd)
@@ -151,60 +222,145 @@ class Stage:
         return killed_by, code if code >= 0 else 128 - code
 
     def _memory(self) -> int:
-        """Bytes of the whole tree: private pages, counted once where the kernel tells (PSS)."""
+        """Bytes of the whole tree: anonymous and shared pages, counted once where the kernel tells (PSS)."""
         family = _family()
-        simple = sum(pages for _, pages in family) * _PAGE
-        total = simple
-        if simple > self._config["memory"]:
-            total = sum(_proportional(pid, pages * _PAGE) for pid, pages in family)
+        total = sum(_resident(pid) for pid in family)
+        if total > self._config["memory"]:
+            total = sum(_proportional(pid) for pid in family)
         self._peak = max(self._peak, total)
         return total
 
+    def _overfull(self) -> bool:
+        """Whether its files are more than they may be, or too deep or hidden to be looked at."""
+        if _free(self._room) < _RESERVE:
+            return True
+        used = found = 0
+        folders = [(str(self._room / name), 0) for name in ("workspace", "tmp")]
+        while folders:
+            folder, depth = folders.pop()
+            try:
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        used += entry.stat(follow_symlinks=False).st_blocks * 512
+                        found += 1
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append((entry.path, depth + 1))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError:
+                return True
+            if depth > _DEPTH or found > _INODES or used > self._config["disk"]:
+                return True
+        return False
 
-def _family() -> list[tuple[int, int]]:
-    """(pid, private pages) of all our descendants."""
+    def _kill_all(self) -> None:
+        """Kill everything of the run; where namespaces do not, in one call that no fork escapes."""
+        if self._confined is None:
+            for pid in _family():
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+        elif (uid := self._confined["uid"]) is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(-1, signal.SIGKILL)  # the fence lets it reach the run alone
+        else:
+            killer = os.fork()
+            if killer == 0:
+                try:
+                    _become_uid(uid)
+                    os.kill(-1, signal.SIGKILL)
+                finally:
+                    os._exit(0)
+            os.waitpid(killer, 0)
+
+    def _reap_all(self) -> None:
+        """Kill and wait for everything that was left to us, until nothing is."""
+        while True:
+            self._kill_all()
+            try:
+                os.waitpid(-1, 0)
+            except ChildProcessError:
+                return
+
+
+def _family() -> list[int]:
+    """The pids of all our descendants."""
     parents: dict[int, int] = {}
     for name in os.listdir("/proc"):  # noqa: PTH208 - names only, often
         if name.isdigit():
             with contextlib.suppress(OSError, ValueError, IndexError):
-                stat = Path("/proc", name, "stat").read_bytes()
-                parents[int(name)] = int(stat.rpartition(b")")[2].split()[1])
+                found = Path("/proc", name, "stat").read_bytes()
+                parents[int(name)] = int(found.rpartition(b")")[2].split()[1])
     ours = {os.getpid()}
-    found: list[int] = []
+    family: list[int] = []
     while more := [pid for pid, parent in parents.items() if parent in ours and pid not in ours]:
         ours.update(more)
-        found += more
-    return [(pid, _private(pid)) for pid in found]
+        family += more
+    return family
 
 
-def _private(pid: int) -> int:
-    """Private pages; 0 of a process that has ended."""
+def _resident(pid: int) -> int:
+    """Bytes of it that are in memory; 0 of a process that has ended."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        fields = Path("/proc", str(pid), "statm").read_bytes().split()
-        return int(fields[1]) - int(fields[2])
+        return int(Path("/proc", str(pid), "statm").read_bytes().split()[1]) * _PAGE
     return 0
 
 
-def _proportional(pid: int, private: int) -> int:
-    """Bytes that a process has of its own or shares in part, at most ``private``."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc", str(pid), "smaps_rollup").read_bytes().splitlines():
-            if line.startswith(b"Pss_Anon:"):
-                return min(int(line.split()[1]) * 1024, private)
-    # Not told: it has ended meanwhile, or hides from us and is counted in full.
-    return _private(pid) * _PAGE
+def _proportional(pid: int) -> int:
+    """Bytes that are of no file outside, what is shared counted in part where the kernel tells it."""
+    for name, keys in (("smaps_rollup", (b"Pss_Anon", b"Pss_Shmem")), ("status", (b"RssAnon", b"RssShmem"))):
+        with contextlib.suppress(OSError, ValueError):
+            lines = Path("/proc", str(pid), name).read_bytes().splitlines()
+            words = [line.split() for line in lines if line.partition(b":")[0] in keys]
+            if words:
+                return sum(int(word[1]) for word in words) * 1024
+    return 0
 
 
-def _reap_all() -> None:
-    """Kill and wait for everything that was left to us, until nothing is."""
-    while True:
-        for pid, _ in _family():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+def _threads_of(uid: int) -> int:
+    """How many threads of all processes here this uid has."""
+    count = 0
+    for name in os.listdir("/proc"):  # noqa: PTH208 - names only
+        with contextlib.suppress(OSError):
+            if name.isdigit() and Path("/proc", name).stat().st_uid == uid:
+                count += len(os.listdir(f"/proc/{name}/task"))  # noqa: PTH208 - as above
+    return count
+
+
+def _free(folder: Path) -> int:
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
+def _become_uid(uid: int) -> None:
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+
+
+def _restrict(ruleset: bytes, paths: list[tuple[str, int]]) -> None:
+    """Put ourselves behind a Landlock ruleset for good, with these (path, rights) let through."""
+    rules = _libc.syscall(ctypes.c_long(_CREATE_RULESET), ruleset, ctypes.c_size_t(len(ruleset)), 0)
+    _checked(min(rules, 0), "Landlock ruleset")
+    for path, rights in paths:
         try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
+            target = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISDIR(os.fstat(target).st_mode):
+            rights &= _RIGHTS_OF_A_FILE  # noqa: PLW2901 - the same rights, as far as a file has them
+        rule = struct.pack("=Qi", rights, target)
+        _checked(_libc.syscall(ctypes.c_long(_ADD_RULE), rules, _PATH_BENEATH, rule, 0), f"Landlock {path}")
+        os.close(target)
+    _checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no new privileges")
+    _checked(_libc.syscall(ctypes.c_long(_RESTRICT_SELF), rules, 0), "Landlock")
+    os.close(rules)
+
+
+def _filter(program: bytes) -> None:
+    """Put ourselves under a system call filter for good."""
+    array = ctypes.create_string_buffer(program, len(program))
+    header = struct.pack("@HP", len(program) // 8, ctypes.addressof(array))
+    _checked(_libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, header, 0, 0), "system call filter")
 
 
 def _checked(result: int, step: str) -> None:

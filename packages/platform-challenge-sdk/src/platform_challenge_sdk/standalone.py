@@ -11,11 +11,13 @@ from pydantic import ValidationError
 
 from platform_challenge_sdk.challenge import Challenge
 from platform_challenge_sdk.challenge import challenge as the_challenge
-from platform_challenge_sdk.errors import BootFailed
+from platform_challenge_sdk.errors import BootFailed, ContainmentUnavailable
 from platform_challenge_sdk.health import Health
 from platform_challenge_sdk.program import end_on_signals, exit_program, run_program
 from platform_challenge_sdk.serve import PORT, ChallengeServer
 from platform_challenge_sdk.tree import importing
+from platform_challenge_sdk.trial import containment
+from platform_challenge_sdk.worker import in_thread
 from platform_protocol.compose import USER_CONFIG_PATH
 from platform_protocol.spec import ChallengeSpec, SpecInvalid, parse_platform_toml
 from platform_protocol.user_config import UserConfig
@@ -50,6 +52,7 @@ async def serve_challenge(challenge: Challenge, tree: Path, port: int = PORT) ->
             apply_spec(parse_platform_toml(toml.read_bytes()), server)
         except SpecInvalid as error:
             raise BootFailed(str(error)) from error
+    server.health.containment = await find_containment()
     stop = asyncio.Event()
     end_on_signals(stop)
     say(f"ended: {await server.serve(port=port, stop=stop)}")
@@ -77,6 +80,16 @@ def apply_spec(spec: ChallengeSpec, server: ChallengeServer) -> None:
     server.max_result = spec.result.max_bytes
     server.jobs.per_job = spec.execution.cvm == "per_job"
     server.jobs.concurrency = spec.execution.concurrency
+
+
+async def find_containment() -> str:
+    """How submissions are contained here, in words; tried before the first of them is here."""
+    try:
+        told = str(await in_thread(containment))
+    except ContainmentUnavailable as error:
+        told = f"none: {error}"
+    say(f"containment: {told}")
+    return told
 
 
 def say(line: str) -> None:

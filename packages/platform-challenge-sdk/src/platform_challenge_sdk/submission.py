@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from platform_challenge_sdk.contained import MIB, OUTPUT_BYTES, Order, Outcome, describe_end, run_contained
 from platform_challenge_sdk.errors import ContainmentUnavailable, SubmissionFailed, SubmissionTimedOut
+from platform_challenge_sdk.trial import containment
 from platform_challenge_sdk.worker import in_thread
 
 
@@ -18,13 +19,16 @@ class Submission:
     """`path` is a read-only directory, unpacked inside the CVM; `sha256` (hex) is of the file as uploaded.
 
     `filename`: the name in `path` of a submission that is a single file; None for an archive. `ended` is set
-    when the job is over: what still runs of the submission is then killed.
+    when the job is over: what still runs of the submission is then killed. `warn` is told once when runs are
+    contained with less than namespaces, and what falls away then.
     """
 
     path: Path
     sha256: str
     filename: str | None = None
     ended: threading.Event = field(default_factory=threading.Event, repr=False)
+    warn: Callable[[str], None] | None = field(default=None, repr=False)
+    _warned: threading.Event = field(default_factory=threading.Event, repr=False)
 
     async def run(
         self,
@@ -59,7 +63,7 @@ class Submission:
         """
         order = self._order(argv, stdin, timeout, memory, files, disk, output, network=network)
         stop = threading.Event()
-        running = asyncio.ensure_future(in_thread(run_contained, order, [stop, self.ended]))
+        running = asyncio.ensure_future(in_thread(self._run, order, [stop, self.ended]))
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
@@ -81,7 +85,14 @@ class Submission:
     ) -> Outcome:
         """The same, for handlers that are plain functions."""
         order = self._order(argv, stdin, timeout, memory, files, disk, output, network=network)
-        return run_contained(order, [self.ended])
+        return self._run(order, [self.ended])
+
+    def _run(self, order: Order, cancelled: Sequence[threading.Event]) -> Outcome:
+        kind = containment()
+        if kind.lost and self.warn is not None and not self._warned.is_set():
+            self._warned.set()
+            self.warn(f"the submission is contained by {kind}")
+        return run_contained(order, cancelled, kind)
 
     def _order(
         self,
