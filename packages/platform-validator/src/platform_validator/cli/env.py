@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,16 +14,15 @@ from platform_protocol.ids import ChallengeId
 from platform_validator.challenges.environment import (
     MAX_VALUE,
     Environments,
-    EnvRefused,
     ListEnv,
     SetEnv,
     UnsetEnv,
 )
-from platform_validator.cli import show, tell
-from platform_validator.cli.command import FAILED, AsJson, ConfigFile, asked, failed, refused, settings_of
+from platform_validator.cli import show
+from platform_validator.cli.carried_out import carried_out
+from platform_validator.cli.command import AsJson, ConfigFile, asked, failed, settings_of
 from platform_validator.clock import SystemClock
 from platform_validator.config import Settings
-from platform_validator.errors import ValidatorError
 from platform_validator.keyring import Keyring
 from platform_validator.state import StateDirectory
 from platform_validator.store.sqlite import SqliteStore
@@ -123,31 +119,13 @@ def _value(file: Path | None, what: str) -> str:
 
 
 def _do(settings: Settings, command: SetEnv | UnsetEnv | ListEnv, *, as_json: bool) -> dict[str, Any]:
-    try:
-        try:
-            return tell.tell(settings, "env", command.model_dump())
-        except tell.NoDaemon:
-            with _locked(settings) as state:
-                return asyncio.run(_on_the_journal(state, command))
-    except tell.Refused as error:
-        refused(error.reply.body, FAILED, as_json=as_json)
-    except EnvRefused as error:
-        refused({"error": str(error), "code": error.code}, FAILED, as_json=as_json)
-    except ValidatorError as error:
-        failed(str(error))
-
-
-@contextmanager
-def _locked(settings: Settings) -> Iterator[StateDirectory]:
-    state = StateDirectory(settings.db_path)
-    if not state.database.exists():
-        failed(f"no validator ever ran on {state.folder}: start it, or set VALIDATOR_DB_PATH")
-    state.prepare()
-    state.lock()
-    try:
-        yield state
-    finally:
-        state.close()
+    return carried_out(
+        settings,
+        "env",
+        command.model_dump(),
+        here=lambda state: _on_the_journal(state, command),
+        as_json=as_json,
+    )
 
 
 async def _on_the_journal(state: StateDirectory, command: SetEnv | UnsetEnv | ListEnv) -> dict[str, Any]:

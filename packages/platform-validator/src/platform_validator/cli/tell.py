@@ -17,8 +17,7 @@ from platform_validator.state import StateDirectory, StateLocked
 SHOWN_AFTER = 2.0
 _SHOWN_EVERY = 5.0
 _LOOK_EVERY = 0.2
-
-_TIMEOUT = 10.0
+TIMEOUT = 10.0
 
 
 class NoDaemon(ValidatorError):
@@ -42,7 +41,7 @@ class Ended:
 
 
 def tell(
-    settings: Settings, path: str, body: dict[str, Any] | None = None, *, timeout: float = _TIMEOUT
+    settings: Settings, path: str, body: dict[str, Any] | None = None, *, timeout: float = TIMEOUT
 ) -> dict[str, Any]:
     """POST to `/api/v1/<path>`, or GET without a body; returns the answer.
 

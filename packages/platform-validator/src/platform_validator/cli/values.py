@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,13 +12,12 @@ import typer
 from rich.console import Console
 
 from platform_protocol.ids import ChallengeId
-from platform_protocol.values import ValueInvalid
-from platform_validator.cli import show, tell
+from platform_validator.cli import show
+from platform_validator.cli.carried_out import carried_out
 from platform_validator.cli.command import FAILED, AsJson, ConfigFile, failed, refused, settings_of
 from platform_validator.clock import SystemClock
 from platform_validator.config import Settings
 from platform_validator.daemon.parts import make_values, value_key_source
-from platform_validator.errors import ValidatorError
 from platform_validator.state import StateDirectory
 from platform_validator.store.sqlite import SqliteStore
 from platform_validator.telemetry.logging import Directives, configure_logging
@@ -38,7 +34,6 @@ from platform_validator.values.commands import (
     ValueCommand,
     perform,
 )
-from platform_validator.values.errors import ValueRefused
 
 values = typer.Typer(help="Dynamic values of challenges.", no_args_is_help=True)
 
@@ -176,31 +171,14 @@ def rekey_values(context: typer.Context, *, config: ConfigFile = None, as_json: 
 
 
 def _do(settings: Settings, command: ValueCommand, *, as_json: bool) -> dict[str, Any]:
-    try:
-        try:
-            return tell.tell(settings, "values", command.model_dump(), timeout=_TIMEOUT)
-        except tell.NoDaemon:
-            with _locked(settings) as state:
-                return asyncio.run(_on_the_journal(settings, state, command))
-    except tell.Refused as error:
-        refused(error.reply.body, FAILED, as_json=as_json)
-    except (ValueRefused, ValueInvalid) as error:
-        refused({"error": str(error), "code": error.code}, FAILED, as_json=as_json)
-    except ValidatorError as error:
-        failed(str(error))
-
-
-@contextmanager
-def _locked(settings: Settings) -> Iterator[StateDirectory]:
-    state = StateDirectory(settings.db_path)
-    if not state.database.exists():
-        failed(f"no validator ever ran on {state.folder}: start it, or set VALIDATOR_DB_PATH")
-    state.prepare()
-    state.lock()
-    try:
-        yield state
-    finally:
-        state.close()
+    return carried_out(
+        settings,
+        "values",
+        command.model_dump(),
+        here=lambda state: _on_the_journal(settings, state, command),
+        as_json=as_json,
+        timeout=_TIMEOUT,
+    )
 
 
 async def _on_the_journal(settings: Settings, state: StateDirectory, command: ValueCommand) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -11,6 +11,7 @@ from platform_validator.challenges.environment import EnvCommand, EnvRefused
 from platform_validator.store.port import StoreUnavailable
 from platform_validator.web.commands import refused
 from platform_validator.web.control import Control, NotStarted
+from platform_validator.web.posted import posted
 
 MAX_BODY = 512 * 1024
 _COMMAND: TypeAdapter[EnvCommand] = TypeAdapter(EnvCommand)
@@ -20,15 +21,9 @@ def env_route(control: Control) -> Route:
     """`POST /api/v1/env` with a command (`challenges.environment`); a refusal is `{"error", "code"}`."""
 
     async def env(request: Request) -> Response:
-        body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_BODY:
-                return refused(413, "too_large", f"expected at most {MAX_BODY} bytes")
-        try:
-            command = _COMMAND.validate_json(body)
-        except ValidationError as error:
-            return refused(400, "bad_body", f"expected a command: {error.errors()[0]['msg']}")
+        command = await posted(request, _COMMAND, max_body=MAX_BODY)
+        if isinstance(command, Response):
+            return command
         try:
             return JSONResponse(await control.env(command))
         except EnvRefused as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -13,6 +13,7 @@ from platform_validator.values.commands import ValueCommand
 from platform_validator.values.errors import ValueKeysUnusable, ValueRefused, ValueUnreadable
 from platform_validator.web.commands import refused
 from platform_validator.web.control import Control, NotStarted
+from platform_validator.web.posted import posted
 
 MAX_BODY = 96 * 1024 * 1024
 _FAULTS: dict[type[Exception], tuple[int, str]] = {
@@ -28,15 +29,9 @@ def value_route(control: Control) -> Route:
     """`POST /api/v1/values` with a command (`values.commands`); a refusal is `{"error", "code"}`."""
 
     async def values(request: Request) -> Response:
-        body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_BODY:
-                return refused(413, "too_large", f"expected at most {MAX_BODY} bytes")
-        try:
-            command = _COMMAND.validate_json(body)
-        except ValidationError as error:
-            return refused(400, "bad_body", f"expected a command: {error.errors()[0]['msg']}")
+        command = await posted(request, _COMMAND, max_body=MAX_BODY)
+        if isinstance(command, Response):
+            return command
         try:
             return JSONResponse(await control.values(command))
         except (ValueRefused, ValueInvalid) as error:
