@@ -84,7 +84,7 @@ def test_the_sandbox_around_qemu_has_no_port_and_a_device_only_under_kvm(tmp_pat
     recipe = machine().recipe(tmp_path, tmp_path)
     assert (recipe.memory_bytes, list(recipe.ports), list(recipe.devices)) == (512 * MIB + OVERHEAD, [], [])
     under_kvm = machine(kvm=True).recipe(tmp_path, tmp_path, devices=["/dev/kvm"])
-    words = under_kvm.bwrap_arguments(filtered=True)
+    words = under_kvm.bwrap_arguments()
     assert words[words.index("--dev-bind") + 2] == "/dev/kvm"
 
 

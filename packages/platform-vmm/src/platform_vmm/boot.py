@@ -17,6 +17,7 @@ from platform_vmm.app_compose import AppCompose, Service, check_supported, read_
 from platform_vmm.configuration import VmConfiguration
 from platform_vmm.driver import Guest
 from platform_vmm.errors import VmmError
+from platform_vmm.filesystem import read_filesystem_policy
 from platform_vmm.image_table import ImageTable
 from platform_vmm.images import Runtime
 from platform_vmm.restarts import RestartPolicy
@@ -169,6 +170,7 @@ class Boot:
             pids=_PIDS,
             ports=self._host.guest_ports,
             scratch=service.scratch,
+            filesystem=read_filesystem_policy(configuration.user_config),
         )
 
 

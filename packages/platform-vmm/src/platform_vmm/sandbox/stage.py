@@ -29,6 +29,11 @@ MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
 PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 4, 36, 38
 SIOCSIFADDR, SIOCSIFFLAGS, SIOCSIFNETMASK = 0x8916, 0x8914, 0x891C
 IP_BIND_ADDRESS_NO_PORT = 24
+OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442
+AT_FDCWD, AT_EMPTY_PATH, OPEN_TREE_CLONE, MOVE_EMPTY_PATH = -100, 0x1000, 1, 4
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_IDMAP = 1, 0x100000
+SYSTEM = ("usr", "bin", "sbin", "lib", "lib32", "lib64")
+ETC = ("ld.so.cache", "alternatives", "passwd", "group", "hosts", "nsswitch.conf")
 ROOM = "/mnt"  # covered by a tmpfs in our own mount namespace: nothing of it exists on the host
 HOST, GUEST = "10.0.2.2", "10.0.2.15"
 SIGNALLED = 128
@@ -71,6 +76,10 @@ def furnish(config: dict[str, Any]) -> None:
     for source, name in config["binds"]:
         bind(source, f"{ROOM}/{name}")
     os.mkdir(f"{ROOM}/disk", 0o755)
+    os.close(os.open(f"{ROOM}/nothing", os.O_CREAT, 0))
+    for kind in ("lower", "system") if config["writable"] else ():
+        for name in config["writable"].values():
+            os.makedirs(f"{ROOM}/{kind}/{name}", exist_ok=True)
     if not config["devices"]:
         return
     os.mkdir(f"{ROOM}/devices", 0o755)
@@ -98,6 +107,101 @@ def prepare_mounts(config: dict[str, Any]) -> None:
     call("unshare", CLONE_NEWNS)
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     furnish(config)
+    if config["writable"]:
+        owner = mapping(config["uid"])
+        for source, name in config["writable"].items():
+            given_to(owner, source, f"{ROOM}/lower/{name}")
+        os.close(owner)
+
+
+def mapping(uid: int) -> int:
+    """A user namespace, by its descriptor, in which root is this uid outside."""
+    ready, begun = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(begun, b"x" if libc.unshare(CLONE_NEWUSER) == 0 else b"-")
+        signal.pause()
+        os._exit(0)
+    try:
+        if os.read(ready, 1) != b"x":
+            raise OSError("a user namespace to map owners with")
+        for kind in ("uid", "gid"):
+            write(f"/proc/{child}/{kind}_map", f"0 {uid} 1")
+        return os.open(f"/proc/{child}/ns/user", os.O_RDONLY)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(begun)
+
+
+def given_to(owner: int, source: str, target: str) -> None:
+    """A read-only bind mount in which what is root's belongs to the guest: a layer over it can change it.
+
+    Where the file system cannot do that the owners stay, and the guest can only add.
+    """
+    tree = libc.syscall(OPEN_TREE, AT_FDCWD, source.encode(), OPEN_TREE_CLONE | os.O_CLOEXEC)
+    attributes = struct.pack("=QQQQ", MOUNT_ATTR_IDMAP | MOUNT_ATTR_RDONLY, 0, 0, owner)
+    try:
+        done = tree >= 0 and libc.syscall(MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH, attributes, 32) == 0
+        if done and libc.syscall(MOVE_MOUNT, tree, b"", AT_FDCWD, target.encode(), MOVE_EMPTY_PATH) == 0:
+            return
+    finally:
+        if tree >= 0:
+            os.close(tree)
+    mount(source, target, None, MS_BIND)
+
+
+def writable_root(config: dict[str, Any]) -> None:
+    """A root on the guest's disk, with layers on it over the system's folders, and files of its own."""
+    disk = f"{ROOM}/disk"
+    os.mkdir(f"{disk}/rootfs", 0o755)
+    for source, name in config["writable"].items():
+        for part in ("upper", "work"):
+            os.makedirs(f"{disk}/{part}/{name}", 0o755)
+        lower = f"{ROOM}/lower/{name}" if config["root"] else source
+        layers = f"lowerdir={lower},upperdir={disk}/upper/{name},workdir={disk}/work/{name},userxattr"
+        mount("overlay", f"{ROOM}/system/{name}", "overlay", MS_NOSUID | MS_NODEV, layers)
+    for source, place in config["copies"].items():
+        os.makedirs(f"{disk}/rootfs{os.path.dirname(place)}", exist_ok=True)
+        if os.path.exists(source):
+            copy(source, f"{disk}/rootfs{place}")
+
+
+def copy(source: str, target: str) -> None:
+    """A file, a link or a folder with all that is in it. By now this process cannot import what does it."""
+    if os.path.islink(source):
+        os.symlink(os.readlink(source), target)
+    elif os.path.isdir(source):
+        os.mkdir(target, 0o755)
+        for name in os.listdir(source):
+            copy(f"{source}/{name}", f"{target}/{name}")
+    else:
+        with open(source, "rb") as old, open(target, "xb") as new:
+            new.write(old.read())
+
+
+def covers(denied: list[str]) -> list[str]:
+    """Bubblewrap's arguments that put nothing over each path, or over what it leads to in the system."""
+    words = []
+    for path in denied:
+        real, folder = path, True
+        if path.split("/")[1] in SYSTEM:
+            real = os.path.realpath(path)
+            if real.split("/")[1] not in SYSTEM or not os.path.exists(real):
+                continue  # nothing that a guest has
+            folder = os.path.isdir(real)
+        elif path.startswith("/etc/"):
+            own = f"{ROOM}/image{path}"
+            source = own if os.path.exists(own) else path
+            if path.split("/")[2] not in ETC or not os.path.exists(source):
+                continue
+            folder = os.path.isdir(source)
+        if folder:
+            words += ["--perms", "0000", "--tmpfs", real, "--remount-ro", real]
+        else:
+            words += ["--ro-bind", f"{ROOM}/nothing", real]
+    return words
 
 
 def drop_to(uid: int) -> None:
@@ -169,7 +273,8 @@ def spawn(config: dict[str, Any], log: int, go: int, other: int) -> int:
         if os.read(go, 1) != b"g":
             os._exit(125)
         write("/proc/self/oom_score_adj", str(config["oom_score"]))
-        words = b"".join(item.encode() + b"\0" for item in config["arguments"])
+        arguments = [*config["arguments"], *covers(config["denied"]), *config["closing"]]
+        words = b"".join(item.encode() + b"\0" for item in arguments)
         inherited = [os.open("/dev/null", os.O_RDONLY), log, log]
         inherited += [memory_file("arguments", words), memory_file("filter", bytes.fromhex(config["filter"]))]
         high = [fcntl.fcntl(one, fcntl.F_DUPFD, LOW_DESCRIPTORS) for one in inherited]
@@ -301,6 +406,9 @@ def main() -> None:
             drop_to(config["uid"])
         step = "namespaces"
         own_namespaces(config)
+        if config["writable"]:
+            step = "a writable root (read_only = false needs overlayfs in user namespaces: Linux 5.11)"
+            writable_root(config)
         step = "packet filter"
         walled = packet_filter(config["nft"])
         step = "listeners"
