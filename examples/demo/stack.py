@@ -207,7 +207,7 @@ class Stack:
         command = [str(_BIN / "platform-vmm"), "serve", "--listen", f"unix:{self.vmm_socket}"]
         command += ["--state-dir", str(self.state / "vmm")]
         for part in self.validators:
-            command += ["--guest-port", str(part.guest_port)]
+            command += ["--guest-port", str(part.guest_port), "--guest-port", str(part.egress_port)]
         self.processes.start("vmm", command, {})
         self.processes.wait_for("vmm", "answering", self._vmm_answers, 60)
 
@@ -253,14 +253,15 @@ class Stack:
 
 def make_stack(state: Path, names: tuple[str, ...] = ("validator",)) -> Stack:
     """A stack on free ports, with a validator and a hotkey made for each name."""
-    api_port, *ports = free_ports(1 + 2 * len(names))
+    api_port, *ports = free_ports(1 + 3 * len(names))
     parts = [
         ValidatorPart(
             name=name,
             folder=state / name,
             keypair=new_hotkey(state / f"{name}.hotkey"),
-            guest_port=ports[2 * index],
-            admin_port=ports[2 * index + 1],
+            guest_port=ports[3 * index],
+            admin_port=ports[3 * index + 1],
+            egress_port=ports[3 * index + 2],
             api=f"http://127.0.0.1:{api_port}",
             vmm=state / "vmm",
             port_range=f"{10_000 + 2_500 * index}-{12_499 + 2_500 * index}",

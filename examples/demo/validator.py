@@ -23,6 +23,7 @@ class ValidatorPart:
     folder: Path
     keypair: Keypair
     guest_port: int
+    egress_port: int
     admin_port: int
     api: str
     vmm: Path
@@ -73,6 +74,8 @@ class ValidatorPart:
             "VALIDATOR_HTTP_LISTEN": f"127.0.0.1:{self.guest_port}",
             "VALIDATOR_ADMIN_LISTEN": f"127.0.0.1:{self.admin_port}",
             "VALIDATOR_BASE_URL": f"http://10.0.2.2:{self.guest_port}",
+            "VALIDATOR_EGRESS_LISTEN": f"127.0.0.1:{self.egress_port}",
+            "VALIDATOR_EGRESS_BASE_URL": f"http://10.0.2.2:{self.egress_port}",
         }
 
     def ready(self) -> bool:

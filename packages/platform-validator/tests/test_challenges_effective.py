@@ -19,7 +19,8 @@ from platform_validator.challenges.effective import effective
 from platform_validator.cli.show import in_force
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.daemon.board import plain
-from platform_validator.egress.effective import EffectiveNetwork, NetworkPolicy, narrowed
+from platform_validator.egress.effective import EffectiveNetwork, narrowed
+from platform_validator.network_policy import NetworkPolicy
 
 SIZE = Resources(cpu_cores=1, memory_mb=256, disk_mb=512)
 

@@ -13,7 +13,7 @@ from platform_protocol.filesystem_policy import FilesystemPolicy
 from platform_protocol.platform_messages import IsolationLevel
 from platform_protocol.resources import Resources
 from platform_protocol.signing import Keypair
-from platform_validator.config import OPTIONS, ConfigFaults, Settings, load_settings
+from platform_validator.config import OPTIONS, ConfigFaults, Settings, load_settings, parse
 
 HOTKEY = Keypair.from_seed(bytes(32)).address
 REQUIRED = {"VALIDATOR_HOTKEY": HOTKEY, "PLATFORM_BASE_API": "http://platform-api:8080"}
@@ -245,6 +245,40 @@ def test_the_example_begins_with_the_guides_block_and_is_loaded(tmp_path: Path) 
     settings = load_settings(REQUIRED, flag_file=EXAMPLE, folder=tmp_path)
     assert settings["sandbox_config.network_policy.allowed_hosts"] == ("api.openai.com", "huggingface.co")
     assert settings.level is IsolationLevel.TEE
+
+
+@pytest.mark.parametrize(
+    ("parser", "value", "expected"),
+    [
+        (parse.host_pattern, "api.example.com", "api.example.com"),
+        (parse.host_pattern, "*.example.com", "*.example.com"),
+        (parse.host_pattern, "API.example.com", None),
+        (parse.host_pattern, "10.0.0.1", None),
+        (parse.host_pattern, "*", None),
+        (parse.host_pattern, "*.*.example.com", None),
+        (parse.host_pattern, "localhost", None),
+        (parse.host_pattern, "a." * 127 + "com", None),
+        (parse.host_pattern, 7, None),
+        (parse.dns_server, "9.9.9.9", ("9.9.9.9", 53)),
+        (parse.dns_server, "127.0.0.1:5353", ("127.0.0.1", 5353)),
+        (parse.dns_server, "2620:fe::fe", ("2620:fe::fe", 53)),
+        (parse.dns_server, "[2620:fe::fe]:5353", ("2620:fe::fe", 5353)),
+        (parse.dns_server, "dns.example.com", None),
+        (parse.dns_server, "9.9.9.9:0", None),
+        (parse.dns_server, "9.9.9.9:x", None),
+        (parse.network, "198.51.100.0/24", "198.51.100.0/24"),
+        (parse.network, "198.51.100.1/24", None),
+    ],
+)
+def test_what_the_egress_proxy_is_given_has_one_form(
+    parser: parse.Parser, value: object, expected: object
+) -> None:
+    """Names that can be reached, servers by address, networks; anything else is a fault."""
+    if expected is None:
+        with pytest.raises(ValueError, match="expected"):
+            parser(value)
+    else:
+        assert parser(value) == expected
 
 
 def test_the_example_names_every_setting_with_its_default() -> None:

@@ -17,8 +17,8 @@ from platform_protocol.spec import NetworkSpec
 from platform_protocol.tokens import proxy_password
 from platform_validator.clock import SystemClock
 from platform_validator.egress.accounts import EgressLimits
-from platform_validator.egress.effective import NetworkPolicy
 from platform_validator.egress.supervisor import EgressSettings, EgressSupervisor
+from platform_validator.network_policy import NetworkPolicy
 
 NAMES = {"api.test.example": [[PUBLIC]], "other.example": [[PUBLIC]], "a.wild.example": [[PUBLIC]]}
 pytestmark = pytest.mark.slow(reason="starts the proxy's process")

@@ -17,6 +17,7 @@ from platform_challenge_sdk.bundle_fetch import fetch_bundle
 from platform_challenge_sdk.challenge import challenge as the_challenge
 from platform_challenge_sdk.errors import BootFailed, SdkError
 from platform_challenge_sdk.health import Health
+from platform_challenge_sdk.outside import proxy_environment
 from platform_challenge_sdk.program import end_on_signals, exit_program, run_program
 from platform_challenge_sdk.serve import PORT, ChallengeServer
 from platform_challenge_sdk.standalone import apply_spec, find_containment, read_config, say
@@ -77,6 +78,7 @@ async def boot_and_serve(port: int = PORT, *, deadline: float = BOOT_DEADLINE) -
 
 async def _prepare(config: UserConfig, server: ChallengeServer, stop: asyncio.Event, deadline: float) -> None:
     health = server.health
+    os.environ.update(proxy_environment(config))
     work = asyncio.ensure_future(_import_bundle(config, server))
     stopped = asyncio.ensure_future(stop.wait())
     try:

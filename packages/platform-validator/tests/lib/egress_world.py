@@ -30,8 +30,8 @@ from platform_protocol.spec import NetworkSpec
 from platform_protocol.tokens import proxy_password
 from platform_validator.clock import SystemClock
 from platform_validator.egress.accounts import EgressLimits
-from platform_validator.egress.effective import NetworkPolicy
 from platform_validator.egress.supervisor import EgressSettings, EgressSupervisor
+from platform_validator.network_policy import NetworkPolicy
 
 PUBLIC = "93.184.216.34"
 """An address of the public internet, which nothing here connects to."""

@@ -54,7 +54,7 @@ def serve(
 ) -> None:
     """Run the VMM until SIGTERM; every guest ends with it."""
     _configure_logs(log_format)
-    ports = tuple(guest_port or [18080])
+    ports = tuple(guest_port or [18080, 3128])
     bad = [port for port in ports if not 1 <= port <= _PORT_MAX]
     if bad:
         _fail(f"--guest-port: expected 1 to 65535, got {bad[0]}")

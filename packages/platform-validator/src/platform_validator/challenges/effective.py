@@ -9,7 +9,8 @@ from platform_protocol.filesystem_policy import FilesystemPolicy
 from platform_protocol.resources import Resources
 from platform_protocol.spec import ChallengeSpec
 from platform_validator.cvm.plan import CvmPlan
-from platform_validator.egress.effective import EffectiveNetwork, NetworkPolicy, narrowed
+from platform_validator.egress.effective import EffectiveNetwork, narrowed
+from platform_validator.network_policy import NetworkPolicy
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,5 +90,6 @@ def unpack(kit: bytes, *, compose: bytes, resources: Resources) -> Kit:
         bundle_sha256=read.plan.bundle_sha256,
         resources=resources,
         timeout=timedelta(seconds=read.plan.timeout_s),
+        network=read.spec.network,
     )
     return Kit(read.running_since_boot, plan, read.spec)

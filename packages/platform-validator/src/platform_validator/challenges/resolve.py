@@ -81,6 +81,7 @@ def resolve(
         resources=resources,
         timeout=timedelta(seconds=spec.execution.timeout_s or DEFAULT_TIMEOUT_S),
         env=_env(wanted, spec, env),
+        network=spec.network,
     )
 
 

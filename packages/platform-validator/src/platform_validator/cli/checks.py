@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +81,8 @@ async def _outside(settings: Settings, keypair: Keypair) -> list[Check]:
         for host, vmm in zip(settings.hosts, connections.vmms, strict=True):
             checks = [*await check_vmm(vmm, settings), *await check_open_vmm(host.url)]
             found += [_of_host(check, host, settings) for check in checks]
-        return [*found, check_base_url(settings), *await check_attestation(settings)]
+        found += [check_base_url(settings), *await check_egress(settings)]
+        return [*found, *await check_attestation(settings)]
     finally:
         await connections.close()
 
@@ -196,6 +198,48 @@ def check_base_url(settings: Settings) -> Check:
     return Check(
         "base url", "ok", f"a guest's {_GUEST_HOST}:{asked} is {host}:{port} here, if the VMM is on this host"
     )
+
+
+async def check_egress(settings: Settings) -> list[Check]:
+    """Whether CVMs can reach the egress proxy, where the operator lets anything out."""
+    policy, name = settings.network, "egress"
+    if not policy.allow_outbound:
+        return [Check(name, "ok", "nothing may go out: network_policy.allow_outbound is false")]
+    if not policy.allows_something:
+        detail = "allow_outbound is true and allowed_hosts is empty: nothing may go out; name the hosts"
+        return [Check(name, "warn", detail)]
+    host, port = settings["egress.listen"]
+    url = urlsplit(settings["egress.base_url"])
+    asked = url.port or (443 if url.scheme == "https" else 80)
+    if url.hostname == _GUEST_HOST and asked != port:
+        detail = (
+            f"a guest's {_GUEST_HOST}:{asked} is the VMM host's port {asked}, the proxy listens on {port}: "
+            "set VALIDATOR_EGRESS_BASE_URL or VALIDATOR_EGRESS_LISTEN"
+        )
+        return [Check(name, "fail", detail)]
+    found = []
+    if url.hostname == _GUEST_HOST:
+        detail = (
+            f"a guest's {_GUEST_HOST}:{asked} is {host}:{port} here; platform-vmm needs --guest-port {port}"
+        )
+        found.append(Check(name, "ok", detail))
+    else:
+        found.append(Check(name, "warn", f"{url.geturl()} must reach {host}:{port} from inside a CVM"))
+    if (taken := await _taken(host, port)) is not None:
+        found.append(Check(name, "warn", taken))
+    return found
+
+
+async def _taken(host: str, port: int) -> str | None:
+    """What is wrong with the proxy's address, as far as another process can tell."""
+    try:
+        server = await asyncio.start_server(lambda _reader, _writer: None, host, port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return f"{host}:{port} is in use: by the running validator's proxy, or another program's"
+        return f"{host}:{port} cannot be listened on: {error.strerror}"
+    server.close()
+    return None
 
 
 def _check_sources(settings: Settings) -> Check:

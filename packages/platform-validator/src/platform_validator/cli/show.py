@@ -94,6 +94,9 @@ def _room(found: dict[str, Any], console: Console) -> None:
         uses = {use: counts[kind] for use, counts in found.get("quota_by_use", {}).items() if counts[kind]}
         parts = ", ".join(f"{use} {count}" for use, count in uses.items())
         console.print(f"  {kind:<16} {share['used']} of {share['limit']}" + (f"  ({parts})" if parts else ""))
+    if egress := found.get("egress"):
+        line = f"{egress['listen'] or 'down'}, {egress['cvms']} CVMs, {egress['open']} connections"
+        console.print(f"  {'egress':<16} {escape(line)}")
     for host in (one for one in found.get("hosts", ()) if one["state"] != "open"):
         line = f"{host['name']} is {host['state']} since {host['since']}: {host['why']}"
         console.print(f"  [yellow]{'host':<16}[/] {escape(line)}", soft_wrap=True)
@@ -138,10 +141,19 @@ def jobs(found: list[dict[str, Any]], console: Console) -> None:
 
 
 def cvms(found: list[dict[str, Any]], console: Console) -> None:
-    """CVMs."""
-    _table(
-        found, ("name", "host", "stage", "purpose", "attestation", "since", "last_error"), console, "no CVMs"
-    )
+    """CVMs, with what each reached outside."""
+    rows = [{**one, "egress": _egress(one.get("egress"))} for one in found]
+    columns = ("name", "host", "stage", "purpose", "attestation", "since", "egress", "last_error")
+    _table(rows, columns, console, "no CVMs")
+
+
+def _egress(use: dict[str, Any] | None) -> str:
+    """Connections, bytes and refusals; a CVM that may reach nothing has none."""
+    if use is None:
+        return "none"
+    refused = sum(use["refused"].values())
+    moved = f"{use['connections']} connections, {use['sent_bytes']} B out, {use['received_bytes']} B in"
+    return moved + (f", {refused} refused" if refused else "")
 
 
 def hosts(found: list[dict[str, Any]], console: Console) -> None:

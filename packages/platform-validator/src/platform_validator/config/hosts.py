@@ -15,7 +15,17 @@ from platform_validator.config import parse
 from platform_validator.errors import ValidatorError
 from platform_validator.host_name import HostName
 
-_KEYS = ("name", "url", "base_url", "port_address", "port_range", "limits", "labels", "credentials_file")
+_KEYS = (
+    "name",
+    "url",
+    "base_url",
+    "egress_url",
+    "port_address",
+    "port_range",
+    "limits",
+    "labels",
+    "credentials_file",
+)
 _LIMITS = ("cpu_cores", "memory_mb", "disk_mb", "gpu_count", "max_cvms")
 _WORD = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
@@ -39,12 +49,14 @@ class Credentials:
 class HostSettings:
     """One host. `limits` None, or a kind of them that is not given: the totals alone bound it.
 
+    `base_url` and `egress_url` are the validator and its egress proxy as CVMs there reach them.
     `port_range` None: it has the ports of `dstack.port_range`, with all others under its `port_address`.
     """
 
     name: HostName
     url: str
     base_url: str | None = None
+    egress_url: str | None = None
     port_address: str = "127.0.0.1"
     port_range: tuple[int, int] | None = None
     limits: Mapping[str, int] | None = None
@@ -108,6 +120,7 @@ def _host(table: Mapping[str, Any], number: int, faults: list[str]) -> HostSetti
         name=HostName(take("name", _word, None) or f"#{number}"),
         url=take("url", parse.vmm_url, None) or f"#{number}",
         base_url=take("base_url", parse.web_url, None),
+        egress_url=take("egress_url", parse.web_url, None),
         port_address=take("port_address", parse.text, "127.0.0.1"),
         port_range=take("port_range", parse.port_range, None),
         limits=take("limits", _limits, None),

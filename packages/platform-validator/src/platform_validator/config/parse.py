@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,6 +20,9 @@ _SIZE = re.compile(r"(\d+)\s*(B|K|KB|KiB|M|MB|MiB|G|GB|GiB)?", re.IGNORECASE)
 _BYTES = {"": 1, "b": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
 _TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 _PORTS = 65535
+_DNS_PORT = 53
+_NAME = 253
+_HOST = re.compile(r"(\*\.)?[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)+", re.ASCII)
 
 
 def text(value: Any) -> str:
@@ -152,6 +156,42 @@ def listen(value: Any) -> tuple[str, int]:
     if not host or not port.isdigit() or not 0 < int(port) <= _PORTS:
         raise ValueError("expected HOST:PORT")
     return host.strip("[]"), int(port)
+
+
+def host_pattern(value: Any) -> str:
+    """A lower-case host name, or `*.` and one: never an address, which no CVM is let out to."""
+    if not isinstance(value, str) or not _HOST.fullmatch(value) or len(value) > _NAME:
+        raise ValueError("expected a lower-case host name, such as api.example.com or *.example.com")
+    if value.rpartition(".")[2].isdigit():
+        raise ValueError("expected a host name, not an address")
+    return value
+
+
+def dns_server(value: Any) -> tuple[str, int]:
+    """An address, or ADDRESS:PORT, an IPv6 address with a port in brackets."""
+    given = text(value)
+    host, colon, port = given.rpartition(":")
+    try:
+        if colon and (host.startswith("[") or ":" not in host):
+            server, number = host.strip("[]"), int(port)
+        else:
+            server, number = given.strip("[]"), _DNS_PORT
+        ipaddress.ip_address(server)
+    except ValueError:
+        raise ValueError(
+            "expected an IP address, such as 9.9.9.9, 127.0.0.1:5353 or [2620:fe::fe]:53"
+        ) from None
+    if not 0 < number <= _PORTS:
+        raise ValueError(f"expected a port from 1 to {_PORTS}")
+    return server, number
+
+
+def network(value: Any) -> str:
+    """A network such as 198.51.100.0/24."""
+    try:
+        return str(ipaddress.ip_network(text(value)))
+    except ValueError as error:
+        raise ValueError("expected a network such as 198.51.100.0/24") from error
 
 
 def port_range(value: Any) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from platform_validator.config import parse
 from platform_validator.config.hosts import HostSettings, hosts
 from platform_validator.config.parse import Parser
 from platform_validator.host_name import DEFAULT_HOST
+from platform_validator.network_policy import NetworkPolicy
 
 REQUIRED = object()
 MIB = 1024 * 1024
@@ -96,6 +97,15 @@ class Settings:
             return listed
         url, address = self["dstack.vmm_url"], self["dstack.port_address"]
         return (HostSettings(DEFAULT_HOST, url, port_address=address),)
+
+    @property
+    def network(self) -> NetworkPolicy:
+        """What CVMs may reach."""
+        return NetworkPolicy(
+            allow_outbound=self[f"{_POLICY}.allow_outbound"],
+            hosts=tuple(self[f"{_POLICY}.allowed_hosts"]),
+            ports=tuple(self[f"{_POLICY}.allowed_ports"]),
+        )
 
     @property
     def filesystem(self) -> FilesystemPolicy:
@@ -254,18 +264,49 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _o("sandbox_config.unsafe_no_isolation", parse.boolean, False, "allow level None"),
     _o("sandbox_config.resource_monitoring", parse.boolean, True, "sample what CVMs use"),
+    _o(f"{_POLICY}.allow_outbound", parse.boolean, False, "let CVMs out through the egress proxy"),
     _o(
-        f"{_POLICY}.allow_outbound", parse.boolean, False, "let CVMs out through the egress proxy", later=True
+        f"{_POLICY}.allowed_hosts",
+        parse.listing(parse.host_pattern),
+        (),
+        "hosts that CVMs may reach, where their challenge asks for them",
     ),
-    _o(f"{_POLICY}.allowed_hosts", parse.listing(parse.text), (), "hosts that CVMs may reach", later=True),
     _o(
         f"{_POLICY}.allowed_ports",
         parse.listing(parse.whole(1, 65535)),
         (443, 80),
-        "ports that CVMs may reach",
-        later=True,
+        "ports that CVMs may reach: TLS on all but 80",
     ),
-    _o(f"{_POLICY}.dns_servers", parse.listing(parse.text), (), "the egress proxy's resolvers", later=True),
+    _o(
+        f"{_POLICY}.dns_servers",
+        parse.listing(parse.dns_server),
+        (),
+        "the egress proxy's resolvers (default: the system's)",
+    ),
+    _o(
+        "egress.listen",
+        parse.listen,
+        "127.0.0.1:3128",
+        "the egress proxy's listener",
+        "VALIDATOR_EGRESS_LISTEN",
+    ),
+    _o(
+        "egress.base_url",
+        parse.web_url,
+        "http://10.0.2.2:3128",
+        "the egress proxy, as a CVM reaches it",
+        "VALIDATOR_EGRESS_BASE_URL",
+    ),
+    _o("egress.connections", _POSITIVE, 64, "connections of one CVM to the outside at once"),
+    _o("egress.all_connections", _POSITIVE, 512, "connections of all CVMs to the outside at once"),
+    _o("egress.max_bytes", parse.size, "10GiB", "what one CVM may move out and in, in its life"),
+    _o("egress.rate", parse.size, 0, "bytes a second of one CVM, out and in together; 0: any"),
+    _o(
+        "egress.denied_networks",
+        parse.listing(parse.network),
+        (),
+        "networks that no CVM is connected to, beside all that is not public",
+    ),
     _o(f"{_FILES}.read_only", parse.boolean, True, "the system in a CVM is read-only"),
     _o(
         f"{_FILES}.allowed_paths",

@@ -35,6 +35,7 @@ from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.session import ValuesHandler
 from platform_validator.cvm.sessions import Session, SessionMaker
 from platform_validator.cvm.vmm import VmmAtCapacity, VmmError, VmmRefused, VmmUnavailable, VmSpec
+from platform_validator.egress.gate import EgressGate
 from platform_validator.host_name import HostName
 from platform_validator.store.port import DuplicateRecord, Store
 from platform_validator.store.records import Purpose, VmPhase
@@ -100,7 +101,9 @@ class Booter:
         validator: Hotkey,
         rules: FleetRules,
         sessions: SessionMaker,
+        egress: EgressGate,
     ) -> None:
+        self._egress = egress
         self._hosts = hosts
         self._sessions = sessions
         self._store = store
@@ -158,6 +161,7 @@ class Booter:
         if record.vm_id is None or record.attestation is None:
             raise SessionLost(f"{record.name} had not come up")
         host = self._hosts.get(record.host)
+        self._egress.allow(record.name, secret, plan.network, host=record.host)
         member.stage = "attesting"
         deadline = self._clock.monotonic() + limit
         try:
@@ -223,7 +227,8 @@ class Booter:
             vm=record.name,
             launch_secret=UserConfig.encode_secret(secret),
             validator_base_url=host.base_url or rules.base_url,
-            proxy_url=None,
+            # The proxy knows the CVM before there is one.
+            proxy_url=self._egress.allow(record.name, secret, plan.network, host=record.host),
             max_lifetime_s=int(lifetimes.idle.total_seconds()),
             hard_lifetime_s=int(lifetimes.hard.total_seconds()),
             filesystem=rules.filesystem,

@@ -36,6 +36,7 @@ from platform_validator.cvm.sessions import SessionMaker
 from platform_validator.cvm.sweeping import Sweeper
 from platform_validator.cvm.usage import VmUsage
 from platform_validator.cvm.vmm import VmmUnavailable
+from platform_validator.egress.gate import ClosedGate, EgressGate
 from platform_validator.host_name import DEFAULT_HOST, HostName
 from platform_validator.keyring import Keyring, KeyringBroken
 from platform_validator.store.port import Store
@@ -67,6 +68,7 @@ class Fleet:
         validator: Our address.
         rules: Levels and URLs.
         sessions: Makes sessions.
+        egress: Lets CVMs out; None: nothing goes out.
         new_id: Makes the random part of names, and session ids (UUIDs).
         random_bytes: Makes launch secrets.
         on_orphan: Told of each CVM that nobody held, and where it was found: `start` or `sweep`.
@@ -87,6 +89,7 @@ class Fleet:
         validator: Hotkey,
         rules: FleetRules,
         sessions: SessionMaker = CvmSession,
+        egress: EgressGate | None = None,
         new_id: Callable[[], str] = lambda: str(uuid.uuid4()),
         random_bytes: Callable[[int], bytes] = secrets.token_bytes,
         on_orphan: Callable[[str], None] = lambda _where: None,
@@ -110,7 +113,9 @@ class Fleet:
             new_id=new_id,
             random_bytes=random_bytes,
         )
+        self._egress = egress or ClosedGate()
         self._booter = Booter(
+            egress=self._egress,
             hosts=hosts,
             store=store,
             policy=policy,
@@ -268,6 +273,7 @@ class Fleet:
         member = self._holdings.get(name)
         if member is not None:
             member.stage, host = "destroying", member.record.host
+            self._egress.forget(name)
             if member.session is not None:
                 member.session.close()
         self.destroyer.give(name, reason, host=host)
@@ -323,7 +329,10 @@ class Fleet:
     def views(self) -> list[CvmView]:
         """Every CVM that is not gone."""
         doomed = {one.name: one for one in self.destroyer.views()}
-        return [member.view(doomed.get(name), self.sampler.of(name)) for name, member in self.held().items()]
+        return [
+            member.view(doomed.get(name), self.sampler.of(name), self._egress.use(name))
+            for name, member in self.held().items()
+        ]
 
     def may_fetch_bundle(self, authorization: str, sha256: str) -> bool:
         """Whether the header is one of a CVM that is creating or booting, for the bundle of its own plan."""
@@ -360,4 +369,5 @@ class Fleet:
         where = self._orphans.pop(name, None)
         if where is not None:
             self._on_reclaimed(where)
+        self._egress.gone(name)
         self._holdings.gone(name)

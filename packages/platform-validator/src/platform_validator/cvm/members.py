@@ -13,6 +13,7 @@ from platform_validator.cvm.plan import CvmPlan
 from platform_validator.cvm.quota import Use
 from platform_validator.cvm.sessions import Session
 from platform_validator.cvm.usage import VmUsage
+from platform_validator.egress.gate import EgressUse
 from platform_validator.host_name import DEFAULT_HOST, HostName
 from platform_validator.store.records import Purpose, VmPhase, VmRecord
 
@@ -53,6 +54,7 @@ class CvmView:
     tries: int = 0
     last_error: str | None = None
     usage: VmUsage | None = None
+    egress: EgressUse | None = None
 
 
 @dataclass(slots=True)
@@ -70,8 +72,8 @@ class Member:
     vm_id: VmId | None = None
     attestation: AttestationKind | None = None
 
-    def view(self, end: Doomed | None, usage: VmUsage | None) -> CvmView:
-        """As it is shown; `end`: it is on its way out."""
+    def view(self, end: Doomed | None, usage: VmUsage | None, egress: EgressUse | None) -> CvmView:
+        """As it is shown; `end`: it is on its way out; `egress`: None where it may reach nothing."""
         return CvmView(
             self.record.name,
             self.record.challenge_id,
@@ -83,6 +85,7 @@ class Member:
             end.tries if end else 0,
             end.last_error if end else None,
             usage,
+            egress,
         )
 
 

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 from platform_protocol.ids import ChallengeId
 from platform_protocol.resources import Resources
+from platform_protocol.spec import NetworkSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +16,8 @@ class CvmPlan:
     """A CVM of one instance. `compose` are the exact app-compose bytes; `compose_hash` their SHA-256, hex.
 
     `timeout` is the longest run of a job; `env` the operator's values, sent only in `configure`. `pins`: it
-    is booted to see what its image measures, so that an image which is not known is no fault.
+    is booted to see what its image measures, so that an image which is not known is no fault. `network`: what
+    its challenge declares that it reaches; the operator's policy narrows it.
     """
 
     challenge_id: ChallengeId
@@ -29,3 +31,4 @@ class CvmPlan:
     timeout: timedelta
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     pins: bool = False
+    network: NetworkSpec = field(default_factory=NetworkSpec)

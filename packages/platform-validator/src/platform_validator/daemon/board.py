@@ -22,7 +22,7 @@ from platform_validator.config.promises import promised_beyond
 from platform_validator.cvm.plan import CvmPlan
 from platform_validator.daemon.accounts import KINDS, counts, shown_host, shown_quota
 from platform_validator.daemon.parts import Components
-from platform_validator.egress.effective import NetworkPolicy
+from platform_validator.egress.supervisor import EgressSupervisor
 from platform_validator.machine import machine_resources
 from platform_validator.platform_client.notifications import NotificationLoop
 from platform_validator.scoring import ScoringRule
@@ -42,6 +42,7 @@ class Board:
         self.notifications: NotificationLoop | None = None
         self.journal: Callable[[], str | None] = lambda: None
         self.policy: AttestationPolicy | None = None
+        self.egress: EgressSupervisor | None = None
         self.silent: Callable[[], dict[str, float]] = dict
         self.extra: dict[str, Any] = {}
         self._has: Resources | None = None
@@ -93,6 +94,7 @@ class Board:
             "waiting": plain(parts.jobs.waiting),
             "warnings": self.warnings(),
             "attestation": self.policy.view() if self.policy is not None else None,
+            "egress": None if self.egress is None else self.egress.view(),
             "outbox": parts.outbox.depth,
             "active_jobs": plain(active),
             "challenges": self.challenges(),
@@ -160,11 +162,6 @@ class Board:
         if planned is None:
             return None
         settings, (spec, plan) = self.settings, planned
-        policy = NetworkPolicy(
-            allow_outbound=settings["sandbox_config.network_policy.allow_outbound"],
-            hosts=tuple(settings["sandbox_config.network_policy.allowed_hosts"]),
-            ports=tuple(settings["sandbox_config.network_policy.allowed_ports"]),
-        )
         rule = ScoringRule.named(
             settings["scoring_config.algorithm"], settings["scoring_config.normalization"]
         ).overridden(spec)
@@ -173,7 +170,7 @@ class Board:
                 spec,
                 plan,
                 limits=settings.limits,
-                policy=policy,
+                policy=settings.network,
                 filesystem=settings.filesystem,
                 scoring=plain(rule),
             )
@@ -193,6 +190,7 @@ class Board:
             "vmm": "not asked yet" if parts is None else parts.fleet.hosts.error,
             "fleet": None if parts is None else parts.fleet.last_error,
             "attestation": self.policy.trouble() if self.policy is not None else None,
+            **({} if self.egress is None else {"egress": self.egress.error}),
             "journal": self.journal(),
             "loops": self._stuck(),
         }
@@ -222,6 +220,8 @@ class Board:
             self._metrics.host(name, closed=name in shut, used=used)
         for use, part in quota.by_use.items():
             self._metrics.quota_use(use.value, counts(part.used, part.cvms))
+        if self.egress is not None:
+            self._metrics.egress_open(self.egress.open)
         cvms = parts.fleet.views()
         self._metrics.cvms(dict(Counter(view.stage for view in cvms)))
         samples = [view.usage for view in cvms if view.usage is not None]

@@ -39,6 +39,8 @@ from platform_validator.cvm.sampling import SAMPLE_EVERY
 from platform_validator.cvm.session import CvmSession
 from platform_validator.cvm.sessions import SessionMaker
 from platform_validator.daemon.vmm_hosts import make_hosts, make_vmms
+from platform_validator.egress.accounts import EgressLimits
+from platform_validator.egress.supervisor import EgressSettings, EgressSupervisor
 from platform_validator.jobs.diary import Diary
 from platform_validator.jobs.ends import JobEnds
 from platform_validator.jobs.executor import JobExecutor
@@ -84,7 +86,7 @@ class Connections:
 class Outside:
     """Everything that the components reach the world through; a simulation gives its twins.
 
-    `rng` is for jitter, `new_id` makes UUIDs, `random_bytes` secrets.
+    `rng` is for jitter, `new_id` makes UUIDs, `random_bytes` secrets. `egress` None: nothing goes out.
     """
 
     clock: Clock
@@ -97,6 +99,7 @@ class Outside:
     rng: random.Random
     new_id: Callable[[], str]
     random_bytes: Callable[[int], bytes]
+    egress: EgressSupervisor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +236,30 @@ def make_source(settings: Settings, cache: Path) -> GitSource:
     )
 
 
+def make_egress(settings: Settings, clock: Clock) -> EgressSupervisor | None:
+    """The egress proxy, where the operator lets anything out."""
+    policy = settings.network
+    if not policy.allows_something:
+        return None
+    return EgressSupervisor(
+        EgressSettings(
+            listen=settings["egress.listen"],
+            base_url=settings["egress.base_url"],
+            policy=policy,
+            limits=EgressLimits(
+                connections=settings["egress.connections"],
+                bytes=settings["egress.max_bytes"],
+                rate=settings["egress.rate"],
+                all_connections=settings["egress.all_connections"],
+            ),
+            dns_servers=settings["sandbox_config.network_policy.dns_servers"],
+            denied=settings["egress.denied_networks"],
+            base_urls={host.name: host.egress_url for host in settings.hosts if host.egress_url is not None},
+        ),
+        clock=clock,
+    )
+
+
 def make_outside(settings: Settings, connections: Connections, *, cache: Path) -> tuple[Outside, GitSource]:
     """The real outside, and its source of challenges' code.
 
@@ -256,6 +283,7 @@ def make_outside(settings: Settings, connections: Connections, *, cache: Path) -
         rng=random.SystemRandom(),
         new_id=lambda: str(uuid.uuid4()),
         random_bytes=secrets.token_bytes,
+        egress=make_egress(settings, clock),
     )
     return outside, source
 
@@ -277,6 +305,9 @@ def make_components(
     clock, client, rng = outside.clock, outside.client, outside.rng
     outside.renewer.heard = metrics.lease_renewed
     outside.policy.heard = metrics.attested
+    if outside.egress is not None:
+        outside.egress.counted, outside.egress.refused = metrics.egress_used, metrics.egress_refused
+        outside.egress.died = metrics.egress_died
     hosts = Hosts(outside.hosts, clock=clock)
     quota = Quota(Limits(settings.limits, settings["resource_limits.max_cvms"]), hosts.states)
     fleet = Fleet(
@@ -298,6 +329,7 @@ def make_components(
             filesystem=settings.filesystem,
         ),
         sessions=outside.sessions,
+        egress=outside.egress,
         new_id=outside.new_id,
         random_bytes=outside.random_bytes,
         on_orphan=metrics.orphan_found,

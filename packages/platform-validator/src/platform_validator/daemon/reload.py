@@ -21,6 +21,7 @@ _WHY = (
     ("cvm.", "challenges that are Active were resolved with it"),
     ("sandbox_config.resource_monitoring", "the loop that samples begins with a start"),
     ("sandbox_config.", "CVMs that run were admitted under it"),
+    ("egress.", "the egress proxy runs, and CVMs that run were told where"),
     ("attestation.", "CVMs that run were admitted under it"),
     ("values.", "values are open under the key and the limits of this start"),
     ("scoring_config.", "the jobs of one run are scored alike"),

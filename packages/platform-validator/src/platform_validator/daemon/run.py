@@ -200,14 +200,17 @@ class Daemon:
                     "loop_lag": self._lag.run,
                     "attestation": outside.policy.run,
                     "pinning": pinner.run,
+                    **({} if outside.egress is None else {"egress": outside.egress.run}),
                 },
             )
             outside.policy.beat, pinner.beat = engine.pulse.of("attestation"), engine.pulse.of("pinning")
+            if outside.egress is not None:
+                outside.egress.beat = engine.pulse.of("egress")
             engine.on_phase = self._entered
             self._lag.beat = engine.pulse.of("loop_lag")
             board = self._board
             board.components, board.notifications = parts, engine.notifications
-            board.policy = outside.policy
+            board.policy, board.egress = outside.policy, outside.egress
             board.journal, board.silent = lambda: engine.store_error or store.trouble.now, engine.pulse.silent
             self._control.start(Started(engine, store, outside.renewer, pinner))
             watchdog = Watchdog(self._systemd, silent=engine.pulse.silent, status=board.line)

@@ -7,20 +7,7 @@ from dataclasses import dataclass
 
 from platform_protocol.spec import NetworkSpec
 from platform_validator.egress.policy import Grant, covers
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkPolicy:
-    """The operator's: `allow_outbound` with no hosts allows nothing."""
-
-    allow_outbound: bool
-    hosts: tuple[str, ...]
-    ports: tuple[int, ...]
-
-    @property
-    def allows_something(self) -> bool:
-        """Whether any CVM can reach anything by it."""
-        return self.allow_outbound and bool(self.hosts) and bool(self.ports)
+from platform_validator.network_policy import NetworkPolicy
 
 
 @dataclass(frozen=True, slots=True)

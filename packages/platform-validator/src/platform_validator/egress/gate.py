@@ -40,7 +40,10 @@ class EgressGate(Protocol):
         """
 
     def forget(self, vm: VmName) -> None:
-        """A CVM ends, or is gone: its connections are cut."""
+        """A CVM is on its way out: its connections are cut. What it used is still known."""
+
+    def gone(self, vm: VmName) -> None:
+        """A CVM is gone, and what it used forgotten."""
 
     def use(self, vm: VmName) -> EgressUse | None:
         """What a CVM reached; None: it may reach nothing."""
@@ -57,6 +60,9 @@ class ClosedGate:
         return None
 
     def forget(self, vm: VmName) -> None:
+        """See the port."""
+
+    def gone(self, vm: VmName) -> None:
         """See the port."""
 
     def use(self, vm: VmName) -> EgressUse | None:

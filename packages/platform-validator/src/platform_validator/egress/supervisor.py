@@ -34,9 +34,10 @@ from platform_validator.egress.control import (
     Start,
     VmCounts,
 )
-from platform_validator.egress.effective import NetworkPolicy, narrowed
+from platform_validator.egress.effective import narrowed
 from platform_validator.egress.gate import EgressUse
 from platform_validator.host_name import DEFAULT_HOST, HostName
+from platform_validator.network_policy import NetworkPolicy
 
 PRODUCT = (sys.executable, "-I", "-m", "platform_validator.egress")
 _SILENT = 20.0
@@ -114,7 +115,7 @@ class EgressSupervisor:
             self._tell(Forget(vm=vm))
 
     def gone(self, vm: VmName) -> None:
-        """Nobody asks any more what it used."""
+        """See the port."""
         self.forget(vm)
         self._uses.pop(vm, None)
         self._seen.pop(vm, None)
@@ -235,6 +236,17 @@ class EgressSupervisor:
                 self._seen.pop(vm, None)
         self.refused("unauthenticated", counts.unauthenticated - self._unauthenticated)
         self._unauthenticated = counts.unauthenticated
+
+    def view(self) -> dict[str, object]:
+        """As status shows it."""
+        at = self.listen
+        return {
+            "listen": None if at is None else f"{at[0]}:{at[1]}",
+            "cvms": len(self._allowed),
+            "open": self.open,
+            "restarts": self.restarts,
+            "error": self.error,
+        }
 
     @property
     def open(self) -> int:

@@ -14,6 +14,7 @@ OUTCOMES = ("succeeded", "failed", "timeout", "cancelled", "infra_error", "lease
 RENEWALS = ("granted", "refused", "unanswered")
 SOURCES = ("push", "poll", "local")
 WHERE = ("start", "sweep")
+DIRECTIONS = ("sent", "received")
 SAMPLES = ("sampled", "unknown", "failed")
 OTHER = "other"
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,40}")
@@ -52,6 +53,15 @@ class Metrics:
         self._memory = self._gauge("cvm_memory_bytes", "Memory that CVMs use together, as sampled")
         self._peak = self._gauge("cvm_memory_peak_bytes", "The most memory that one of the CVMs used")
         self._disk = self._gauge("cvm_disk_bytes", "What the disks of CVMs hold together, as sampled")
+        self._egress_open = self._gauge("egress_open_connections", "Connections of CVMs to the outside now")
+        self._egress = self._counter("egress_connections", "Connections of CVMs to the outside")
+        self._egress_bytes = self._counter(
+            "egress_bytes", "Bytes of CVMs to and from the outside", "direction"
+        )
+        self._egress_refused = self._counter(
+            "egress_refused", "What CVMs were refused outside, by reason", "reason"
+        )
+        self._egress_died = self._counter("egress_restarts", "Times that the egress proxy ended by itself")
         self._challenges = self._gauge("challenges", "Challenges by state", "state")
         self._challenge = self._gauge(
             "challenge_state", "1 for the state that a challenge shows", "challenge_id", "state"
@@ -103,6 +113,7 @@ class Metrics:
             (self._samples, SAMPLES),
             (self._orphans, WHERE),
             (self._reclaimed, WHERE),
+            (self._egress_bytes, DIRECTIONS),
         ):
             for value in values:
                 counter.labels(value)
@@ -234,6 +245,24 @@ class Metrics:
         self._memory.set(memory_bytes)
         self._peak.set(memory_peak_bytes)
         self._disk.set(disk_bytes)
+
+    def egress_open(self, connections: int) -> None:
+        """Connections of CVMs to the outside now."""
+        self._egress_open.set(connections)
+
+    def egress_used(self, connections: int, sent: int, received: int) -> None:
+        """Connections and bytes of CVMs to the outside, since the last word."""
+        self._egress.inc(connections)
+        self._egress_bytes.labels("sent").inc(sent)
+        self._egress_bytes.labels("received").inc(received)
+
+    def egress_refused(self, reason: str, more: int) -> None:
+        """So many more were refused, for one of the proxy's fixed reasons."""
+        self._egress_refused.labels(reason).inc(more)
+
+    def egress_died(self) -> None:
+        """The egress proxy ended by itself."""
+        self._egress_died.inc()
 
     def not_destroyed(self, count: int) -> None:
         """CVMs whose destruction failed at least once, and is tried again, now."""
