@@ -43,6 +43,8 @@ hosts-demo: setup system ## two VMMs of different size, one killed in the middle
 	@$(BIN)/python -m examples.demo.hosts $(ARGS)
 
 test: setup system $(WS16)/.stamp ## all tests; ARGS="-k lease" narrows them
+	@bash scripts/system.sh squashfs-tools qemu-system-x86 skopeo
+	@$(BIN)/platform-vmm image build --state-dir .cache/platform-vmm
 	@$(BIN)/python -m pytest -n 2 --ignore tests/e2e/test_demo.py $(ARGS)
 	@echo "test: the whole system, one run at a time"
 	@$(BIN)/python -m pytest -q tests/e2e/test_demo.py

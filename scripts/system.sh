@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the system packages that a make target needs, or says exactly what is missing.
 set -euo pipefail
-declare -A program=([bubblewrap]=bwrap [nftables]=nft [git]=git [qemu-system-x86]=qemu-system-x86_64 [postgresql]=psql [chromium]=chromium)
+declare -A program=([bubblewrap]=bwrap [nftables]=nft [git]=git [qemu-system-x86]=qemu-system-x86_64 [squashfs-tools]=mksquashfs [skopeo]=skopeo [postgresql]=psql [chromium]=chromium)
 export PATH="$PATH:/usr/sbin:/sbin"
 missing=()
 for package in "$@"; do
@@ -16,6 +16,6 @@ if [ "$(id -u)" -ne 0 ]; then
   echo "error: this needs ${missing[*]}: run 'sudo apt-get install ${missing[*]}', then run make again" >&2
   exit 2
 fi
-echo "system: installing ${missing[*]} with apt (sandboxing, its packet filter, and the git client)"
+echo "system: installing ${missing[*]} with apt"
 apt-get update -qq
 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null

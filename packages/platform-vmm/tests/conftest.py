@@ -18,6 +18,7 @@ from platform_vmm.images import Runtime, RuntimeTable, build_runtime
 from platform_vmm.machines import Machines
 from platform_vmm.prpc import Prpc
 from platform_vmm.restarts import RestartPolicy
+from platform_vmm.rootfs import GuestImage, build_guest_image
 from platform_vmm.sandbox.cgroups import ControlGroups
 from platform_vmm.simulation.pki import Pki, load_pki
 from platform_vmm.state import StateDirectory
@@ -33,6 +34,14 @@ def image_state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def runtime(image_state: Path) -> Runtime:
     return build_runtime(image_state)
+
+
+@pytest.fixture(scope="session")
+def guest_image() -> GuestImage:
+    """Made by the first who asks, while others wait for it; kept in the checkout from run to run."""
+    state = Path(__file__).resolve().parents[3] / ".cache" / "platform-vmm"
+    state.mkdir(parents=True, exist_ok=True)
+    return build_guest_image(state)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from platform_vmm.errors import VmmError
 from platform_vmm.images import RuntimeTable, build_runtime, prune_images
 from platform_vmm.machines import Machines
 from platform_vmm.prpc import Prpc
+from platform_vmm.rootfs.cli import app as image_commands
 from platform_vmm.server import make_app
 from platform_vmm.simulation.pki import load_pki
 from platform_vmm.state import StateDirectory
@@ -31,6 +32,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
+app.add_typer(image_commands, name="image")
 State = Annotated[
     Path, typer.Option("--state-dir", envvar="PLATFORM_VMM_STATE", help="Where VMs, token and keys live")
 ]

@@ -8,7 +8,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import re
 import shutil
 import sys
 import sysconfig
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from platform_vmm.distributions import closure, distribution_files, walk
 from platform_vmm.errors import ImageUnknown
 from platform_vmm.state import write_durably
 
@@ -24,10 +24,6 @@ RUNTIME = "platform-runtime"
 IMAGE = "local-sandbox"
 _SDK = "platform-challenge-sdk"
 _LAYOUT = 1
-_SKIPPED = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip"}
-    | {"lib2to3", "__pycache__"}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +106,8 @@ def build_runtime(state: Path, progress: Callable[[str], None] = lambda _: None)
 def prune_images(state: Path, keep: Runtime) -> None:
     """Remove images that nothing can start any more, and what a crash left half-built."""
     for entry in (state / "images").iterdir():
+        if entry.name == "guest":
+            continue  # what guests of QEMU boot from is pruned on its own (`rootfs`)
         if entry.is_dir() and entry != keep.path:
             shutil.rmtree(entry, ignore_errors=True)
         elif entry.suffix == ".digest" and entry.read_text().strip() != keep.digest:
@@ -121,66 +119,18 @@ def _sources() -> Iterator[tuple[Path, str]]:
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     yield Path(sys.executable).resolve(), f"bin/{version}"
     stdlib = Path(sysconfig.get_path("stdlib"))
-    for path, relative in _walk(stdlib):
+    for path, relative in walk(stdlib):
         yield path, f"lib/{version}/{relative}"
     for library in sorted(Path(sys.base_prefix, "lib").glob(f"lib{version}*.so*")):
         if Path(sys.base_prefix) != Path("/usr"):
             yield library.resolve(), f"lib/{library.name}"
-    for name in sorted(_closure(_SDK)):
-        for path, relative in _distribution_files(name):
+    for name in sorted(closure(_SDK)):
+        for path, relative in distribution_files(name):
             yield path, f"lib/{version}/site-packages/{relative}"
 
 
-def _walk(top: Path) -> Iterator[tuple[Path, str]]:
-    for folder, folders, files in os.walk(top):
-        folders[:] = sorted(name for name in folders if name not in _SKIPPED and name[:7] != "config-")
-        for name in sorted(files):
-            path = Path(folder, name)
-            if path.is_file() and not name.endswith((".pyc", ".a")):
-                yield path, str(path.relative_to(top))
-
-
-def _closure(name: str, seen: set[str] | None = None) -> set[str]:
-    seen = set() if seen is None else seen
-    try:
-        requires = importlib.metadata.requires(name) or []
-    except importlib.metadata.PackageNotFoundError as error:
-        if not seen:
-            raise ImageUnknown(
-                f"{name} is not installed beside the VMM: install it to build {RUNTIME}"
-            ) from error
-        return seen
-    seen.add(name)
-    for requirement in requires:
-        found = re.match(r"[A-Za-z0-9._-]+", requirement)
-        needed = found is not None and "extra ==" not in requirement.partition(";")[2]
-        if found is not None and needed and _normal(found[0]) not in seen:
-            _closure(_normal(found[0]), seen)
-    return seen
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _distribution_files(name: str) -> Iterator[tuple[Path, str]]:
-    distribution = importlib.metadata.distribution(name)
-    editable = "editable" in (distribution.read_text("direct_url.json") or "")
-    if editable:
-        spec = importlib.util.find_spec(name.replace("-", "_"))
-        for location in (spec.submodule_search_locations or []) if spec else []:
-            for path, relative in _walk(Path(location)):
-                yield path, f"{Path(location).name}/{relative}"
-    for entry in sorted(distribution.files or []):
-        path = Path(str(entry.locate()))
-        inside = ".." not in entry.parts and "__pycache__" not in entry.parts
-        noise = editable and (entry.suffix == ".pth" or entry.name in ("RECORD", "direct_url.json"))
-        if inside and not noise and path.is_file() and entry.suffix != ".pyc":
-            yield path, str(entry)
-
-
 def _digest(sources: list[tuple[Path, str]]) -> str:
-    lines = [f"{name} {importlib.metadata.version(name)}" for name in sorted(_closure(_SDK))]
+    lines = [f"{name} {importlib.metadata.version(name)}" for name in sorted(closure(_SDK))]
     lines += sorted(f"{to} {hashlib.sha256(_content(path, to)).hexdigest()}" for path, to in sources)
     return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
