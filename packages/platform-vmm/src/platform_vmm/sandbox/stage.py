@@ -157,10 +157,10 @@ def writable_root(config: dict[str, Any]) -> None:
     disk = f"{ROOM}/disk"
     os.mkdir(f"{disk}/rootfs", 0o755)
     for source, name in config["writable"].items():
-        for part in ("upper", "work"):
+        for part in ("upper", "layer"):
             os.makedirs(f"{disk}/{part}/{name}", 0o755)
         lower = f"{ROOM}/lower/{name}" if config["root"] else source
-        layers = f"lowerdir={lower},upperdir={disk}/upper/{name},workdir={disk}/work/{name},userxattr"
+        layers = f"lowerdir={lower},upperdir={disk}/upper/{name},workdir={disk}/layer/{name},userxattr"
         mount("overlay", f"{ROOM}/system/{name}", "overlay", MS_NOSUID | MS_NODEV, layers)
     for source, place in config["copies"].items():
         os.makedirs(f"{disk}/rootfs{os.path.dirname(place)}", exist_ok=True)
