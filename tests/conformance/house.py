@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import random
-import socket
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from no_values import NoValues
+from ports import free_range
 from tests.dstack_double import DstackDouble
 from tests.dstack_double.server import IMAGE
 
@@ -20,7 +20,6 @@ from platform_protocol.canonical import sha256_hex
 from platform_protocol.ids import ChallengeId, ClaimId, Hotkey
 from platform_protocol.platform_messages import IsolationLevel
 from platform_protocol.resources import Resources
-from platform_protocol.session.messages import ValuesRequest, ValuesResult
 from platform_protocol.user_config import UserConfig
 from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.clock import SystemClock
@@ -54,7 +53,8 @@ PLAN = CvmPlan(
 )
 _LIMITS = Limits(Resources(cpu_cores=8, memory_mb=4096, disk_mb=20480, gpu_count=4), max_cvms=8)
 _QUICK = SessionPace(dial=2, handshake=5, send=2, resume_for=0.5, retry=0.01, retry_most=0.02)
-_PORTS = 8
+_PORTS = 8, (10_000, 19_900)
+"""How many, of the double's range."""
 PATIENCE = 30
 
 
@@ -63,13 +63,6 @@ class HastyClock(SystemClock):
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(min(seconds, 0.02))
-
-
-class _NoValues:
-    async def answer(
-        self, challenge_id: ChallengeId, session_id: str, request: ValuesRequest
-    ) -> ValuesResult:
-        return ValuesResult(request_id=request.request_id)
 
 
 @dataclass
@@ -163,14 +156,19 @@ async def house(folder: Path, version: str, **rules: Any) -> AsyncIterator[House
     vmm = DstackVmm(f"unix:{path}")
     store = await SqliteStore.open(folder / "journal.db")
     quota = Quota(_LIMITS)
-    only = VmmHost(DEFAULT_HOST, vmm, HttpProbe(vmm=vmm, clock=clock), HostPorts(*_free_ports()))
+    only = VmmHost(
+        DEFAULT_HOST,
+        vmm,
+        HttpProbe(vmm=vmm, clock=clock),
+        HostPorts(*free_range(*_PORTS)),
+    )
     fleet = Fleet(
         hosts=Hosts([only], clock=clock),
         store=store,
         keyring=Keyring(b"k" * 32),
         quota=quota,
         policy=AttestationPolicy(level=IsolationLevel.VM, allow_simulated=False, checker=None),
-        values=_NoValues(),
+        values=NoValues(),
         clock=clock,
         identity=StateIdentity(STATE_ID, "instance"),
         validator=Hotkey("5DD"),
@@ -196,15 +194,3 @@ async def house(folder: Path, version: str, **rules: Any) -> AsyncIterator[House
         await made.down()
         await vmm.close()
         await store.close()
-
-
-def _free_ports() -> tuple[int, int]:
-    while True:
-        first = random.randrange(10_000, 19_900)  # noqa: S311 - a place to look, in the double's range
-        with contextlib.ExitStack() as stack:
-            try:
-                for port in range(first, first + _PORTS):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return first, first + _PORTS - 1

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.daemon.world import CHALLENGE, DRAIN, World, begun, play, until
+from tests.daemon.world import CHALLENGE, DRAIN, World, begun, play, undelivered, until
 
 from platform_protocol.platform_messages import ReleaseReason
 from platform_validator.cvm.vmm import VmmUnavailable
@@ -54,10 +54,7 @@ def test_a_drain_delivers_what_is_being_submitted(tmp_path: Path) -> None:
     """Robustness 2: SIGTERM while submitting; the Platform API comes back in time."""
 
     async def story(world: World) -> None:
-        engine, running, job_id = await begun(world, "running")
-        world.platform.down = True
-        world.guests.may_finish.set()
-        await until(lambda: engine.parts.outbox.depth == 1)
+        engine, running, job_id = await undelivered(world)
         engine.drain("signal")
         await asyncio.sleep(20)
         assert not running.done()
@@ -74,10 +71,7 @@ def test_a_result_that_a_drain_cannot_deliver_is_kept_for_the_next_start(tmp_pat
     """Robustness 2: the Platform API stays away: the end does not wait for it for long."""
 
     async def story(world: World) -> None:
-        engine, running, job_id = await begun(world, "running")
-        world.platform.down = True
-        world.guests.may_finish.set()
-        await until(lambda: engine.parts.outbox.depth == 1)
+        engine, running, job_id = await undelivered(world)
         engine.drain("signal")
         asked = seconds()
         assert await running == Drained(1, 0)

@@ -278,6 +278,15 @@ async def begun(world: World, phase: str) -> tuple[Engine, asyncio.Task[Drained]
     return engine, running, job_id
 
 
+async def undelivered(world: World) -> tuple[Engine, asyncio.Task[Drained], JobId]:
+    """An engine whose one job has ended, with the Platform API down: its result waits in the outbox."""
+    engine, running, job_id = await begun(world, "running")
+    world.platform.down = True
+    world.guests.may_finish.set()
+    await until(lambda: engine.parts.outbox.depth == 1)
+    return engine, running, job_id
+
+
 def play(story: Callable[[World], Coroutine[Any, Any, None]], folder: Path) -> None:
     """A story on a loop whose time is virtual."""
 

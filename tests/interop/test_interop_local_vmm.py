@@ -7,7 +7,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,8 @@ import pytest
 from aiohttp import web
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
+from no_values import NoValues
+from ports import free_port, free_range
 
 from platform_protocol.bundle import TreeEntry, pack
 from platform_protocol.canonical import sha256_hex
@@ -28,7 +29,6 @@ from platform_protocol.compose import app_compose, compose_hash
 from platform_protocol.ids import ChallengeId, Hotkey, JobId
 from platform_protocol.platform_messages import AttestationKind, IsolationLevel
 from platform_protocol.resources import Resources
-from platform_protocol.session.messages import ValuesRequest, ValuesResult
 from platform_protocol.spec import parse_platform_toml
 from platform_validator.attestation.collateral_cache import CollateralCache
 from platform_validator.attestation.policy import AttestationPolicy
@@ -72,14 +72,6 @@ async def handle(ctx, payload):
 """
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
 @dataclass
 class LocalVmm:
     """A running `platform-vmm serve`."""
@@ -94,7 +86,7 @@ class LocalVmm:
 def local_vmm() -> Iterator[LocalVmm]:
     with tempfile.TemporaryDirectory(prefix="pvmm-") as folder:
         state, path = Path(folder, "state"), Path(folder, "vmm.sock")
-        [guest_port] = free_ports(1)
+        guest_port = free_port()
         command = [str(Path(sys.executable).parent / "platform-vmm"), "serve", "--listen", f"unix:{path}"]
         with subprocess.Popen(
             [*command, "--state-dir", str(state), "--guest-port", str(guest_port)],
@@ -125,13 +117,6 @@ async def compose_for(client: VmmClient, bundle_sha256: str) -> bytes:
     [image] = [image for image in (await client.facts()).images if image.name == IMAGE]
     runtime = f"platform-runtime@{image.runtimes['platform-runtime']}"
     return app_compose(parse_platform_toml(PLATFORM_TOML), bundle_sha256=bundle_sha256, runtime=runtime)
-
-
-class NoValues:
-    async def answer(
-        self, challenge_id: ChallengeId, session_id: str, request: ValuesRequest
-    ) -> ValuesResult:
-        return ValuesResult(request_id=request.request_id)
 
 
 @dataclass
@@ -169,8 +154,7 @@ async def fleet_on(local: LocalVmm, client: DstackVmm, folder: Path, root: bytes
     collateral = CollateralCache(fetch=from_vmm(client.collateral), clock=clock, root=root)
     checker = QuoteChecker(collateral=collateral, clock=clock, root=root)
     store = await SqliteStore.open(folder / "validator.db")
-    first = free_ports(1)[0]
-    ports = HostPorts(first, first + 20)
+    ports = HostPorts(*free_range(21))
     host = VmmHost(DEFAULT_HOST, client, HttpProbe(vmm=client, clock=clock), ports)
     fleet = Fleet(
         hosts=Hosts([host], clock=clock),

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
+from no_values import NoValues
 from tests.machines.timed import PROFILE, TimedMachine, finds
 from tests.simulation.bugs import BUGS
 
@@ -23,7 +24,6 @@ from platform_protocol.canonical import sha256_hex
 from platform_protocol.ids import ChallengeId, Hotkey, VmId, VmName
 from platform_protocol.platform_messages import IsolationLevel
 from platform_protocol.resources import Resources
-from platform_protocol.session.messages import ValuesRequest, ValuesResult
 from platform_protocol.session.v2 import Offer
 from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.cvm.connection import Callee, Judge
@@ -119,16 +119,6 @@ class HostProbe:
         if self._ends() == "failed" or await self._vmm.get(vm_id) is None:
             raise BootFailed("it did not come up")
         return "127.0.0.1", 20_000
-
-
-class NoValues:
-    """Nobody asks for any."""
-
-    async def answer(
-        self, challenge_id: ChallengeId, session_id: str, request: ValuesRequest
-    ) -> ValuesResult:
-        """See the port."""
-        return ValuesResult(request_id=request.request_id)
 
 
 class ReservationMachine(TimedMachine):

@@ -10,8 +10,8 @@ from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
+from platform_server import Scripted, client_of, renewals_of, scripted
 from tests.daemon.world import CHALLENGE, World, play, until
-from tests.robustness.scripted import Scripted, client_of, renewals_of, scripted
 
 from platform_protocol.ids import ChallengeId, ClaimId, JobId, LeaseToken
 from platform_protocol.platform_messages import ReleaseReason

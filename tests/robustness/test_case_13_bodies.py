@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import pytest
 from aiohttp import web
 from job_house import CHALLENGE, TOML, House, new_commit
-from tests.robustness.scripted import Scripted, client_of, renewals_of, scripted
+from platform_server import Scripted, client_of, renewals_of, scripted
 
 from platform_protocol.ids import ClaimId, JobId, LeaseToken
 from platform_validator.platform_client.answers import MAX_BODY

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from heard import Heard
 from job_house import CHALLENGE, TOML, House, new_commit, tick
-from tests.robustness.scripted import Scripted, client_of, scripted
+from platform_server import Scripted, client_of, scripted
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
-from platform_protocol.notifications import ChallengeUpdated, JobCancelled, NewJob
 from platform_validator.clock import SystemClock
 from platform_validator.platform_client import notifications
 from platform_validator.platform_client.notifications import NotificationLoop
@@ -27,28 +27,6 @@ from platform_validator.platform_client.port import PlatformUnavailable
 from platform_validator.store.records import InstanceState
 
 HELLO = json.dumps({"type": "hello", "stream": "s", "seq": 0, "server_time": "2026-01-01T00:00:00Z"})
-
-
-class Heard:
-    """A listener that notes what it is told."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def poll_now(self) -> None:
-        self.told.append("poll")
-
-    def new_job(self, hint: NewJob) -> None:
-        self.told.append("new_job")
-
-    def challenge_updated(self, hint: ChallengeUpdated) -> None:
-        self.told.append("challenge_updated")
-
-    def job_cancelled(self, hint: JobCancelled) -> None:
-        self.told.append("job_cancelled")
-
-    def hotkey_in_use(self) -> None:
-        self.told.append("in_use")
 
 
 class Hurried(SystemClock):

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from tests.daemon.world import CHALLENGE, World, begun, play, until
+from tests.daemon.world import CHALLENGE, World, begun, play, undelivered, until
 
 from platform_protocol.ids import ClaimId, JobId
 from platform_protocol.notifications import JobCancelled, NewJob
@@ -145,10 +145,7 @@ def test_a_cancellation_after_the_result_was_stored_is_the_api_s_to_decide(tmp_p
     """Robustness 17: the stored result is sent all the same; the refusal of it is the end of it."""
 
     async def story(world: World) -> None:
-        engine, running, job_id = await begun(world, "running")
-        world.platform.down = True
-        world.guests.may_finish.set()
-        await until(lambda: engine.parts.outbox.depth == 1)
+        engine, running, job_id = await undelivered(world)
         world.platform.down = False
         world.platform.cancel_job(job_id)
         await until(lambda: engine.parts.outbox.depth == 0)

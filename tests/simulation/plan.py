@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+from platform_validator.crashpoint import POINTS
+
 LONG_OUTAGE_EVERY = 25
 """One seed in so many has outages of half an hour: they cost virtual, and some real, time."""
 HOURS_EVERY = 50
@@ -70,32 +72,8 @@ class Plan:
         return self.faults_until == 0.0
 
 
-JOB_POINTS = (
-    "claim_sent",
-    "claim_acknowledged",
-    "claim_stored",
-    "intent_written",
-    "create_sent",
-    "id_stored",
-    "booting",
-    "attesting",
-    "running",
-    "result_received",
-    "result_stored",
-    "submit_sent",
-    "submit_acknowledged",
-    "destroy_sent",
-    "destroyed",
-)
-CHALLENGE_POINTS = (
-    "instance_created",
-    "instance_fetched",
-    "instance_booted",
-    "instance_draining",
-    "instance_switched",
-    "instance_failed",
-    "instance_recycled",
-)
+CHALLENGE_POINTS = tuple(point for point in POINTS if point.startswith("instance_"))
+JOB_POINTS = tuple(point for point in POINTS if point not in CHALLENGE_POINTS)
 
 
 def draw(seed: int, dice: random.Random, *, jobs: int = 101) -> Plan:

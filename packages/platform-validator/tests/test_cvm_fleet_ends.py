@@ -14,8 +14,8 @@ from fleet_world import (
     RESOURCES,
     MakeWorld,
     fleet_worlds,
-    free_ports,
 )
+from ports import free_range
 
 from platform_protocol.ids import VmName
 from platform_protocol.user_config import UserConfig
@@ -111,7 +111,7 @@ async def test_foreign_vms_survive_the_sweep(make_world: MakeWorld) -> None:
     """Also one whose name begins like ours, and one with our state id that the journal does not know."""
     world = await make_world()
     names = [VmName("somebody-elses"), VmName("pv-0123456789-restored"), VmName("pv-0123456789x")]
-    low, _ = free_ports(3)
+    low, _ = free_range(3)
     for number, name in enumerate(names):
         world.vmm.make_late(replace(a_spec(name), host_port=low + number))
     await world.fleet.sweep()
@@ -124,7 +124,7 @@ async def test_a_stray_is_destroyed_when_the_operator_names_it(make_world: MakeW
     world = await make_world()
     stray, foreign = VmName("pv-0123456789-restored"), VmName("pv-9999999999-anothers")
     ours = await world.boot()
-    low, _ = free_ports(3)
+    low, _ = free_range(3)
     for number, name in enumerate((stray, foreign)):
         world.vmm.make_late(replace(a_spec(name), host_port=low + number))
     assert await world.fleet.reclaim_strays([stray, foreign, ours.name, VmName("made-up")]) == [stray]

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
-import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import pytest
+from no_values import NoValues
+from ports import free_range
 
 from platform_protocol.canonical import sha256_hex
 from platform_protocol.ids import ChallengeId, ClaimId, Hotkey, JobId, VmName
 from platform_protocol.platform_messages import IsolationLevel
 from platform_protocol.resources import Resources
-from platform_protocol.session.messages import JobError, ValuesRequest, ValuesResult
+from platform_protocol.session.messages import JobError
 from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.clock import SystemClock
 from platform_validator.cvm.connection import SessionPace
@@ -75,13 +75,6 @@ class QuickClock(SystemClock):
         await asyncio.sleep(self.longest if self.longest > 1 else min(seconds, self.longest))
 
 
-class NoValues:
-    async def answer(
-        self, challenge_id: ChallengeId, session_id: str, request: ValuesRequest
-    ) -> ValuesResult:
-        return ValuesResult(request_id=request.request_id)
-
-
 async def never(*_: object) -> JobError:
     """A submission that goes on and on."""
     await asyncio.Event().wait()
@@ -129,19 +122,6 @@ class World:
                 await asyncio.sleep(0.005)
 
 
-def free_ports(count: int) -> tuple[int, int]:
-    """A range of loopback ports that nobody listens on now."""
-    while True:
-        first = random.randrange(20_000, 30_000)  # noqa: S311 - a place to look
-        with contextlib.ExitStack() as stack:
-            try:
-                for port in range(first, first + count):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return first, first + count - 1
-
-
 @pytest.fixture
 async def world() -> AsyncIterator[World]:
     async with contextlib.AsyncExitStack() as stack:
@@ -149,7 +129,7 @@ async def world() -> AsyncIterator[World]:
             name: await stack.enter_async_context(MemoryVmm(script=lambda _: GuestScript(work=never)))
             for name in BOUNDS
         }
-        store, clock, ports = MemoryStore(), QuickClock(), HostPorts(*free_ports(60))
+        store, clock, ports = MemoryStore(), QuickClock(), HostPorts(*free_range(60))
         made = put_together(vmms, store, clock, ports)
         group = await stack.enter_async_context(asyncio.TaskGroup())
         running = group.create_task(made.fleet.run())

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+from ports import free_port
 from session_pair import (
     SECRET,
     VM,
     MakePair,
-    free_port,
     gated,
     lost,
     session_pairs,

@@ -8,7 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from job_house import CHALLENGE, CVM, OTHER, TOML, House, answered, good, new_commit, tick
+from job_house import CHALLENGE, CVM, OTHER, TOML, Endless, House, answered, good, new_commit, tick
 
 from platform_protocol.ids import JobId
 from platform_protocol.notifications import JobCancelled, NewJob
@@ -106,13 +106,7 @@ async def test_an_error_of_the_handler_is_failed_with_zero(house: House) -> None
 
 async def test_time_is_counted_from_the_acknowledgement_and_ends_as_timeout(house: House) -> None:
     """Time is counted from the acknowledgement and ends as timeout."""
-
-    async def endless(session: MemorySession, order: JobOrder, submission: Path | None) -> GuestResult:
-        session.started(False)
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    house.work = endless
+    house.work = Endless()
     job_id = house.platform.add_job(CHALLENGE, timeout_s=1)
     async with house.open():
         await house.ended(job_id)
@@ -243,18 +237,10 @@ async def test_a_push_is_only_a_hint(house: House) -> None:
 
 async def test_a_cancelled_job_is_stopped_and_its_cvm_destroyed(house: House) -> None:
     """A cancelled job is stopped and its cvm destroyed."""
-    running = asyncio.Event()
-
-    async def endless(session: MemorySession, order: JobOrder, submission: Path | None) -> GuestResult:
-        session.started(False)
-        running.set()
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    house.work = endless
+    house.work = work = Endless()
     job_id = house.platform.add_job(CHALLENGE)
     async with house.open():
-        await running.wait()
+        await work.begun.wait()
         house.platform.cancel_job(job_id)
         await house.journaled(job_id, JobOutcome.CANCELLED)
         await house.all_gone()

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from pathlib import Path
 
 import pytest
-from job_house import CHALLENGE, CVM, TOML, House, new_commit, tick
+from job_house import CHALLENGE, CVM, TOML, Endless, House, new_commit, tick
 
 from platform_protocol.ids import ClaimId, JobId
 from platform_protocol.platform_messages import ReleaseReason
-from platform_validator.challenges.memory import MemorySession
 from platform_validator.clock import SystemClock
-from platform_validator.cvm.session import GuestResult, JobOrder
 from platform_validator.jobs.recovery import recover
 from platform_validator.platform_client.conformance import a_result
 from platform_validator.store.records import JobOutcome, JobRecord, Stage
@@ -29,18 +26,10 @@ def house(tmp_path: Path) -> House:
 
 async def test_a_drained_validator_releases_what_runs(house: House) -> None:
     """A drained validator releases what runs."""
-    running = asyncio.Event()
-
-    async def endless(session: MemorySession, order: JobOrder, submission: Path | None) -> GuestResult:
-        session.started(False)
-        running.set()
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    house.work = endless
+    house.work = work = Endless()
     job_id = house.platform.add_job(CHALLENGE)
     async with house.open():
-        await running.wait()
+        await work.begun.wait()
         house.jobs.stop_claiming()
     assert house.platform.jobs[job_id].releases == [ReleaseReason.DRAIN]
     assert house.platform.jobs[job_id].status == "pending"

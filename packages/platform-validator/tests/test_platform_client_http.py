@@ -16,9 +16,9 @@ from urllib.parse import unquote
 
 import pytest
 from aiohttp import web
-from platform_server import CHALLENGE, JOB, KEY, NOW, TOKEN, Server, client_of, serving, signer
+from platform_server import KEY, Scripted, client_of, renewals_of, scripted
 
-from platform_protocol.ids import ChallengeId, ClaimId, JobId
+from platform_protocol.ids import ChallengeId, ClaimId, JobId, LeaseToken
 from platform_protocol.platform_messages import SubmissionRef
 from platform_protocol.signing import signing_payload, verify
 from platform_validator.clock import SystemClock
@@ -35,24 +35,30 @@ from platform_validator.platform_client.port import (
     ResultRefused,
     SubmissionUnusable,
 )
-from platform_validator.platform_client.renewals import BlockingRenewals
 from platform_validator.platform_client.retries import retry_after
 from platform_validator.platform_client.signer import RequestSigner
 
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+CHALLENGE = ChallengeId("00000000-0000-4000-8000-000000000001")
+JOB = JobId("00000000-0000-4000-8000-000000000002")
+TOKEN = LeaseToken("token")
+
 
 @pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving() as scripted:
-        yield scripted
-
-
-@pytest.fixture
-async def client(server: Server) -> AsyncIterator[HttpPlatformClient]:
-    async with client_of(server) as made:
+async def server() -> AsyncIterator[Scripted]:
+    async with scripted() as made:
         yield made
 
 
-async def test_each_request_is_signed_over_what_goes_out(server: Server, client: HttpPlatformClient) -> None:
+@pytest.fixture
+async def client(server: Scripted) -> AsyncIterator[HttpPlatformClient]:
+    async with client_of(server.url) as made:
+        yield made
+
+
+async def test_each_request_is_signed_over_what_goes_out(
+    server: Scripted, client: HttpPlatformClient
+) -> None:
     """Each request is signed over what goes out."""
     server.says(200, {"jobs": []})
     await client.pending_jobs([CHALLENGE, ChallengeId("a b&c")], limit=7)
@@ -71,7 +77,7 @@ async def test_each_request_is_signed_over_what_goes_out(server: Server, client:
     assert request.query["limit"] == "7"
 
 
-async def test_every_try_has_its_own_nonce(server: Server, client: HttpPlatformClient) -> None:
+async def test_every_try_has_its_own_nonce(server: Scripted, client: HttpPlatformClient) -> None:
     """Every try has its own nonce."""
     server.says(200, {"jobs": []})
     for _ in range(3):
@@ -79,7 +85,7 @@ async def test_every_try_has_its_own_nonce(server: Server, client: HttpPlatformC
     assert len({request.headers["X-Nonce"] for request in server.requests}) == 3
 
 
-async def test_health_is_not_signed(server: Server, client: HttpPlatformClient) -> None:
+async def test_health_is_not_signed(server: Scripted, client: HttpPlatformClient) -> None:
     """Health is not signed."""
     server.says(200, {})
     await client.health()
@@ -88,7 +94,7 @@ async def test_health_is_not_signed(server: Server, client: HttpPlatformClient) 
 
 @pytest.mark.robustness(5, "jump")
 async def test_a_clock_that_is_off_is_learned_once_and_kept(
-    server: Server, client: HttpPlatformClient
+    server: Scripted, client: HttpPlatformClient
 ) -> None:
     """A clock that is off is learned once and kept."""
     ahead = timedelta(hours=1)
@@ -107,7 +113,7 @@ async def test_a_clock_that_is_off_is_learned_once_and_kept(
     assert len(server.requests) == 3
 
 
-async def test_an_absurd_server_time_is_not_believed(server: Server, client: HttpPlatformClient) -> None:
+async def test_an_absurd_server_time_is_not_believed(server: Scripted, client: HttpPlatformClient) -> None:
     """An absurd server time is not believed."""
     server.says(401, {"code": "clock_skew", "server_time": "1999-01-01T00:00:00Z"})
     with pytest.raises(NotAuthorized):
@@ -131,7 +137,7 @@ async def test_an_absurd_server_time_is_not_believed(server: Server, client: Htt
     ],
 )
 async def test_what_is_no_answer_of_the_platform_is_unavailability(
-    server: Server, client: HttpPlatformClient, body: bytes
+    server: Scripted, client: HttpPlatformClient, body: bytes
 ) -> None:
     """What is no answer of the platform is unavailability."""
     server.says(200, body)
@@ -141,7 +147,7 @@ async def test_what_is_no_answer_of_the_platform_is_unavailability(
 
 @pytest.mark.robustness(13, "wrong-types")
 async def test_an_unreadable_entry_does_not_hide_the_others(
-    server: Server, client: HttpPlatformClient
+    server: Scripted, client: HttpPlatformClient
 ) -> None:
     """An unreadable entry does not hide the others."""
     good = {
@@ -160,7 +166,7 @@ async def test_an_unreadable_entry_does_not_hide_the_others(
     "odd", ["../../admin/tokens", "a/b?c=d#e", "nul\0", "😀", "%2e%2e", "x" * 10_000, "..", " "]
 )
 async def test_whatever_an_id_holds_it_is_one_segment_of_a_path(
-    server: Server, client: HttpPlatformClient, odd: str
+    server: Scripted, client: HttpPlatformClient, odd: str
 ) -> None:
     """Robustness 13: ids with ../, NUL, emoji and 10 kB: no call leaves its place below /jobs/."""
     server.says(409, {"code": "already_claimed"})
@@ -172,7 +178,7 @@ async def test_whatever_an_id_holds_it_is_one_segment_of_a_path(
 
 
 @pytest.mark.robustness(13, "200-mb")
-async def test_an_endless_answer_is_cut_off(server: Server, client: HttpPlatformClient) -> None:
+async def test_an_endless_answer_is_cut_off(server: Scripted, client: HttpPlatformClient) -> None:
     """An endless answer is cut off."""
 
     async def endless(request: web.Request) -> web.StreamResponse:
@@ -190,7 +196,7 @@ async def test_an_endless_answer_is_cut_off(server: Server, client: HttpPlatform
 
 
 @pytest.mark.robustness(11, "redirect")
-async def test_no_redirect_is_followed(server: Server, client: HttpPlatformClient) -> None:
+async def test_no_redirect_is_followed(server: Scripted, client: HttpPlatformClient) -> None:
     """No redirect is followed."""
     server.says(307, b"", {"Location": "http://127.0.0.1:1/steal"})
     with pytest.raises(PlatformUnavailable, match="redirect"):
@@ -199,7 +205,7 @@ async def test_no_redirect_is_followed(server: Server, client: HttpPlatformClien
 
 
 @pytest.mark.robustness(11, "half-open")
-async def test_silence_ends_at_the_deadline(server: Server) -> None:
+async def test_silence_ends_at_the_deadline(server: Scripted) -> None:
     """Silence ends at the deadline."""
     release = asyncio.Event()
 
@@ -208,16 +214,14 @@ async def test_silence_ends_at_the_deadline(server: Server) -> None:
         return web.Response()
 
     server.answer = silent
-    client = HttpPlatformClient(
-        base_url=server.url, signer=signer(server), clock=SystemClock(), timeout=timedelta(milliseconds=100)
-    )
+    client = client_of(server.url, 0.1)
     async with client:
         with pytest.raises(PlatformUnavailable, match="no answer"):
             await client.health()
     release.set()
 
 
-async def test_nobody_listening_is_unavailability(server: Server) -> None:
+async def test_nobody_listening_is_unavailability(server: Scripted) -> None:
     """Nobody listening is unavailability."""
     keys = RequestSigner(keypair=KEY, base_url="http://127.0.0.1:1", instance="i", clock=SystemClock())
     async with HttpPlatformClient(base_url="http://127.0.0.1:1", signer=keys, clock=SystemClock()) as client:
@@ -286,7 +290,7 @@ def test_json_strings_that_look_nested_are_not() -> None:
 
 @pytest.mark.robustness(11, "redirect")
 async def test_a_submission_goes_nowhere_but_home(
-    server: Server, client: HttpPlatformClient, tmp_path: Path
+    server: Scripted, client: HttpPlatformClient, tmp_path: Path
 ) -> None:
     """A submission goes nowhere but home."""
     data = b"x" * 1000
@@ -322,7 +326,7 @@ def names_in(folder: Path) -> list[str]:
 
 @pytest.mark.robustness(11, "reset")
 async def test_a_submission_that_breaks_off_leaves_nothing(
-    server: Server, client: HttpPlatformClient, tmp_path: Path
+    server: Scripted, client: HttpPlatformClient, tmp_path: Path
 ) -> None:
     """A submission that breaks off leaves nothing."""
 
@@ -342,9 +346,9 @@ async def test_a_submission_that_breaks_off_leaves_nothing(
     assert names_in(tmp_path) == []
 
 
-async def test_a_blocking_renewal_speaks_as_the_client_does(server: Server) -> None:
+async def test_a_blocking_renewal_speaks_as_the_client_does(server: Scripted) -> None:
     """A blocking renewal speaks as the client does."""
-    renewals = BlockingRenewals(base_url=server.url, signer=signer(server), clock=SystemClock())
+    renewals = renewals_of(server.url)
     server.says(200, {"term_s": 90.0})
     assert await asyncio.to_thread(renewals.renew, JOB, TOKEN) == timedelta(seconds=90)
     assert server.requests[0].path == f"/jobs/{JOB}/renew"
@@ -365,10 +369,7 @@ def test_a_renewal_answered_byte_by_byte_ends_at_its_deadline() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         url = f"http://127.0.0.1:{port}"
-        keys = RequestSigner(keypair=KEY, base_url=url, instance="i", clock=SystemClock())
-        renewals = BlockingRenewals(
-            base_url=url, signer=keys, clock=SystemClock(), timeout=timedelta(seconds=0.5)
-        )
+        renewals = renewals_of(url, 0.5)
 
         def drip() -> None:
             connection, _ = listener.accept()
@@ -391,7 +392,6 @@ def test_a_renewal_answered_byte_by_byte_ends_at_its_deadline() -> None:
 
 def test_a_blocking_renewal_without_a_server_is_unanswered() -> None:
     """A blocking renewal without a server is unanswered."""
-    keys = RequestSigner(keypair=KEY, base_url="http://127.0.0.1:1", instance="i", clock=SystemClock())
-    renewals = BlockingRenewals(base_url="http://127.0.0.1:1", signer=keys, clock=SystemClock())
+    renewals = renewals_of("http://127.0.0.1:1")
     with pytest.raises(PlatformUnavailable):
         renewals.renew(JOB, TOKEN)

@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 from aiohttp import WSCloseCode, web
-from platform_server import CHALLENGE, JOB, KEY, Answer, Server, client_of, serving
+from heard import Heard
+from platform_server import KEY, Scripted, client_of, closing, scripted
 
-from platform_protocol.notifications import ChallengeUpdated, JobCancelled, NewJob
+from platform_protocol.ids import ChallengeId, JobId
 from platform_validator.clock import SystemClock
 from platform_validator.platform_client.http import HttpPlatformClient
 from platform_validator.platform_client.notifications import NotificationLoop
@@ -22,41 +23,28 @@ from platform_validator.platform_client.port import (
     PlatformUnavailable,
 )
 
-
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving() as scripted:
-        yield scripted
-
-
-@pytest.fixture
-async def client(server: Server) -> AsyncIterator[HttpPlatformClient]:
-    async with client_of(server) as made:
-        yield made
-
-
-def closing(frames: list[str | bytes], code: int) -> Answer:
-    """A server that sends these frames and closes with this code."""
-
-    async def answer(request: web.Request) -> web.StreamResponse:
-        socket = web.WebSocketResponse()
-        await socket.prepare(request)
-        for frame in frames:
-            await (socket.send_str(frame) if isinstance(frame, str) else socket.send_bytes(frame))
-        await socket.close(code=code)
-        return socket
-
-    return answer
-
-
+CHALLENGE = ChallengeId("00000000-0000-4000-8000-000000000001")
+JOB = JobId("00000000-0000-4000-8000-000000000002")
 HELLO = json.dumps({"type": "hello", "stream": "s", "seq": 3, "server_time": "2026-01-01T00:00:00Z"})
 
 
-async def test_unreadable_frames_are_passed_over(server: Server, client: HttpPlatformClient) -> None:
+@pytest.fixture
+async def server() -> AsyncIterator[Scripted]:
+    async with scripted() as made:
+        yield made
+
+
+@pytest.fixture
+async def client(server: Scripted) -> AsyncIterator[HttpPlatformClient]:
+    async with client_of(server.url) as made:
+        yield made
+
+
+async def test_unreadable_frames_are_passed_over(server: Scripted, client: HttpPlatformClient) -> None:
     """Unreadable frames are passed over."""
     frames: list[str | bytes] = [HELLO, "nonsense", b"\x00", '{"type":"new_job"}', '{"type":"dance"}']
     new_job = json.dumps({"type": "new_job", "seq": 4, "job_id": JOB, "challenge_id": CHALLENGE})
-    server.answer = closing([*frames, new_job], WSCloseCode.OK)
+    server.sends([*frames, new_job], WSCloseCode.OK)
     received = [notification async for notification in client.notifications()]
     assert [each.type for each in received] == ["hello", "dance", "new_job"]
     assert server.requests[0].path == f"/validators/{KEY.address}/ws"
@@ -68,10 +56,10 @@ async def test_unreadable_frames_are_passed_over(server: Server, client: HttpPla
     [(1008, PlatformUnavailable), (1013, PlatformUnavailable), (4401, NotAuthorized), (4409, HotkeyInUse)],
 )
 async def test_close_codes(
-    server: Server, client: HttpPlatformClient, code: int, kind: type[PlatformError]
+    server: Scripted, client: HttpPlatformClient, code: int, kind: type[PlatformError]
 ) -> None:
     """Close codes."""
-    server.answer = closing([HELLO], code)
+    server.sends([HELLO], code)
     stream = client.notifications()
     await anext(stream)
     with pytest.raises(kind):
@@ -83,7 +71,7 @@ async def test_close_codes(
     [(401, NotAuthorized), (403, NotAuthorized), (503, PlatformUnavailable), (302, PlatformUnavailable)],
 )
 async def test_refused_upgrades(
-    server: Server, client: HttpPlatformClient, status: int, kind: type[PlatformError]
+    server: Scripted, client: HttpPlatformClient, status: int, kind: type[PlatformError]
 ) -> None:
     """Refused upgrades."""
     server.says(status, {"code": "hotkey_mismatch"}, {"Location": "http://127.0.0.1:1/"})
@@ -94,36 +82,14 @@ async def test_refused_upgrades(
 
 @pytest.mark.robustness(15, "5-mb-frame")
 async def test_a_frame_of_five_megabytes_ends_the_connection_and_nothing_else(
-    server: Server, client: HttpPlatformClient
+    server: Scripted, client: HttpPlatformClient
 ) -> None:
     """A frame of five megabytes ends the connection and nothing else."""
-    server.answer = closing([HELLO, "x" * 5_000_000], WSCloseCode.OK)
+    server.sends([HELLO, "x" * 5_000_000], WSCloseCode.OK)
     stream = client.notifications()
     await anext(stream)
     with pytest.raises(PlatformUnavailable):
         await anext(stream)
-
-
-class Heard:
-    """A listener that notes what it is told."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def poll_now(self) -> None:
-        self.told.append("poll")
-
-    def new_job(self, hint: NewJob) -> None:
-        self.told.append("new_job")
-
-    def challenge_updated(self, hint: ChallengeUpdated) -> None:
-        self.told.append("challenge_updated")
-
-    def job_cancelled(self, hint: JobCancelled) -> None:
-        self.told.append("job_cancelled")
-
-    def hotkey_in_use(self) -> None:
-        self.told.append("in_use")
 
 
 class VirtualClock(SystemClock):
@@ -157,11 +123,11 @@ def hello(stream: str, seq: int) -> str:
 
 
 async def heard(
-    server: Server, client: HttpPlatformClient, scripts: list[list[str]]
+    server: Scripted, client: HttpPlatformClient, scripts: list[list[str]]
 ) -> tuple[Heard, VirtualClock]:
     """Run the loop over scripted connections, the last of which another instance takes over."""
     listener, clock = Heard(), VirtualClock()
-    left = [closing(list(script), 1012) for script in scripts] + [closing([], 4409)]
+    left = [closing(script, 1012) for script in scripts] + [closing([], 4409)]
 
     async def next_one(request: web.Request) -> web.StreamResponse:
         return await left.pop(0)(request)
@@ -179,7 +145,7 @@ async def heard(
 
 @pytest.mark.robustness(15, "gap")
 async def test_a_new_stream_or_a_missed_seq_means_poll_now(
-    server: Server, client: HttpPlatformClient
+    server: Scripted, client: HttpPlatformClient
 ) -> None:
     """A new stream or a missed seq means poll now."""
     listener, _ = await heard(
@@ -202,7 +168,7 @@ async def test_a_new_stream_or_a_missed_seq_means_poll_now(
 
 
 async def test_reconnects_back_off_with_full_jitter_up_to_a_minute(
-    server: Server, client: HttpPlatformClient
+    server: Scripted, client: HttpPlatformClient
 ) -> None:
     """Reconnects back off with full jitter up to a minute."""
     _, clock = await heard(server, client, [[hello("s", 0)] for _ in range(12)])

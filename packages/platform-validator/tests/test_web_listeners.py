@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from ports import free_port
 from starlette.types import ASGIApp
 
 from platform_protocol.ids import JobId, VmName
@@ -103,13 +104,6 @@ class Uncontrolled:
 @pytest.fixture
 def shown(tmp_path: Path) -> Shown:
     return Shown(tmp_path)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @asynccontextmanager

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import random
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,11 +12,13 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from no_values import NoValues
+from ports import free_range
+
 from platform_protocol.canonical import sha256_hex
 from platform_protocol.ids import ChallengeId, ClaimId, Hotkey
 from platform_protocol.platform_messages import IsolationLevel
 from platform_protocol.resources import Resources
-from platform_protocol.session.messages import ValuesRequest, ValuesResult
 from platform_validator.attestation.policy import AttestationPolicy
 from platform_validator.clock import SystemClock
 from platform_validator.cvm.connection import SessionPace
@@ -68,15 +68,6 @@ class QuickClock(SystemClock):
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(min(seconds, 0.01))
-
-
-class NoValues:
-    """A challenge without values."""
-
-    async def answer(
-        self, challenge_id: ChallengeId, session_id: str, request: ValuesRequest
-    ) -> ValuesResult:
-        return ValuesResult(request_id=request.request_id)
 
 
 class FailingStore:
@@ -142,19 +133,6 @@ class World:
 MakeWorld = Callable[..., Awaitable[World]]
 
 
-def free_ports(count: int) -> tuple[int, int]:
-    """A range of loopback ports that nobody listens on now."""
-    while True:
-        first = random.randrange(20_000, 30_000)  # noqa: S311 - a place to look
-        with contextlib.ExitStack() as stack:
-            try:
-                for port in range(first, first + count):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return first, first + count - 1
-
-
 def the_host(vmm: MemoryVmm, clock: QuickClock, ports: tuple[int, int]) -> Hosts:
     """The only one."""
     return Hosts(
@@ -189,7 +167,7 @@ async def fleet_worlds(tmp_path: Path) -> AsyncIterator[MakeWorld]:
                 "pace": QUICK,
             } | rules
             fleet = Fleet(
-                hosts=the_host(vmm, clock, free_ports(ports)),
+                hosts=the_host(vmm, clock, free_range(ports)),
                 store=store,
                 keyring=Keyring(b"k" * 32),
                 quota=quota,
@@ -228,7 +206,7 @@ async def caught(world: World, booting: asyncio.Event) -> Cvm | Exception:
 def restarted(world: World, quota: Quota) -> Fleet:
     """The fleet of a process that starts on the same journal."""
     return Fleet(
-        hosts=the_host(world.vmm, world.clock, free_ports(4)),
+        hosts=the_host(world.vmm, world.clock, free_range(4)),
         store=world.store,
         keyring=Keyring(b"k" * 32),
         quota=quota,

@@ -56,6 +56,19 @@ class QuickClock(SystemClock):
         await asyncio.sleep(min(seconds, 0.01))
 
 
+class Endless:
+    """Work that begins and never ends; `begun` is set then."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+
+    async def __call__(self, session: MemorySession, order: JobOrder, submission: Path | None) -> GuestResult:
+        session.started(False)
+        self.begun.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
 class Images:
     """A VMM that is asked for its images alone."""
 

@@ -1,30 +1,26 @@
-"""A server on loopback that answers the HTTP client with whatever a test wants."""
+"""A Platform API on loopback that answers everything as a test says, HTTP and WebSocket; clients of it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 from aiohttp import web
 
-from platform_protocol.ids import ChallengeId, JobId, LeaseToken
 from platform_protocol.signing import Keypair
 from platform_validator.clock import SystemClock
 from platform_validator.platform_client.http import HttpPlatformClient
+from platform_validator.platform_client.renewals import BlockingRenewals
 from platform_validator.platform_client.signer import RequestSigner
 
 KEY = Keypair.from_seed(bytes(32))
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
-CHALLENGE = ChallengeId("00000000-0000-4000-8000-000000000001")
-JOB = JobId("00000000-0000-4000-8000-000000000002")
-TOKEN = LeaseToken("token")
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class Server:
-    """A server on loopback that answers everything with one function."""
+class Scripted:
+    """What it was asked, and what it answers."""
 
     def __init__(self) -> None:
         self.requests: list[web.Request] = []
@@ -41,8 +37,8 @@ class Server:
         self.bodies.append(await request.read())
         return await self.answer(request)
 
-    def says(self, status: int, body: object, headers: dict[str, str] | None = None) -> None:
-        """Answer everything with this."""
+    def says(self, status: int, body: object = b"", headers: Mapping[str, str] | None = None) -> None:
+        """Answer everything with this; what is no bytes is sent as JSON."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
 
         async def answer(request: web.Request) -> web.StreamResponse:
@@ -50,34 +46,56 @@ class Server:
 
         self.answer = answer
 
+    def sends(self, frames: Sequence[str | bytes], code: int = 1000) -> None:
+        """Send these frames on every WebSocket, and close it with this code."""
+        self.answer = closing(frames, code)
+
+
+def closing(frames: Sequence[str | bytes], code: int) -> Answer:
+    """Sends these frames on a WebSocket, and closes it with this code."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        for frame in frames:
+            await (socket.send_str(frame) if isinstance(frame, str) else socket.send_bytes(frame))
+        await socket.close(code=code)
+        return socket
+
+    return answer
+
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[Server]:
-    """A running server."""
-    scripted = Server()
+async def scripted() -> AsyncIterator[Scripted]:
+    """A running one."""
+    server = Scripted()
     app = web.Application(client_max_size=2**26)
-    app.router.add_route("*", "/{tail:.*}", scripted.handle)
+    app.router.add_route("*", "/{tail:.*}", server.handle)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    port = runner.addresses[0][1]
-    scripted.url = f"http://127.0.0.1:{port}"
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     try:
-        yield scripted
+        yield server
     finally:
         await runner.cleanup()
 
 
-@asynccontextmanager
-async def client_of(server: Server) -> AsyncIterator[HttpPlatformClient]:
-    """A client of it."""
-    async with HttpPlatformClient(
-        base_url=server.url, signer=signer(server), clock=SystemClock(), timeout=timedelta(seconds=5)
-    ) as made:
-        yield made
+def client_of(url: str, seconds: float = 10.0) -> HttpPlatformClient:
+    """The real client, patient for so many seconds a call."""
+    patience = timedelta(seconds=seconds)
+    return HttpPlatformClient(
+        base_url=url, signer=signer(url), clock=SystemClock(), timeout=patience, download_timeout=patience
+    )
 
 
-def signer(server: Server) -> RequestSigner:
-    """Signs for the server's origin."""
-    return RequestSigner(keypair=KEY, base_url=server.url, instance="instance", clock=SystemClock())
+def renewals_of(url: str, seconds: float = 10.0) -> BlockingRenewals:
+    """The leases' blocking client."""
+    return BlockingRenewals(
+        base_url=url, signer=signer(url), clock=SystemClock(), timeout=timedelta(seconds=seconds)
+    )
+
+
+def signer(url: str) -> RequestSigner:
+    """Signs for that origin."""
+    return RequestSigner(keypair=KEY, base_url=url, instance="instance", clock=SystemClock())

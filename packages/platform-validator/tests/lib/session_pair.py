@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from platform_protocol.ids import ChallengeId, Hotkey, JobId, VmName
 from platform_protocol.session.messages import JobExecute, ValuesRequest, ValuesResult
@@ -88,13 +88,6 @@ class Pair:
 
 
 MakePair = Callable[..., Awaitable[Pair]]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 @asynccontextmanager
