@@ -100,13 +100,13 @@ class Host:
         self.hidden: set[str] = set()
         self.starts = 0
         self.machines: dict[str, Machine] = {}
-        self._clock = clock
+        self.clock = clock
 
     # What happens
 
     def advance(self) -> None:
         """Let everything happen that is due."""
-        now = self._clock()
+        now = self.clock()
         for machine in list(self.machines.values()):
             if machine.removing_since is not None:
                 if self.removal is not None and now >= machine.removing_since + self.removal:
@@ -132,7 +132,7 @@ class Host:
         app_id = configuration["app_id"] or compose[:_APP_ID]
         if len(app_id) != _APP_ID:
             raise Refused("Failed to create VM", "Invalid app ID")
-        machine = Machine(str(uuid.uuid4()), configuration, app_id, Boot(), self._clock())
+        machine = Machine(str(uuid.uuid4()), configuration, app_id, Boot(), self.clock())
         self.machines[machine.id] = machine
         if not configuration.get("stopped", False):
             self._start(machine)
@@ -152,7 +152,7 @@ class Host:
         machine = self.found(vm_id, "Failed to stop VM")
         machine.started = False
         if machine.running and self.stopping is not None:
-            machine.killed_at = self._clock() + self.stopping
+            machine.killed_at = self.clock() + self.stopping
 
     def shutdown(self, vm_id: str) -> None:
         """ShutdownVm: by the guest, which must have booted."""
@@ -174,7 +174,7 @@ class Host:
         machine = self.found(vm_id, "Failed to remove VM")
         if machine.removing_since is None:
             machine.started = False
-            machine.removing_since = self._clock()
+            machine.removing_since = self.clock()
 
     def update(self, asked: dict[str, Any]) -> str:
         """UpdateVm: the new app id, or nothing when the compose file stays."""
@@ -222,7 +222,7 @@ class Host:
             return ""
         if machine.adopted:
             return "running"
-        takes, since = machine.boot.takes, self._clock() - machine.began
+        takes, since = machine.boot.takes, self.clock() - machine.began
         if takes is None or machine.boot.error:
             return PROGRESS[0]
         return PROGRESS[-1] if since >= takes else PROGRESS[int(since / takes * (len(PROGRESS) - 1))]
@@ -257,7 +257,7 @@ class Host:
     def _start(self, machine: Machine) -> None:
         machine.boot = self._conflict(machine) or self.boots(machine.configuration)
         machine.started, machine.adopted = True, False
-        machine.began, machine.ended, machine.killed_at, machine.stderr = self._clock(), None, None, ""
+        machine.began, machine.ended, machine.killed_at, machine.stderr = self.clock(), None, None, ""
         machine.boots += 1
         self.starts += 1
         event = {"event": "boot.progress", "body": "booting", "timestamp": 1_730_000_000_000 + machine.boots}

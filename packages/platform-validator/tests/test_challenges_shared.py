@@ -79,7 +79,7 @@ async def test_jobs_share_one_cvm_up_to_its_concurrency(house: House) -> None:
     jobs = [house.platform.add_job(CHALLENGE) for _ in range(5)]
     async with house.open():
         await reached(work, 2)
-        await asyncio.sleep(0.2)
+        await house.passes(3)
         assert len(work.running) == 2
         work.go_on.set()
         for job_id in jobs:

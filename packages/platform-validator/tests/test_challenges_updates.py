@@ -173,8 +173,10 @@ async def test_another_runtime_is_another_instance_of_the_same_commit(house: Hou
         assert (second.commit, second.key) == (first.commit, f"{first.key}:1")
         assert second.compose_hash != first.compose_hash
         for _ in range(3):
+            looks = house.images.looks
             house.challenges.wake()
-            await asyncio.sleep(0.02)
+            while house.images.looks == looks:
+                await tick()
         assert house.challenges.views()[0].candidate is None
 
 
@@ -219,7 +221,7 @@ async def test_without_room_for_both_the_old_one_is_drained_first_and_says_so(
         assert view.candidate is not None
         assert view.candidate.reason == "cpu: 1 wanted, 0 free"
         house.platform.add_job(CHALLENGE)
-        await asyncio.sleep(0.2)
+        await house.passes(3)
         assert held.running == [running]
         held.go_on.set()
         await served(house, commit)
@@ -373,7 +375,9 @@ async def test_a_commit_that_flaps_is_not_followed_at_every_turn(house: House) -
         await house.state(InstanceState.ACTIVE)
         for _ in range(10):
             update(house)
-            await asyncio.sleep(0.03)
+            lists = house.platform.calls.count("active_challenges")
+            while house.platform.calls.count("active_challenges") == lists:
+                await tick()
         created = [event for event in await history(house) if event.state is InstanceState.CREATED]
         assert len(created) <= 4
 

@@ -73,8 +73,10 @@ class Images:
     """A VMM that is asked for its images alone."""
 
     runtime = "d" * 64
+    looks = 0
 
     async def facts(self) -> VmmFacts:
+        self.looks += 1
         runtimes = {"platform-runtime": f"sha256:{self.runtime}"}
         image = VmmImage("local-sandbox", IsolationLevel.CONTAINER, runtimes, local=True)
         return VmmFacts("test", (image,))
@@ -172,8 +174,10 @@ class House:
             ends=ends,
             metrics=Unmeasured(),
             poll_every=timedelta(seconds=self.poll_every),
+            beat=self._passed,
         )
         self.challenges.on_active = lambda: self.jobs.wake("local")
+        self.passes_made = 0
         self.in_use: list[bool] = []
         self.notices = Notices(
             jobs=self.jobs, challenges=self.challenges, on_hotkey_in_use=lambda: self.in_use.append(True)
@@ -218,6 +222,15 @@ class House:
                 resources=CVM,
             )
         )
+
+    def _passed(self) -> None:
+        self.passes_made += 1
+
+    async def passes(self, count: int) -> None:
+        """Wait until the job manager has looked so many times from now on."""
+        wanted = self.passes_made + count
+        while self.passes_made < wanted:
+            await tick()
 
     async def ended(self, job_id: JobId) -> None:
         """Wait until the Platform API has an end for it."""
