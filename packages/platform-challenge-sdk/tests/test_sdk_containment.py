@@ -131,7 +131,7 @@ class TestRuns:
         assert b"nothing-here: No such file" in outcome.stderr
 
     async def test_network_is_refused_rather_than_forgotten(self, folder: Path) -> None:
-        with pytest.raises(ContainmentUnavailable, match="egress proxy"):
+        with pytest.raises(ContainmentUnavailable, match="nothing may go out"):
             await Submission(folder, "0" * 64).run(["true"], network=True)
 
     async def test_cancelling_a_run_kills_it(self, folder: Path) -> None:
@@ -317,6 +317,25 @@ class TestNested:
         ]
         told = self.in_a_sandbox(NESTED, json.dumps(programs))
         assert told == [1000, ["False [1, 2]\n", None], ["True\n", None], ["", "memory"], ["done\n", None]]
+
+    def test_its_way_out_works_inside_the_vmms_sandbox_too(self) -> None:
+        program = (
+            "import json, os, socket, threading\nfrom pathlib import Path\n"
+            "from platform_challenge_sdk import Submission\n"
+            "from platform_challenge_sdk.means import Means, read_egress\n"
+            "proxy = socket.create_server(('127.0.0.1', 0))\n"
+            "def answer():\n    connection, _ = proxy.accept()\n    head = connection.recv(9999)\n"
+            "    connection.sendall(b'HTTP/1.1 200 OK\\r\\n\\r\\n' + head); connection.close()\n"
+            "threading.Thread(target=answer, daemon=True).start()\n"
+            "url = f'http://vm:secret@127.0.0.1:{proxy.getsockname()[1]}'\n"
+            "Path('/tmp/submission').mkdir()\n"
+            "submission = Submission(Path('/tmp/submission'), '', means=Means(None, read_egress(url, 'http://v:1')))\n"
+            "ask = \"import urllib.request; print(urllib.request.urlopen('http://a.example/').read().decode())\"\n"
+            "print(json.dumps(submission.run_sync(['python3', '-c', ask], network=True, disk=1 << 20).text))"
+        )
+        told = self.in_a_sandbox(program, "")
+        assert told.startswith("GET http://a.example/ HTTP/1.1")
+        assert "Proxy-Authorization: Basic dm06c2VjcmV0" in told
 
     def test_where_namespaces_are_refused_it_falls_back_and_tells_once_what_is_lost(self) -> None:
         program = (

@@ -25,8 +25,10 @@ from typing import Any
 
 from platform_challenge_sdk.containment import NAMESPACES, Containment
 from platform_challenge_sdk.errors import ContainmentUnavailable
+from platform_challenge_sdk.means import MIB, Egress
 from platform_challenge_sdk.pump import Pump
-from platform_challenge_sdk.recipe import MIB, OUTPUT_BYTES, Order
+from platform_challenge_sdk.recipe import OUTPUT_BYTES, Order
+from platform_challenge_sdk.relay import ADDRESS, PORT, Relay
 from platform_challenge_sdk.room import made_room
 from platform_challenge_sdk.seccomp import submission_filter
 
@@ -92,6 +94,8 @@ def run_contained(
         ContainmentUnavailable: This containment cannot be had here: nothing was run.
     """
     try:
+        if order.egress is not None and containment.kind != "namespaces":
+            raise ContainmentUnavailable(f"network=True needs a network namespace; here is {containment}")
         if containment.kind == "namespaces":
             return _outcome(_in_namespaces(order, cancelled), containment)
         return _outcome(_confined(order, cancelled, containment), containment)
@@ -119,6 +123,7 @@ def _in_namespaces(order: Order, cancelled: Sequence[threading.Event]) -> Pump:
             inherit=inherited,
             binds=order.binds(),
             uid=_FIRST_UID + os.getpid() % _UIDS,
+            relay=None if order.egress is None else (ADDRESS, PORT),
         )
 
 
@@ -158,12 +163,28 @@ def _staged(order: Order, cancelled: Sequence[threading.Event], inherited: list[
         pump = Pump(
             process, ours, stdin=order.stdin, limit=order.output, deadline=deadline, cancelled=cancelled
         )
+        way_out = None
         try:
+            if order.egress is not None:
+                way_out = _relay(ours, order.egress, pump)
             pump.run()
         finally:
             pump.close()
             _end(process, overdue=pump.overdue, holds_alone="confined" in told)
+            if way_out is not None:
+                way_out.close()
     return pump
+
+
+def _relay(control: socket.socket, egress: Egress, pump: Pump) -> Relay | None:
+    """The relay on the socket that the stage gives; None when it reports instead why it cannot."""
+    control.settimeout(_GRACE)
+    first, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+    control.setblocking(False)
+    if descriptors:
+        return Relay(socket.socket(fileno=descriptors[0]), egress)
+    pump.report += first
+    return None
 
 
 def _end(process: subprocess.Popen[bytes], *, overdue: bool, holds_alone: bool) -> None:

@@ -18,6 +18,7 @@ from platform_challenge_sdk.archive import remove, unpack
 from platform_challenge_sdk.challenge import Challenge
 from platform_challenge_sdk.context import Context, Job, JobLog
 from platform_challenge_sdk.errors import ResultInvalid, SdkError, SubmissionUnreadable
+from platform_challenge_sdk.means import Means
 from platform_challenge_sdk.submission import Submission
 from platform_challenge_sdk.values import Values
 from platform_challenge_sdk.wire_text import wire_text
@@ -58,8 +59,10 @@ class JobRun:
         send: Send,
         max_result: int,
         scratch: Path,
+        means: Means | None = None,
     ) -> None:
         self.order = order
+        self._means = means if means is not None else Means()
         self.phase: JobPhase = "none" if order.submission_sha256 is None else "receiving"
         self.received = 0
         """Bytes of the submission that are here."""
@@ -177,7 +180,8 @@ class JobRun:
         self._archive.unlink()
         names = [path.name for path in tree.iterdir()]
         single = SINGLE_FILE if names == [SINGLE_FILE] and (tree / SINGLE_FILE).is_file() else None
-        return Submission(tree, expected, single, self._ended, JobLog(self.order.job_id, self._send).warning)
+        warn = JobLog(self.order.job_id, self._send).warning
+        return Submission(tree, expected, single, self._ended, warn, self._means)
 
     async def _evidence(self, result: dict[str, Any] | None, error: JobError | None) -> dict[str, Any]:
         try:

@@ -11,8 +11,9 @@ from typing import Any
 
 from platform_challenge_sdk import landlock
 from platform_challenge_sdk.containment import Containment
+from platform_challenge_sdk.means import MIB, Egress
+from platform_challenge_sdk.relay import proxy_environment
 
-MIB = 1024 * 1024
 OUTPUT_BYTES = 4 * MIB
 _UID = 1000
 _PROCESSES = 128
@@ -27,6 +28,9 @@ _SAFE_PATH = f"{sys.prefix}/bin:{sys.base_prefix}/bin:/usr/local/bin:/usr/bin:/b
 class Order:
     """One run. Sizes in bytes, `timeout` in seconds.
 
+    `memory`: of the whole tree; `address_space`: of each process, 0 for as much. `egress`: the proxy that it
+    may reach through a relay; None: it has no network.
+
     Raises:
         ValueError: No command, a NUL in it, a file's name with a folder, files larger than `disk`, or a
             limit that is not positive.
@@ -40,6 +44,8 @@ class Order:
     files: Mapping[str, bytes]
     disk: int
     output: int = OUTPUT_BYTES
+    address_space: int = 0
+    egress: Egress | None = None
 
     def __post_init__(self) -> None:
         if not self.argv or any("\0" in word for word in self.argv):
@@ -55,7 +61,7 @@ class Order:
     def rlimits(self) -> dict[str, int]:
         """For each process; NPROC counts the run's own, since its user namespace is its own."""
         return {
-            "AS": self.memory,
+            "AS": self.address_space or self.memory,
             "NPROC": _PROCESSES,
             "CORE": 0,
             "NOFILE": 1024,
@@ -72,9 +78,13 @@ class Order:
     def arguments(self, room: str, files: Mapping[str, int], seccomp: int) -> list[str]:
         """bubblewrap's, up to the command."""
         words = ["--unshare-all", "--unshare-user", "--uid", str(_UID), "--gid", str(_UID)]
+        # With an egress proxy the network namespace is the stage's, where the relay listens.
+        words += [] if self.egress is None else ["--share-net"]
         words += ["--disable-userns", "--cap-drop", "ALL", "--die-with-parent", "--new-session"]
         words += ["--hostname", "submission", "--clearenv", "--seccomp", str(seccomp)]
-        for name, value in _environment("/workspace", "/tmp").items():  # noqa: S108 - the run's own
+        environment = _environment("/workspace", "/tmp")  # noqa: S108 - the run's own
+        environment |= {} if self.egress is None else proxy_environment()
+        for name, value in environment.items():
             words += ["--setenv", name, value]
         words += ["--ro-bind", "/usr", "/usr"]
         for name, target in _LINKS.items():

@@ -24,6 +24,7 @@ from platform_challenge_sdk.health import Health
 from platform_challenge_sdk.held_jobs import HeldJobs
 from platform_challenge_sdk.job import JobRun
 from platform_challenge_sdk.lifetime import Lifetime
+from platform_challenge_sdk.means import Means, read_egress
 from platform_challenge_sdk.values import Values
 from platform_challenge_sdk.wire_text import wire_text
 from platform_protocol.canonical import canonical_json
@@ -79,7 +80,8 @@ class ChallengeServer:
     """One challenge, one validator, one live connection.
 
     `config` None: what it should say could not be read, and only health is served. `jobs`: what it holds, and
-    how many it may hold. `clock`: seconds, counted while the machine sleeps too. `handshake`: seconds of one.
+    how many it may hold. `memory`: bytes of the CVM as its challenge declares them. `clock`: seconds, counted
+    while the machine sleeps too. `handshake`: seconds of one.
     `idle`: seconds without a frame after which a connection is dead: validators ping every 30.
     """
 
@@ -88,6 +90,7 @@ class ChallengeServer:
     health: Health
     agent: Agent = field(default_factory=Agent)
     max_result: int = 1024 * 1024
+    memory: int | None = None
     jobs: HeldJobs = field(default_factory=HeldJobs)
     scratch: Path = Path(tempfile.gettempdir())
     clock: Callable[[], float] = _boottime
@@ -309,8 +312,14 @@ class ChallengeServer:
                 send=self._send,
                 max_result=min(self.max_result, _MAX_RESULT),
                 scratch=self.scratch,
+                means=self._means(),
             )
             self.jobs.begin(run, self._spawn)
+
+    def _means(self) -> Means:
+        if self.config is None:
+            return Means(self.memory)
+        return Means(self.memory, read_egress(self.config.proxy_url, self.config.validator_base_url))
 
     def _refuse(self, order: JobExecute, code: str, message: str) -> None:
         self._send(GuestError(code=code, message=message, request_id=order.job_id[:_MAX_ID]))

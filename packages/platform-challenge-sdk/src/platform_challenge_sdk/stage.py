@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import resource
@@ -23,7 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-_NEWNS, _NEWUSER = 0x20000, 0x10000000
+_NEWNS, _NEWUSER, _NEWNET = 0x20000, 0x10000000, 0x40000000
+_SIOCSIFFLAGS, _IFF_UP_RUNNING = 0x8914, 0x41
 _NOSUID, _NODEV, _BIND, _REC, _PRIVATE = 2, 4, 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP = 1, 4, 22
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
@@ -31,6 +33,7 @@ _SECCOMP_MODE_FILTER = 2
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF, _PATH_BENEATH = 444, 445, 446, 1
 _RIGHTS_OF_A_FILE = 0b1100_0000_0000_0111  # the kernel refuses a folder's rights on a file
 _INODES = 20_000
+_FOR_NETWORK = ("fcntl", "socket")  # half of a stage's start, and most runs have no network
 _DEPTH = 64
 _DESCRIPTORS = 1 << 20
 _RESERVE = 16 * 1024 * 1024  # of a disk without a cap of its own, this stays free
@@ -51,6 +54,9 @@ class Stage:
         self._config = config
         self._room = Path(config["room"])
         self._confined: dict[str, Any] | None = config.get("confined")
+        self._apart = _NEWNET if config.get("relay") else 0
+        for name in _FOR_NETWORK if self._apart else ():
+            importlib.import_module(name)  # now: with root left behind it may be out of reach
         self._peak = 0
 
     def enter(self) -> None:
@@ -84,9 +90,9 @@ class Stage:
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
             _checked(_libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0), "dumpable")
-            _enter_user_namespace()
+            _enter_user_namespace(self._apart)
         else:
-            _enter_user_namespace()
+            _enter_user_namespace(self._apart)
             self._furnish()
         disk = self._room / "disk"
         _mount("tmpfs", disk, "tmpfs", f"size={self._config['disk']},nr_inodes={_INODES},mode=755")
@@ -100,6 +106,17 @@ class Stage:
         for source, name in self._config["binds"]:
             (self._room / name).mkdir()
             _call_mount(source, str(self._room / name), None, _BIND | _REC, None)
+
+    def open_the_way_out(self, control: int) -> None:
+        """Give the SDK a socket that listens on the run's own loopback, all that its network has."""
+        if self._config.get("relay") is None:
+            return
+        fcntl, socket = (sys.modules[name] for name in _FOR_NETWORK)
+        with socket.socket() as listener, socket.socket(fileno=os.dup(control)) as told:
+            fcntl.ioctl(listener, _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", _IFF_UP_RUNNING))
+            listener.bind(tuple(self._config["relay"]))
+            listener.listen()
+            socket.send_fds(told, [b"+"], [listener.fileno()])
 
     def run(self, control: int) -> dict[str, Any]:
         """Run it to the end of everything that it started; the answer is the report."""
@@ -372,10 +389,10 @@ def _unshare(flags: int) -> None:
     _checked(_libc.unshare(flags), "new user or mount namespace")
 
 
-def _enter_user_namespace() -> None:
+def _enter_user_namespace(apart: int) -> None:
     """As ourselves: bubblewrap cannot map our uid again if it is 0 outside (Linux 5.12)."""
     uid, gid = os.geteuid(), os.getegid()
-    _unshare(_NEWUSER | _NEWNS)
+    _unshare(_NEWUSER | _NEWNS | apart)
     # As bytes: with root left behind, Python may no longer reach its own library to import a codec.
     Path("/proc/self/setgroups").write_bytes(b"deny")
     Path("/proc/self/uid_map").write_bytes(b"%d %d 1" % (uid, uid))
@@ -401,6 +418,7 @@ def main() -> None:
     try:
         stage = Stage(config)
         stage.enter()
+        stage.open_the_way_out(control)
         report = stage.run(control)
     except (Failed, OSError, ValueError) as error:
         report = {"failed": str(error)}

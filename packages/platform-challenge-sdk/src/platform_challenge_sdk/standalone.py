@@ -13,6 +13,7 @@ from platform_challenge_sdk.challenge import Challenge
 from platform_challenge_sdk.challenge import challenge as the_challenge
 from platform_challenge_sdk.errors import BootFailed, ContainmentUnavailable
 from platform_challenge_sdk.health import Health
+from platform_challenge_sdk.means import MIB
 from platform_challenge_sdk.program import end_on_signals, exit_program, run_program
 from platform_challenge_sdk.serve import PORT, ChallengeServer
 from platform_challenge_sdk.tree import importing
@@ -78,6 +79,7 @@ def read_config() -> UserConfig:
 def apply_spec(spec: ChallengeSpec, server: ChallengeServer) -> None:
     """What platform.toml says of jobs and results."""
     server.max_result = spec.result.max_bytes
+    server.memory = None if spec.cvm.memory_mb is None else spec.cvm.memory_mb * MIB
     server.jobs.per_job = spec.execution.cvm == "per_job"
     server.jobs.concurrency = spec.execution.concurrency
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from platform_challenge_sdk.contained import MIB, OUTPUT_BYTES, Order, Outcome, describe_end, run_contained
+from platform_challenge_sdk.contained import OUTPUT_BYTES, Order, Outcome, describe_end, run_contained
 from platform_challenge_sdk.errors import ContainmentUnavailable, SubmissionFailed, SubmissionTimedOut
+from platform_challenge_sdk.means import Means
 from platform_challenge_sdk.trial import containment
 from platform_challenge_sdk.worker import in_thread
 
@@ -20,7 +21,7 @@ class Submission:
 
     `filename`: the name in `path` of a submission that is a single file; None for an archive. `ended` is set
     when the job is over: what still runs of the submission is then killed. `warn` is told once when runs are
-    contained with less than namespaces, and what falls away then.
+    contained with less than namespaces, and what falls away then. `means`: what the CVM has for runs.
     """
 
     path: Path
@@ -28,6 +29,7 @@ class Submission:
     filename: str | None = None
     ended: threading.Event = field(default_factory=threading.Event, repr=False)
     warn: Callable[[str], None] | None = field(default=None, repr=False)
+    means: Means = field(default_factory=Means, repr=False)
     _warned: threading.Event = field(default_factory=threading.Event, repr=False)
 
     async def run(
@@ -36,30 +38,33 @@ class Submission:
         *,
         stdin: bytes | str = b"",
         timeout: float = 60.0,
-        memory: int = 256 * MIB,
+        memory: int | None = None,
         files: Mapping[str, bytes] | None = None,
         network: bool = False,
-        disk: int = 64 * MIB,
+        disk: int | None = None,
         output: int = OUTPUT_BYTES,
     ) -> Outcome:
         """Run a command of the submission contained, and wait for the end of its whole tree.
 
         Inside: `/submission` (read-only, the working directory), `/workspace` and `/tmp` (writable, gone
-        afterwards), a Python, and nothing else: no network, no SDK, no other process.
+        afterwards), a Python, and nothing else: no network, no other process.
 
         Args:
             argv: The command, found on the sandbox's PATH.
             stdin: Its standard input.
             timeout: Seconds until the whole tree is killed.
-            memory: Bytes for all its processes together, and of address space for each.
+            memory: Bytes for all its processes together, and of address space for each. By default 256 MiB,
+                or the CVM's memory less 128 MiB for the SDK, which nobody may exceed.
             files: Plain names to contents, placed in `/workspace`.
-            network: Not offered yet: there is no egress proxy.
-            disk: Bytes of `/workspace`, `/tmp` and `/dev/shm` together.
+            network: Whether it may reach the egress proxy, and nothing else, through a relay on its own
+                loopback; HTTP_PROXY and HTTPS_PROXY inside name it. It never has the CVM's credentials.
+            disk: Bytes of `/workspace`, `/tmp` and `/dev/shm` together. By default 64 MiB, limited as memory.
             output: Bytes of stdout and stderr together; more ends the run.
 
         Raises:
-            ContainmentUnavailable: It cannot be contained here (or `network` was asked for): nothing was run.
-            ValueError: A command, file name or limit that makes no sense.
+            ContainmentUnavailable: It cannot be contained here, or `network` was asked for where nothing may
+                go out, or where there are no network namespaces: nothing was run.
+            ValueError: A command, file name or limit that makes no sense, or more than the CVM has.
         """
         order = self._order(argv, stdin, timeout, memory, files, disk, output, network=network)
         stop = threading.Event()
@@ -77,10 +82,10 @@ class Submission:
         *,
         stdin: bytes | str = b"",
         timeout: float = 60.0,
-        memory: int = 256 * MIB,
+        memory: int | None = None,
         files: Mapping[str, bytes] | None = None,
         network: bool = False,
-        disk: int = 64 * MIB,
+        disk: int | None = None,
         output: int = OUTPUT_BYTES,
     ) -> Outcome:
         """The same, for handlers that are plain functions."""
@@ -99,25 +104,31 @@ class Submission:
         argv: Sequence[str],
         stdin: bytes | str,
         timeout: float,
-        memory: int,
+        memory: int | None,
         files: Mapping[str, bytes] | None,
-        disk: int,
+        disk: int | None,
         output: int,
         *,
         network: bool,
     ) -> Order:
-        if network:
-            raise ContainmentUnavailable("network=True: there is no egress proxy, so nothing may go out")
-        data = stdin.encode() if isinstance(stdin, str) else stdin
+        tree, address_space, room = self.means.share(memory, disk)
+        egress = self.means.egress if network else None
+        if network and egress is None:
+            raise ContainmentUnavailable(
+                "network=True: nothing may go out of this CVM: its challenge declares no hosts in [network], "
+                "or its operator allows none of them"
+            )
         return Order(
             argv=list(argv),
             submission=self.path,
-            stdin=data,
+            stdin=stdin.encode() if isinstance(stdin, str) else stdin,
             timeout=timeout,
-            memory=memory,
+            memory=tree,
             files=dict(files or {}),
-            disk=disk,
+            disk=room,
             output=output,
+            address_space=address_space,
+            egress=egress,
         )
 
 

@@ -26,6 +26,7 @@ from platform_challenge_sdk.challenge import Challenge
 from platform_challenge_sdk.challenge import challenge as the_challenge
 from platform_challenge_sdk.errors import SdkError
 from platform_challenge_sdk.job import JobRun
+from platform_challenge_sdk.means import MIB, Means
 from platform_challenge_sdk.program import run_program
 from platform_challenge_sdk.testing_values import MemoryValues
 from platform_challenge_sdk.tree import import_challenge
@@ -62,6 +63,7 @@ async def run_locally(
     payload: dict[str, Any] | None = None,
     max_result: int = _MAX_RESULT,
     values: MemoryValues | None = None,
+    means: Means | None = None,
 ) -> LocalResult:
     """Run one job: on_startup, on_ready, the handler, on_cleanup.
 
@@ -72,6 +74,7 @@ async def run_locally(
         payload: The job's payload.
         max_result: Bytes that the result may have.
         values: What the challenge's values are, and will be; none at first by default.
+        means: What the CVM would have for runs; this machine's memory and no way out by default.
     """
     store = values if values is not None else MemoryValues()
     logs: list[str] = []
@@ -108,6 +111,7 @@ async def run_locally(
             send=send,
             max_result=max_result,
             scratch=Path(scratch),
+            means=means,
         )
         await challenge.call("startup")
         await challenge.call("ready")
@@ -144,6 +148,7 @@ async def _main(arguments: argparse.Namespace) -> int:
         job_name=arguments.job,
         payload=json.loads(arguments.payload),
         max_result=spec.result.max_bytes,
+        means=Means(None if spec.cvm.memory_mb is None else spec.cvm.memory_mb * MIB),
     )
     for line in done.logs:
         sys.stderr.write(f"{line}\n")
