@@ -76,6 +76,16 @@ class TestVerdicts:
         for request in (0x5412, 0x541C, 0x5412 | 1 << 32):
             assert verdict(program, call, 0, request, audit=audit) == REFUSE | errno.EPERM
 
+    def test_the_limit_of_core_dumps_can_be_asked_for_and_not_changed(self, machine: str) -> None:
+        """Said to be done, so that a program that sets it to 0 goes on; another limit is really set."""
+        program, audit, calls = guest_filter(machine) or b"", AUDIT[machine], allowed(machine)
+        for limit in (1, 2**32, 2**40 + 8):
+            assert verdict(program, calls["prlimit64"], 0, 4, limit, audit=audit) == REFUSE
+        assert verdict(program, calls["prlimit64"], 0, 4, 0, 8, audit=audit) == ALLOW
+        assert verdict(program, calls["prlimit64"], 0, 7, 8, audit=audit) == ALLOW
+        assert verdict(program, calls["setrlimit"], 4, 8, audit=audit) == REFUSE
+        assert verdict(program, calls["setrlimit"], 7, 8, audit=audit) == ALLOW
+
     def test_other_calling_conventions_kill(self, machine: str) -> None:
         program, audit = guest_filter(machine) or b"", AUDIT[machine]
         others = (0x40000003, 0x40000028, *(AUDIT[other] for other in MACHINES if other != machine))

@@ -1,4 +1,4 @@
-"""Control groups of a sandbox, as this host has them: version 1, 2, or 1 with an empty 2 for killing."""
+"""Control groups of a sandbox, in whatever hierarchies this host has: version 1, 2, or both."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from platform_vmm.sandbox.hierarchies import OWN, ROOT, find_hierarchies
 from platform_vmm.state import write_durably
 
-ROOT = Path("/sys/fs/cgroup")
-_V1_CONTROLLERS = ("memory", "cpu", "cpuacct", "pids", "freezer")
 _CPU_PERIOD_US = 100_000
 _RETRY = 0.01
 
@@ -64,8 +63,9 @@ class ControlGroups:
     `ledger` is the file that remembers where groups were made, for the VMM's next start.
     """
 
-    def __init__(self, name: str, *, ledger: Path | None = None, root: Path = ROOT) -> None:
-        self._hierarchies = _hierarchies(name, root)
+    def __init__(self, name: str, *, ledger: Path | None = None, root: Path = ROOT, own: Path = OWN) -> None:
+        self._found = find_hierarchies(name, root, own)
+        self._hierarchies = self._found.bases
         self._ledger = ledger
         known = [base for _, base in self._hierarchies]
         self._earlier = [base for base in _read(ledger) if base not in known]
@@ -74,8 +74,7 @@ class ControlGroups:
     @property
     def limits_hold(self) -> bool:
         """Whether memory, CPU and pids are limited by the kernel's groups here."""
-        kinds = {kind for kind, _ in self._hierarchies}
-        return "v2" in kinds or {"memory", "cpu", "pids"} <= kinds
+        return self._found.limited >= {"memory", "cpu", "pids"}
 
     def create(self, sandbox: str, limits: Limits) -> None:
         """Make a sandbox's groups with its limits.
@@ -143,6 +142,7 @@ class ControlGroups:
         for _, base in self._hierarchies:
             with contextlib.suppress(OSError):
                 base.rmdir()
+        self._found.leave()
 
     def _write_ledger(self) -> None:
         """Before any group is made: a VMM started from another group must still find them."""
@@ -163,34 +163,6 @@ class ControlGroups:
         return found
 
 
-def _hierarchies(name: str, root: Path) -> list[tuple[str, Path]]:
-    if (root / "cgroup.controllers").exists():
-        with contextlib.suppress(OSError):
-            (root / "cgroup.subtree_control").write_text("+memory +cpu +pids")
-            base = root / name
-            base.mkdir(exist_ok=True)
-            (base / "cgroup.subtree_control").write_text("+memory +cpu +pids")
-            return [("v2", base)]
-        return []
-    found = [
-        (controller, _own_group(root / controller, controller) / name)
-        for controller in _V1_CONTROLLERS
-        if os.access(root / controller, os.W_OK)
-    ]
-    if os.access(root / "unified", os.W_OK):
-        found.append(("kill", root / "unified" / name))
-    return found
-
-
-def _own_group(mount: Path, controller: str) -> Path:
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controller in controllers.split(","):
-            own = mount / path.lstrip("/")
-            return own if own.is_dir() else mount
-    return mount
-
-
 def _settings(kind: str, limits: Limits) -> list[tuple[str, str]]:
     quota = str(limits.cpus * _CPU_PERIOD_US)
     if kind == "memory":
@@ -204,6 +176,8 @@ def _settings(kind: str, limits: Limits) -> list[tuple[str, str]]:
         return [
             ("memory.max", str(limits.memory_bytes)),
             ("memory.swap.max", "0"),
+            # One process, as version 1 does it: the kernel takes the submission's, not the SDK with it.
+            ("memory.oom.group", "0"),
             ("cpu.max", f"{quota} {_CPU_PERIOD_US}"),
             ("pids.max", str(limits.pids)),
         ]

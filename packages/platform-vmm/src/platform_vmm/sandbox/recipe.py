@@ -138,7 +138,7 @@ class Recipe:
     def rlimits(self) -> dict[str, int]:
         """Limits that hold wherever control groups do not."""
         return {
-            "CORE": 0,
+            "CORE": 1,  # neither file nor handler: at 0 a core_pattern with a pipe would still be fed
             "NOFILE": 4096,
             "MSGQUEUE": 0,
             "NPROC": self.pids,
