@@ -64,11 +64,12 @@ PLATFORM_TOML = (
 )
 CODE = b"""
 from platform_challenge_sdk import challenge
+from platform_challenge_sdk.trial import containment
 
 
 @challenge.on_job()
 async def handle(ctx, payload):
-    return {"score": payload["x"] / 2}
+    return {"score": payload["x"] / 2, "containment": str(containment())}
 """
 
 
@@ -223,7 +224,7 @@ async def test_a_real_sandbox_is_attested_runs_a_job_and_goes(
                 on_progress=lambda percent, message: None,
                 on_log=lambda level, message: None,
             )
-        assert result.result == {"score": 0.5}
+        assert result.result == {"score": 0.5, "containment": "namespaces and seccomp"}
         assert result.evidence is not None
         used = await real.fleet.usage(cvm.name)
         assert used is not None
