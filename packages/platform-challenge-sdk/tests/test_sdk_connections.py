@@ -30,6 +30,7 @@ from platform_protocol.session.messages import (
     ValuesResult,
     ValuesSet,
 )
+from platform_protocol.session.v2 import MAX_BEGIN
 
 JOB = JobId("7d1f5a52-6c1c-4d6e-9a57-0d9f3c1b2a44")
 Serve = Callable[..., Awaitable[tuple[ChallengeServer, TestingValidator]]]
@@ -267,6 +268,61 @@ class TestConnections:
             await silent.recv()
         assert closed.value.rcvd is not None
         assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (4400, "handshake timed out")
+
+    async def test_a_dialler_who_draws_out_his_end_holds_no_place(
+        self, serve: Serve, challenge: Challenge, port: int
+    ) -> None:
+        """He answers no close: that is waited for, and the next one has the place meanwhile."""
+        challenge.on_job(lambda ctx, payload: 1)
+        _, validator = await serve(challenge)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(
+            b"GET /sdk/ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
+        writer.write(b"\x81\x82\x00\x00\x00\x00{}")
+        assert (await reader.readexactly(4))[2:] == (4400).to_bytes(2, "big")
+        await validator.start()
+        writer.close()
+
+    async def test_a_connection_without_even_a_request_is_ended(
+        self, serve: Serve, challenge: Challenge, port: int
+    ) -> None:
+        """It takes no place, and is not kept for longer than a handshake."""
+        challenge.on_job(lambda ctx, payload: 1)
+        _, validator = await serve(challenge, handshake=0.2)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        async with asyncio.timeout(20):
+            await reader.read()
+        writer.close()
+        await validator.start()
+
+    @pytest.mark.parametrize(("size", "code"), [(MAX_BEGIN, 4400), (MAX_BEGIN + 1, 1009), (2**21, 1009)])
+    async def test_whoever_has_proved_nothing_is_read_for_64_kib(
+        self, serve: Serve, challenge: Challenge, size: int, code: int
+    ) -> None:
+        """More is refused by its announced length; after the handshake frames may be large."""
+        challenge.on_job(lambda ctx, payload: 1)
+        server, validator = await serve(challenge)
+        socket = await validator.dial()
+        frame = '{"type":"' + "x" * (size - 11) + '"}'
+        sending = asyncio.ensure_future(socket.send(frame))
+        with pytest.raises(ConnectionClosed) as closed:
+            await socket.recv()
+        await asyncio.wait({sending})
+        assert sending.exception() is None or size > MAX_BEGIN
+        while server._handshaking:
+            await asyncio.sleep(0)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == code
+        await validator.start()
+        await validator.socket.send(b"x" * 2**21)
+        with pytest.raises(ConnectionClosed) as closed:
+            await validator.socket.recv()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 4401
+        assert "does not open" in closed.value.rcvd.reason
 
     async def test_a_connection_over_which_nothing_comes_is_ended_and_can_be_resumed(
         self, serve: Serve, challenge: Challenge

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import ServerConnection, serve
@@ -177,6 +177,11 @@ class ServedSdk:
         self.stop.set()
         await self._serving
 
+    async def free(self) -> None:
+        """Wait until no handshake is pending: one that was cut off is noticed a moment later."""
+        while self.server._handshaking:
+            await asyncio.sleep(0)
+
     def _connect(self) -> connect:
         return connect(
             f"ws://127.0.0.1:{self.port}/sdk/ws", ping_interval=None, compression=None, max_size=None
@@ -253,6 +258,9 @@ def test_no_handshake_with_the_served_sdk_but_the_exact_one_makes_a_session(
     ended: dict[int | None, int] = {}
 
     @FUZZ
+    @example(at=0, change=("cut", 0.5, None))
+    @example(at=0, change=("set", "auth", ""))
+    @example(at=0, change=("large", None, None))
     @given(at=st.integers(0, 2), change=changes)
     def one(at: int, change: Change) -> None:
         code = background.do(sdk.shake_hands(at, change))
@@ -267,14 +275,14 @@ def test_no_handshake_with_the_served_sdk_but_the_exact_one_makes_a_session(
         )
         assert (code is None) if harmless else (code in codes), (at, change, code)
         ended[code] = ended.get(code, 0) + 1
+        background.do(sdk.free())
         assert background.do(sdk.shake_hands()) is None
         begins.append(len(sdk.server._seen))
         # At most the two dials of this example.
         assert begins[-1] - begins[-2] <= 2
-        assert not sdk.server._handshaking
 
     one()
-    assert {4400, 4401, 4403, 1009} & set(ended) >= {4400, 4403}
+    assert set(ended) >= {4400, 4403, 1009}
     gc.collect()
     held = [each for each in gc.get_objects() if isinstance(each, ServerConnection)]
     assert len(held) <= 10
@@ -338,6 +346,9 @@ def test_no_answer_but_the_exact_one_makes_a_session_with_the_validator(backgrou
     ended: dict[str, int] = {}
 
     @FUZZ
+    @example(at=0, change=("cut", 0.5, None))
+    @example(at=0, change=("out", "version", None))
+    @example(at=0, change=("set", "quote", "AAAA"))
     @given(at=st.integers(0, 1), change=changes)
     def one(at: int, change: Change) -> None:
         guest.at, guest.change = at, change

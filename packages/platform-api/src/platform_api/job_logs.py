@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from platform_api.queue import Queue, alive, refusal
+from platform_api.queue import Queue, alive, refusal, same_token
 from platform_api.tables import job_logs, jobs
 
 MAX_LINE = 8 * 1024
@@ -54,7 +54,7 @@ async def keep_lines(
     if (await connection.execute(dropped)).rowcount:
         return
     job = await queue.job(connection, job_id)
-    if job["token"] != token or job["holder"] != hotkey:
+    if not same_token(job["token"], token) or job["holder"] != hotkey:
         raise refusal(job)
 
 

@@ -133,7 +133,7 @@ class Queue:
         )
         if not (await connection.execute(renewed)).rowcount:
             job = await self.job(connection, job_id)
-            if job["token"] == token and job["holder"] == hotkey:
+            if same_token(job["token"], token) and job["holder"] == hotkey:
                 raise ApiError(409, "attempt_expired", "the attempt is past its timeout and 15 minutes more")
             raise refusal(job)
         return self.term_ms / 1000
@@ -165,7 +165,7 @@ class Queue:
         job = await self.job(connection, job_id)
         if changed:
             return str(job["challenge_id"]) if job["status"] == "pending" else None
-        if job["released_token"] == token and job["holder"] == hotkey:
+        if same_token(job["released_token"], token) and job["holder"] == hotkey:
             return None
         raise refusal(job)
 
@@ -199,7 +199,7 @@ class Queue:
         job = await self.job(connection, job_id)
         if job["result_sha256"] == accepted.sha256 and job["holder"] == hotkey:
             return False
-        if job["token"] == body.lease_token and job["holder"] == hotkey:
+        if same_token(job["token"], body.lease_token) and job["holder"] == hotkey:
             raise ApiError(422, "invalid_result", f"attempt: expected {job['attempt']}, got {body.attempt}")
         raise refusal(job)
 
@@ -297,6 +297,11 @@ def alive(job_id: str, token: str, hotkey: str) -> sa.ColumnElement[bool]:
     return sa.and_(
         jobs.c.id == job_id, jobs.c.token == token, jobs.c.holder == hotkey, jobs.c.status.in_(OPEN)
     )
+
+
+def same_token(ours: str | None, given: str) -> bool:
+    """Whether a lease token is this one; in constant time, although only its holder's requests are heard."""
+    return ours is not None and secrets.compare_digest(ours.encode(), given.encode(errors="replace"))
 
 
 def refusal(job: dict[str, Any]) -> ApiError:

@@ -131,6 +131,7 @@ class ChallengeServer:
             host,
             port,
             process_request=self._process_request,
+            open_timeout=self.handshake,
             max_size=MAX_BEGIN,
             max_queue=_MAX_UNREAD,
             compression=None,
@@ -176,19 +177,26 @@ class ChallengeServer:
             return
         self._handshaking = True
         try:
-            async with asyncio.timeout(self.handshake):
-                session = await self._handshake(connection)
-        except AuthRefused as error:
-            await connection.close(_AUTH_REFUSED, str(error)[:100])
-            return
-        except (SessionError, TimeoutError) as error:
-            await connection.close(_HANDSHAKE_INVALID, (str(error) or "handshake timed out")[:100])
-            return
-        except ConnectionClosed:
-            return
+            begun = await self._try_handshake(connection)
         finally:
+            # Its place is free before it is closed, which who dialled may draw out.
             self._handshaking = False
-        await self._converse(connection, session)
+        if isinstance(begun, ChallengeSession):
+            await self._converse(connection, begun)
+        elif begun is not None:
+            await connection.close(begun[0], begun[1][:100])
+
+    async def _try_handshake(self, connection: ServerConnection) -> ChallengeSession | tuple[int, str] | None:
+        """The session, or code and reason to close the connection with; None: it is closed."""
+        try:
+            async with asyncio.timeout(self.handshake):
+                return await self._handshake(connection)
+        except AuthRefused as error:
+            return _AUTH_REFUSED, str(error)
+        except (SessionError, TimeoutError) as error:
+            return _HANDSHAKE_INVALID, str(error) or "handshake timed out"
+        except ConnectionClosed:
+            return None
 
     async def _handshake(self, connection: ServerConnection) -> ChallengeSession:
         if self.config is None:
