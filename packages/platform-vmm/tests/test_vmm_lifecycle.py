@@ -139,6 +139,17 @@ async def test_hard_lifetime_counts_from_creation_and_not_from_each_boot(make_gu
         assert "vm.lifetime" in [event["event"] for event in machine.events]
 
 
+async def test_a_guest_that_is_stopped_with_all_its_processes_does_not_outlive_its_hard_lifetime(
+    guests: Guests,
+) -> None:
+    """What ends it asks nothing of the guest: SIGSTOP, or no time on any core, holds nothing up."""
+    stopped = ["python3", "-c", "import os, signal; os.kill(0, signal.SIGSTOP)"]
+    machine = guests.create(stopped, user_config='{"hard_lifetime_s": 1}')
+    await until(lambda: machine.boot_progress == "done", machine)
+    await until(lambda: machine.state == "stopped", machine)
+    assert "vm.lifetime" in [event["event"] for event in machine.events]
+
+
 async def test_a_host_port_that_something_else_has_is_a_boot_error(guests: Guests) -> None:
     """The text is QEMU's, so that a client for dstack knows it."""
     ports = [{"protocol": "tcp", "host_port": guests.guest_port, "vm_port": 10000}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import tempfile
 import time
@@ -23,7 +24,7 @@ from platform_challenge_sdk.challenge import Challenge
 from platform_challenge_sdk.health import Health
 from platform_challenge_sdk.held_jobs import HeldJobs
 from platform_challenge_sdk.job import JobRun
-from platform_challenge_sdk.lifetime import Lifetime
+from platform_challenge_sdk.lifetime import LastResort, Lifetime
 from platform_challenge_sdk.means import Means, read_egress
 from platform_challenge_sdk.values import Values
 from platform_challenge_sdk.wire_text import wire_text
@@ -109,19 +110,29 @@ class ChallengeServer:
     _outgoing: asyncio.Queue[tuple[ServerConnection, bytes]] = field(default_factory=asyncio.Queue)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _last_frame: float = 0.0
+    _lifetime: Lifetime | None = None
 
     async def serve(self, host: str = "0.0.0.0", port: int = PORT, stop: asyncio.Event | None = None) -> str:
         """Serve until `stop` is set or the lifetime is over. Why it ended."""
         stop = stop or asyncio.Event()
-        async with self.listen(host, port), asyncio.TaskGroup() as tasks:
-            self._tasks = tasks
-            sender = tasks.create_task(self._send_all())
-            why = await self._watch(stop)
-            sender.cancel()
-            self.jobs.end()
-            with contextlib.suppress(Exception, SystemExit):
-                async with asyncio.timeout(_CLEANUP):
-                    await self.challenge.call("cleanup")
+        self._last_frame = now = self.clock()
+        if self.config is not None:
+            self._lifetime = Lifetime(
+                now, float(self.config.max_lifetime_s), float(self.config.hard_lifetime_s)
+            )
+        last_resort = LastResort(self._left)
+        try:
+            async with self.listen(host, port), asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                sender = tasks.create_task(self._send_all())
+                why = await self._watch(stop)
+                sender.cancel()
+                self.jobs.end()
+                with contextlib.suppress(Exception, SystemExit):
+                    async with asyncio.timeout(_CLEANUP):
+                        await self.challenge.call("cleanup")
+        finally:
+            last_resort.stop()
         return why
 
     def listen(self, host: str, port: int) -> contextlib.AbstractAsyncContextManager[Server]:
@@ -151,23 +162,21 @@ class ChallengeServer:
             return response
         return connection.respond(HTTPStatus.NOT_FOUND, "not found\n")
 
+    def _left(self) -> tuple[float, str]:
+        """Seconds of life, and why it ends then; without a user_config the boot deadline ends it."""
+        if self._lifetime is None:
+            return math.inf, ""
+        return self._lifetime.left(
+            last_frame=self._last_frame, holds_job=self.jobs.in_charge, now=self.clock()
+        )
+
     async def _watch(self, stop: asyncio.Event) -> str:
-        now = self._last_frame = self.clock()
-        config = self.config
-        lifetime = None
-        if config is not None:
-            lifetime = Lifetime(now, float(config.max_lifetime_s), float(config.hard_lifetime_s))
         while not stop.is_set():
-            pause = _TICK
-            if lifetime is not None:
-                left, why = lifetime.left(
-                    last_frame=self._last_frame, holds_job=self.jobs.in_charge, now=self.clock()
-                )
-                if left <= 0:
-                    return why
-                pause = min(pause, left)
+            left, why = self._left()
+            if left <= 0:
+                return why
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
+                async with asyncio.timeout(min(_TICK, left)):
                     await stop.wait()
         return "stopped"
 
