@@ -13,6 +13,7 @@ IDLE: dict[str, Any] = {"name": "pv-idle", "host": "default", "stage": "ready", 
 BUSY = IDLE | {
     "name": "pv-busy",
     "usage": {
+        "cpu_percent": 148.2,
         "cpu_time_ms": 1500,
         "memory_bytes": 2_000_000,
         "memory_peak_bytes": 3_000_000,
@@ -31,8 +32,8 @@ def test_the_cvm_that_uses_the_most_memory_is_first_and_what_is_unknown_is_a_das
     rows = [line.strip("│ ").split("│") for line in text.getvalue().splitlines() if "pv-" in line]
     cells = [[cell.strip() for cell in row] for row in rows]
     assert cells == [
-        ["pv-busy", "default", "ready", "c1", "1.5 s", "2.0 MB", "3.0 MB", "0 bytes", "-"],
-        ["pv-idle", "default", "ready", "c1", "-", "-", "-", "-", "-"],
+        ["pv-busy", "default", "ready", "c1", "148 %", "1.5 s", "2.0 MB", "3.0 MB", "0 bytes", "-"],
+        ["pv-idle", "default", "ready", "c1", "-", "-", "-", "-", "-", "-"],
     ]
 
 

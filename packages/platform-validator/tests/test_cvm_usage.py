@@ -184,7 +184,36 @@ async def test_each_sample_is_kept_and_what_grew_is_told() -> None:
     bench = Bench(Asked([VmUsage(100, 5, 9, 1, 10), VmUsage(150, 4, 9, 2, 40)]))
     await bench.rounds(1)
     assert bench.heard == [("sampled", 100, 10), ("sampled", 50, 30)]
-    assert bench.sampler.of(NAME) == VmUsage(150, 4, 9, 2, 40)
+    assert bench.sampler.of(NAME) == VmUsage(150, 4, 9, 2, 40, cpu_percent=1.0)
+
+
+async def test_the_share_of_the_cpu_is_of_the_last_two_samples() -> None:
+    """Of one CPU: two busy ones are 200. One sample shows none, and a counter that fell no negative one."""
+    shares = []
+    for rounds in range(4):
+        bench = Bench(Asked([VmUsage(1000), VmUsage(11_000), VmUsage(11_500), VmUsage(0)]))
+        await bench.rounds(rounds)
+        known = bench.sampler.of(NAME)
+        assert known is not None
+        shares.append(known.cpu_percent)
+    assert shares == [None, 200.0, 10.0, 0.0]
+
+
+async def test_a_sample_beside_another_leaves_the_share_as_it_is() -> None:
+    """The one that a result asks for comes at any moment: over milliseconds, a share says nothing."""
+    bench = Bench(Asked([VmUsage(1000), VmUsage(2000), VmUsage(2900), VmUsage(4000)]))
+    await bench.rounds(1)
+    bench.clock.now_s += 0.01
+    assert await bench.sampler.last(NAME) == VmUsage(2900, cpu_percent=20.0)
+    bench.clock.now_s += 1.99
+    assert await bench.sampler.last(NAME) == VmUsage(4000, cpu_percent=100.0)
+
+
+async def test_a_vmm_that_counts_no_cpu_time_shows_no_share() -> None:
+    """As dstack's: not known, and not idle."""
+    bench = Bench(Asked([VmUsage(memory_bytes=1)]))
+    await bench.rounds(3)
+    assert bench.sampler.of(NAME) == VmUsage(memory_bytes=1, memory_peak_bytes=1)
 
 
 async def test_a_vmm_that_cannot_say_is_asked_ever_more_rarely() -> None:
@@ -201,7 +230,7 @@ async def test_failures_are_counted_and_the_next_look_goes_on() -> None:
     bench = Bench(Asked([VmmUnavailable("no answer"), VmUsage(cpu_time_ms=3)]))
     await bench.rounds(2)
     assert [answer for answer, _, _ in bench.heard] == ["failed", "sampled", "sampled"]
-    assert bench.sampler.of(NAME) == VmUsage(cpu_time_ms=3)
+    assert bench.sampler.of(NAME) == VmUsage(cpu_time_ms=3, cpu_percent=0.0)
 
 
 async def test_a_vmm_that_hangs_holds_a_result_up_for_a_moment_only() -> None:

@@ -26,13 +26,18 @@ def ranked(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """They as a table; a dash where nothing is known."""
-    shown = Table(*("name", "host", "stage", "challenge", "cpu time", *_BYTES.values()))
+    shown = Table(*("name", "host", "stage", "challenge", "cpu", "cpu time", *_BYTES.values()))
     for row in ranked(rows):
         used = _used(row)
-        cpu = used.get("cpu_time_ms")
+        share, time = used.get("cpu_percent"), used.get("cpu_time_ms")
         words = [escape(str(row.get(key, ""))) for key in ("name", "host", "stage", "challenge_id")]
         figures = [_bytes(used.get(key)) for key in _BYTES]
-        shown.add_row(*words, "-" if cpu is None else f"{cpu / 1000:.1f} s", *figures)
+        shown.add_row(
+            *words,
+            "-" if share is None else f"{share:.0f} %",
+            "-" if time is None else f"{time / 1000:.1f} s",
+            *figures,
+        )
     return shown
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import structlog
@@ -13,7 +13,7 @@ from platform_protocol.ids import VmName
 from platform_validator.clock import Clock
 from platform_validator.cvm.hosts import Hosts
 from platform_validator.cvm.members import Member
-from platform_validator.cvm.usage import VmUsage, merged
+from platform_validator.cvm.usage import CpuSample, VmUsage, merged
 from platform_validator.cvm.vmm import VmmError
 from platform_validator.host_name import HostName
 
@@ -21,6 +21,8 @@ SAMPLE_EVERY = timedelta(seconds=5)
 _WITHIN = 4.0
 _LAST_WITHIN = 2.0
 _RAREST = 300.0
+_APART = 1.0
+"""Seconds between two samples, at least, for a share of the CPU: what is nearer says little."""
 
 _log = structlog.get_logger(__name__)
 
@@ -61,6 +63,7 @@ class UsageSampler:
         self._every = every
         self._known: dict[VmName, VmUsage] = {}
         self._patience: dict[VmName, _Patience] = {}
+        self._cpu: dict[VmName, CpuSample] = {}
         self.heard: Callable[[str, int, int], None] = lambda _answer, _cpu_time_ms, _network_bytes: None
 
     def of(self, name: VmName) -> VmUsage | None:
@@ -111,16 +114,27 @@ class UsageSampler:
             return
         self._patience.pop(record.name, None)
         old = self._known.get(record.name) or VmUsage()
-        self._known[record.name] = new = merged(old, sample)
+        new = replace(merged(old, sample), cpu_percent=self._cpu_percent(record.name, old, sample))
+        self._known[record.name] = new
         self.heard(
             "sampled",
             (new.cpu_time_ms or 0) - (old.cpu_time_ms or 0),
             (new.network_bytes or 0) - (old.network_bytes or 0),
         )
 
+    def _cpu_percent(self, name: VmName, old: VmUsage, sample: VmUsage) -> float | None:
+        if sample.cpu_time_ms is None:
+            return None
+        before, now = self._cpu.get(name), CpuSample(self._clock.monotonic(), sample.cpu_time_ms)
+        if before is not None and now.at - before.at < _APART:
+            return old.cpu_percent
+        self._cpu[name] = now
+        return None if before is None else before.percent(now)
+
     def _forget(self) -> None:
         """Of CVMs that are gone."""
         held = self._held()
         for name in (self._known.keys() | self._patience.keys()) - held.keys():
             self._known.pop(name, None)
+            self._cpu.pop(name, None)
             self._patience.pop(name, None)

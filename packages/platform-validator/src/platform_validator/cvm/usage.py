@@ -12,7 +12,8 @@ class VmUsage:
     """A whole CVM's, with all that runs in it, since its boot. None: its VMM cannot say.
 
     `memory_bytes` is in use now, `memory_peak_bytes` was at most; `disk_bytes` is what its disks hold;
-    `network_bytes` went in and out.
+    `network_bytes` went in and out. `cpu_percent` is of one CPU, between the last two samples; None also
+    before there are two.
     """
 
     cpu_time_ms: int | None = None
@@ -20,6 +21,7 @@ class VmUsage:
     memory_peak_bytes: int | None = None
     disk_bytes: int | None = None
     network_bytes: int | None = None
+    cpu_percent: float | None = None
 
     def reported(self) -> ResourceUsage:
         """As a result has it, which knows no "unknown": 0 stands for that too."""
@@ -44,6 +46,19 @@ def merged(old: VmUsage | None, sample: VmUsage) -> VmUsage:
         disk_bytes=_most(before.disk_bytes, sample.disk_bytes),
         network_bytes=_most(before.network_bytes, sample.network_bytes),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class CpuSample:
+    """So much CPU time at a moment of the monotonic clock (seconds)."""
+
+    at: float
+    cpu_time_ms: int
+
+    def percent(self, later: CpuSample) -> float:
+        """The share of one CPU between two: 100 is all of it, 200 is two CPUs. A counter that fell is 0."""
+        grown = max(later.cpu_time_ms - self.cpu_time_ms, 0)
+        return round(grown / 10 / (later.at - self.at), 1)
 
 
 def _most(*given: int | None) -> int | None:
