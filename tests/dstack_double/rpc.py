@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from tests.dstack_double import messages
+from tests.dstack_double import guest, messages
 from tests.dstack_double.host import Host, Machine
 from tests.dstack_double.messages import Refused
 
@@ -47,6 +47,11 @@ class Rpc:
             "GetAppEnvEncryptPubKey": (messages.APP, self._env_key),
         }
 
+    def call_guest(self, method: str, body: bytes | dict[str, Any]) -> Any:
+        """What a VM's guest agent answers. Raises Refused."""
+        self._host.advance()
+        return guest.answer(self._host, method, messages.ID("request", _value(body))["id"])
+
     def call(self, method: str, body: bytes | dict[str, Any]) -> Any:
         """The answer; None for Empty. `body` is JSON, or what a query said. Raises Refused."""
         self._host.advance()
@@ -57,11 +62,7 @@ class Rpc:
         if not known or method not in self._methods:
             raise Refused("Failed to handle request", f"Method not found: {method}")
         reader, answer = self._methods[method]
-        try:
-            value = body if isinstance(body, dict) else json.loads(body or b"{}")
-        except (ValueError, RecursionError) as error:
-            raise Refused("Failed to decode request", str(error)) from error
-        found = answer(reader("request", value))
+        found = answer(reader("request", _value(body)))
         self._host.advance()
         return found
 
@@ -165,3 +166,10 @@ class Rpc:
             user = {"mode": "user", "backend": "slirp", "mac": "02:00:00:00:00:01", "bridge_name": None}
             shown["interfaces"] = [user | {"netdev_id": "net0"}]
         return shown
+
+
+def _value(body: bytes | dict[str, Any]) -> Any:
+    try:
+        return body if isinstance(body, dict) else json.loads(body or b"{}")
+    except (ValueError, RecursionError) as error:
+        raise Refused("Failed to decode request", str(error)) from error

@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from tests.dstack_double.host import Host
 from tests.dstack_double.messages import Refused
 from tests.dstack_double.rpc import Rpc
 
+Call = partial[Any]
+"""A method by its name, that its message is still to be given to."""
 IMAGE = "dstack-0.5.5"
 _MAX_BODY = 10 * 1024 * 1024
 _CHALLENGE = {"WWW-Authenticate": 'Basic realm="dstack-vmm API"'}
@@ -93,11 +96,13 @@ class DstackDouble:
             return self._logs(request, headers)
         if prefix == "api" and self.host.behaviour.host_api:
             return self._refused(Refused("Failed to handle request", "only from a guest"), headers)
-        if prefix != "prpc" or not method or "/" in method:
+        if prefix not in ("prpc", "guest") or not method or "/" in method:
             return web.Response(status=404, text='{"error":{"code":404}}', headers=headers)
-        return await self._call(request, method.removeprefix("Teepod."), headers)
+        call = self.rpc.call if prefix == "prpc" else self.rpc.call_guest
+        return await self._call(request, partial(call, method.removeprefix("Teepod.")), headers)
 
-    async def _call(self, request: web.Request, method: str, headers: dict[str, str]) -> web.StreamResponse:
+    async def _call(self, request: web.Request, call: Call, headers: dict[str, str]) -> web.StreamResponse:
+        [method] = call.args
         if request.content_length and request.content_length > _MAX_BODY:
             return self._refused(Refused("Failed to read request", "payload too large"), headers)
         asked = request.method == "GET" or "json" in request.query
@@ -109,12 +114,12 @@ class DstackDouble:
         self.calls.append((method, body))
         fault = self.faults.take(method)
         if fault is not None:
-            return await self._wrong(request, fault, method, body, headers)
-        return self._answered(method, body, headers)
+            return await self._wrong(request, fault, partial(call, body), headers)
+        return self._answered(partial(call, body), headers)
 
-    def _answered(self, method: str, body: bytes | dict[str, Any], headers: dict[str, str]) -> web.Response:
+    def _answered(self, act: Callable[[], Any], headers: dict[str, str]) -> web.Response:
         try:
-            found = self.rpc.call(method, body)
+            found = act()
         except Refused as error:
             return self._refused(error, headers)
         text = "" if found is None and self._bare_empty else json.dumps(found)
@@ -124,14 +129,13 @@ class DstackDouble:
         self,
         request: web.Request,
         fault: Fault,
-        method: str,
-        body: bytes | dict[str, Any],
+        do: Callable[[], Any],
         headers: dict[str, str],
     ) -> web.StreamResponse:
         def act() -> None:
             for _ in range(fault.effects):
                 with contextlib.suppress(Refused):
-                    self.rpc.call(method, body)
+                    do()
 
         async def act_late() -> None:
             await asyncio.sleep(fault.after)

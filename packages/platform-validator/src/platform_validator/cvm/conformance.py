@@ -121,6 +121,19 @@ async def its_console_can_be_read(harness: VmmHarness) -> None:
         _require(isinstance(await harness.client.logs(vm_id, 5), str), "logs are no text")
 
 
+async def what_it_uses_is_told_or_not_known(harness: VmmHarness) -> None:
+    """`usage` has counts, or is None: of a VM that nobody made, and of one that does not run, always."""
+    _require(await harness.client.usage(UNKNOWN) is None, "a VM that nobody made uses something")
+    async with _made(harness, _name()) as vm_id:
+        await _until(harness, vm_id, lambda vm: vm is not None and vm.state is VmState.RUNNING)
+        used = await harness.client.usage(vm_id)
+        counts = [] if used is None else [used.memory_bytes, used.disk_bytes, used.network_bytes]
+        _require(all(one is None or one >= 0 for one in counts), f"it uses {used}")
+        await harness.client.stop(vm_id)
+        await _until(harness, vm_id, lambda vm: vm is not None and vm.state in _ENDED)
+        _require(await harness.client.usage(vm_id) is None, "a VM that has ended uses something")
+
+
 async def an_unknown_image_is_refused(harness: VmmHarness) -> None:
     """Nothing is made of it."""
     name = _name()
@@ -164,6 +177,7 @@ CASES: tuple[Case, ...] = (
     removing_twice_does_no_harm,
     an_unknown_vm_is_not_found,
     its_console_can_be_read,
+    what_it_uses_is_told_or_not_known,
     an_unknown_image_is_refused,
     a_tee_is_refused_where_there_is_none,
     two_vms_never_share_a_host_port,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from platform_validator.cvm.conformance import CASES, Case
 from platform_validator.cvm.dstack.bench import Bench, Deviation, Skipped, require
 from platform_validator.cvm.dstack.checks import CHECKS, Check
+from platform_validator.cvm.dstack.guest_checks import GUEST_CHECKS
 from platform_validator.cvm.dstack.vm_checks import VM_CHECKS
 from platform_validator.cvm.vmm import VmmError
 
@@ -52,7 +53,7 @@ class Verdict:
 
 def all_checks() -> tuple[Check | Case, ...]:
     """The wire's, the VMs', and the port's own through the validator's client."""
-    return (*CHECKS, *VM_CHECKS, *CASES)
+    return (*CHECKS, *VM_CHECKS, *GUEST_CHECKS, *CASES)
 
 
 async def judge(bench: Bench, tell: Callable[[Finding], None]) -> Verdict:
