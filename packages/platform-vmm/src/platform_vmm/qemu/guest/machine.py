@@ -6,6 +6,7 @@ configuration, and this machine is what the VMM is there, the other end of the s
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import glob
@@ -13,11 +14,11 @@ import json
 import os
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
 import traceback
+from types import CodeType
 from typing import Any, NoReturn
 
 from .exchange import BROKER, Exchange
@@ -62,7 +63,7 @@ def main() -> NoReturn:
         port.send(hello=1)
         code = Service(port, port.receive()).run()
         port.send(exit=code)
-    except (OSError, ValueError, KeyError, PortClosed, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, KeyError, PortClosed) as error:
         say(traceback.format_exc())
         if port is not None:
             port.send(failed=f"{type(error).__name__}: {error}"[:1024])
@@ -145,27 +146,40 @@ class Service:
         return agent
 
     def _spawn(self, config: dict[str, Any]) -> None:
-        with open("/run/stage.py", "w") as file:
-            file.write(self._config["program"])
+        """Start the stage as a fork of ours: an interpreter's start is dear on an emulated processor."""
+        program = compile(self._config["program"], "stage.py", "exec")
         document = os.memfd_create("config")
         os.write(document, json.dumps(config).encode())
         os.lseek(document, 0, os.SEEK_SET)
         reading, writing = os.pipe()
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "/run/stage.py", str(self._theirs.fileno())],
-            stdin=subprocess.DEVNULL,
-            stdout=writing,
-            stderr=writing,
-            pass_fds=[self._theirs.fileno()],
-            env={"PATH": os.defpath},
-        )
-        self._stage = process.pid
+        self._stage = os.fork()
+        if self._stage == 0:
+            self._become_stage(program, writing)
         self._theirs.close()
         socket.send_fds(self._control, [b"config"], [document, writing])
         os.close(document)
         os.close(writing)
         self._console = threading.Thread(target=show, args=(reading,), daemon=True)
         self._console.start()
+
+    def _become_stage(self, program: CodeType, console: int) -> NoReturn:
+        try:
+            theirs = os.dup(self._theirs.fileno())
+            null = os.open("/dev/null", os.O_RDWR)
+            for target, source in enumerate((null, console, console)):
+                os.dup2(source, target)
+            for name in os.listdir("/proc/self/fd"):
+                if int(name) > 2 and int(name) != theirs:  # noqa: PLR2004 - the standard ones
+                    with contextlib.suppress(OSError):
+                        os.close(int(name))
+            sys.argv = ["stage", str(theirs)]
+            stage: dict[str, Any] = {"__name__": "stage"}
+            exec(program, stage)  # noqa: S102 - the VMM's own program, as it sent it
+            stage["main"]()
+        except BaseException:  # noqa: BLE001 - a fork must never return into the parent's code
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(0)
 
     def _limit(self, pid: int, config: dict[str, Any]) -> None:
         """Put the service in a control group that leaves the kernel and us some room."""
