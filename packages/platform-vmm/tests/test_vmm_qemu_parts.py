@@ -17,8 +17,8 @@ import pytest
 from platform_vmm.errors import SandboxFailed
 from platform_vmm.qemu.accelerator import find_accelerator
 from platform_vmm.qemu.argv import OVERHEAD, VirtualMachine
-from platform_vmm.qemu.image import GuestImage
 from platform_vmm.qemu.link import Link
+from platform_vmm.rootfs.image import GuestImage
 from platform_vmm.sandbox.cgroups import ControlGroups
 from platform_vmm.sandbox.driver import SandboxDriver
 from platform_vmm.sandbox.recipe import MIB

@@ -94,7 +94,6 @@ class Boot:
             log=self._folder / "serial.log",
             forwards=forwards,
         )
-        self._progress("done")
         return self.guest
 
     async def end(self) -> None:

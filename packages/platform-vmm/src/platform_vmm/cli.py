@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import structlog
 import typer
@@ -19,10 +19,14 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from platform_vmm.errors import VmmError
-from platform_vmm.images import RuntimeTable, build_runtime, prune_images
+from platform_vmm.images import IMAGE, RuntimeTable, build_runtime, prune_images
 from platform_vmm.machines import Machines
 from platform_vmm.prpc import Prpc
+from platform_vmm.qemu.accelerator import last_answer
+from platform_vmm.qemu.driver import QEMU_IMAGE
 from platform_vmm.rootfs.cli import app as image_commands
+from platform_vmm.rootfs.errors import ImageNotBuilt
+from platform_vmm.rootfs.image import GuestImage, newest_image
 from platform_vmm.server import make_app
 from platform_vmm.simulation.pki import load_pki
 from platform_vmm.state import StateDirectory
@@ -77,12 +81,30 @@ def token(*, state_dir: State = Path("./platform-vmm")) -> None:
 def images(
     *, state_dir: State = Path("./platform-vmm"), as_json: Annotated[bool, typer.Option("--json")] = False
 ) -> None:
-    """Show the runtime image, building it where it is not there yet."""
-    runtime = build_runtime(StateDirectory(state_dir).path, lambda text: print(text, file=sys.stderr))
+    """Show the runtime image of each image that VMs can have; that of local-sandbox is built where needed."""
+    path = StateDirectory(state_dir).path
+    runtime = build_runtime(path, lambda text: print(text, file=sys.stderr))
+    found: dict[str, dict[str, Any]] = {IMAGE: {"digest": runtime.digest, "path": str(runtime.path)}}
+    guest = _guest_image(path)
+    if guest is not None:
+        answer = last_answer(path / "images")
+        accelerator = "not known before it served" if answer is None else f"{answer.name}: {answer.why}"
+        found[QEMU_IMAGE] = {"digest": guest.digest, "path": str(guest.path), "accelerator": accelerator}
     if as_json:
-        print(json.dumps({"name": runtime.name, "digest": runtime.digest, "path": str(runtime.path)}))
-    else:
-        print(f"{runtime.name}@{runtime.digest}\n  {runtime.path}")
+        print(json.dumps({"name": runtime.name, **found[IMAGE], "images": found}))
+        return
+    for name, image in found.items():
+        print(f"{name}: {runtime.name}@{image['digest']}\n  {image['path']}")
+        if "accelerator" in image:
+            print(f"  {image['accelerator']}")
+
+
+def _guest_image(state: Path) -> GuestImage | None:
+    """What virtual machines boot from, if it was built: `platform-vmm image build`."""
+    try:
+        return newest_image(state)
+    except ImageNotBuilt:
+        return None
 
 
 def main() -> None:
@@ -96,7 +118,9 @@ async def _serve(path: Path, listen: str, ports: tuple[int, ...]) -> None:
         runtime = build_runtime(state.path, lambda text: log.info("runtime_image", what=text))
         prune_images(state.path, keep=runtime)
         runtimes, pki = RuntimeTable([runtime]), load_pki(state.path)
-        machines = Machines(state, runtimes=runtimes, pki=pki, guest_ports=ports)
+        machines = Machines(
+            state, runtimes=runtimes, pki=pki, guest_image=_guest_image(state.path), guest_ports=ports
+        )
         for image in machines.images:
             if image.driver.missing:
                 raise VmmError(image.driver.missing)

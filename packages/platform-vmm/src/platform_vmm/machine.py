@@ -171,9 +171,12 @@ class Machine:
             progress=self._progress,
         )
         try:
-            guest = await boot.start()
+            guest = await self._started(boot)
+            if guest is None:
+                return
             self.guest, self.instance_id = guest, boot.instance_id
             self.note("instance.info", json.dumps({"app_id": self.app_id, "instance_id": self.instance_id}))
+            self._progress("done")
             log.info("vm_started", vm=self.id, name=self.configuration.name, pid=guest.pid)
             await self._until_over(guest)
         except (VmmError, OSError) as error:
@@ -186,6 +189,23 @@ class Machine:
             self.guest, self._active = None, False
             self.ended = time.monotonic()
             log.info("vm_ended", vm=self.id, name=self.configuration.name, state=self.state)
+
+    async def _started(self, boot: Boot) -> Guest | None:
+        """The guest, once it was started; None when its end was asked for, or came, before that."""
+        lifetime = _hard_lifetime(self.configuration.user_config)
+        oldest = None if lifetime is None else self._born + lifetime
+        starting = asyncio.ensure_future(boot.start())
+        try:
+            while not starting.done():
+                if oldest is not None and time.monotonic() >= oldest:
+                    self._over(lifetime)
+                if not self.record.started:
+                    return None
+                await self._change_or(starting, oldest)
+            return starting.result()
+        finally:
+            starting.cancel()
+            await asyncio.wait({starting})
 
     def _failed(self, reason: str) -> None:
         self.boot_error = reason

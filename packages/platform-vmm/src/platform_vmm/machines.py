@@ -19,9 +19,9 @@ from platform_vmm.image_table import Image, ImageTable
 from platform_vmm.images import IMAGE, RUNTIME, Runtime, RuntimeTable
 from platform_vmm.machine import Machine
 from platform_vmm.qemu.driver import QEMU_IMAGE, make_driver
-from platform_vmm.qemu.image import GuestImage
 from platform_vmm.record import Record
 from platform_vmm.restarts import RestartPolicy
+from platform_vmm.rootfs.image import GuestImage
 from platform_vmm.sandbox.cgroups import ControlGroups
 from platform_vmm.sandbox.driver import SandboxDriver
 from platform_vmm.simulation.pki import Pki

@@ -24,6 +24,7 @@ class Guests:
     runtime: Runtime
     state: StateDirectory
     guest_port: int
+    image: str = IMAGE
     made: list[Machine] = field(default_factory=list)
 
     def message(self, command: list[str] | str, **more: Any) -> dict[str, Any]:
@@ -44,7 +45,9 @@ class Guests:
         }
         size = {"vcpu": 1, "memory": 256, "disk_size": 1}
         return (
-            {"image": IMAGE, "compose_file": json.dumps(compose), "no_tee": True, "name": "t"} | size | more
+            {"image": self.image, "compose_file": json.dumps(compose), "no_tee": True, "name": "t"}
+            | size
+            | more
         )
 
     def create(self, command: list[str] | str, **more: Any) -> Machine:

@@ -21,7 +21,7 @@ import structlog
 from platform_vmm.errors import SandboxFailed
 from platform_vmm.qemu.argv import PROGRAM, VirtualMachine
 from platform_vmm.qemu.guest.machine import ALIVE, PROBE
-from platform_vmm.qemu.image import GuestImage
+from platform_vmm.rootfs.image import GuestImage
 from platform_vmm.sandbox.driver import Sandbox, SandboxDriver
 from platform_vmm.sandbox.recipe import MIB
 from platform_vmm.state import write_durably
@@ -31,6 +31,7 @@ PATIENCE = 10.0
 """Seconds that the probe has; where KVM works it takes about one."""
 _MEMORY = 256 * MIB
 _LOOK = 0.05
+_NOTE = "accelerator.json"
 _VERSION_TIMEOUT = 10.0
 log = structlog.get_logger(__name__)
 
@@ -60,15 +61,26 @@ async def find_accelerator(
     """The answer in `folder` if it is about this kernel, QEMU, processor and boot; else a fresh one."""
     if not device.exists():
         return Accelerator(kvm=False, why=f"{device} is not there")
-    note = folder / "accelerator.json"
+    note = folder / _NOTE
     key = await _key(image)
-    kept = _kept(note, key)
+    kept = last_answer(folder, key)
     if kept is not None:
         return kept
     found = await probe(sandboxes, image, folder, uid=uid, device=device, patience=patience)
     write_durably(note, json.dumps({"key": key} | asdict(found)), 0o644)
     log.info("accelerator_probed", accelerator=found.name, why=found.why)
     return found
+
+
+def last_answer(folder: Path, key: str | None = None) -> Accelerator | None:
+    """What is remembered there, if it is about `key` (None: whatever it is about)."""
+    try:
+        value = json.loads((folder / _NOTE).read_text())
+        if key in (None, value["key"]):
+            return Accelerator(kvm=bool(value["kvm"]), why=str(value["why"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None
 
 
 async def probe(
@@ -155,13 +167,3 @@ async def _key(image: GuestImage) -> str:
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _kept(note: Path, key: str) -> Accelerator | None:
-    try:
-        value = json.loads(note.read_text())
-        if value["key"] == key:
-            return Accelerator(kvm=bool(value["kvm"]), why=str(value["why"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return None

@@ -16,8 +16,8 @@ from platform_vmm.errors import SandboxFailed, VmmError
 from platform_vmm.qemu.accelerator import KVM, Accelerator, find_accelerator
 from platform_vmm.qemu.argv import PROGRAM, VirtualMachine
 from platform_vmm.qemu.guest.exchange import BROKER, SERVICE
-from platform_vmm.qemu.image import GuestImage
 from platform_vmm.qemu.link import Link
+from platform_vmm.rootfs.image import GuestImage
 from platform_vmm.sandbox.driver import STAGE, Sandbox, SandboxDriver, stage_config
 from platform_vmm.sandbox.recipe import IMAGE, Recipe
 from platform_vmm.sandbox.relay import Relay, loopback
@@ -29,8 +29,8 @@ _SHARED = Path("/run/shared")
 _FILES = (".user-config", "app-compose.json")
 _BOOT_TIMEOUT = 180.0
 _DIAL_TIMEOUT = 5.0
-_LAST_LINES = 8
-_LINE = 200
+_LAST_LINES = 24
+_LINE = 120
 _EMULATED = (
     "no KVM: the processor is emulated, which QEMU does not call a boundary; the sandbox around QEMU is one"
 )

@@ -21,6 +21,7 @@ MODULES = (
     "squashfs",
     "overlay",
     "nf_tables",
+    "nft_reject_inet",
 )
 """Loaded at every start, in this order, each after what it depends on."""
 _FOLDERS = ("bin", "dev", "proc", "sys", "modules", "lower", "upper", "root")

@@ -79,6 +79,7 @@ def prepare() -> None:
         ("tmpfs", "/run", _NOSUID | _NODEV, "size=32m,mode=755"),
     ):
         mount(kind, place, kind, flags, options)
+    os.makedirs("/mnt", exist_ok=True)  # the stage's room
     os.makedirs(GROUPS)
     mount("cgroup2", GROUPS, "cgroup2", _NOSUID | _NODEV | _NOEXEC)
     for name, value in _SETTINGS.items():
