@@ -23,6 +23,7 @@ from platform_protocol.session.messages import (
     JobExecute,
     JobProgress,
     JobResult,
+    Log,
     Ping,
     Pong,
     Ready,
@@ -192,6 +193,85 @@ class TestConnections:
         await validator.send(Ping(n=2))
         assert (await validator.expect(Pong)).n == 2
         assert not [message for message in validator.seen if isinstance(message, JobResult)]
+
+    async def test_lines_that_are_lost_with_a_connection_are_counted_and_told(
+        self, serve: Serve, challenge: Challenge
+    ) -> None:
+        """By the next line, or at the latest before the result; the result itself is never among them."""
+        began, said, finish = threading.Event(), threading.Event(), threading.Event()
+
+        @challenge.on_job()
+        def job(ctx: Context, payload: dict[str, Any]) -> int:
+            del payload
+            began.set()
+            said.wait(20)
+            for line in "abcde":
+                ctx.log.info(line)
+            ctx.progress(50, "nor here")
+            said.clear()
+            finish.wait(20)
+            ctx.log.info("somebody is there again")
+            return 1
+
+        server, validator = await serve(challenge)
+        await validator.start()
+        job_id = await validator.execute()
+        await validator.expect(JobProgress)
+        while not began.is_set():
+            await asyncio.sleep(0.001)
+        await validator.send(Ping(n=1))
+        await validator.expect(Pong)
+        await validator.drop()
+        while server._live is not None:
+            await asyncio.sleep(0)
+        said.set()
+        while said.is_set():
+            await asyncio.sleep(0.001)
+        await validator.connect(resume=True)
+        while server._live is None:
+            await asyncio.sleep(0)
+        finish.set()
+        told = await validator.expect(Log)
+        assert (told.level, told.job_id) == ("warning", job_id)
+        assert told.message == "log and progress lines lost: 6"
+        assert (await validator.expect(Log)).message == "somebody is there again"
+        assert (await validator.expect(JobResult)).result == {"score": 1}
+
+    async def test_lines_lost_at_the_end_are_told_before_the_result(
+        self, serve: Serve, challenge: Challenge
+    ) -> None:
+        """No line comes after them: the gap shows all the same."""
+        began, said, finish = threading.Event(), threading.Event(), threading.Event()
+
+        @challenge.on_job()
+        def job(ctx: Context, payload: dict[str, Any]) -> int:
+            del payload
+            began.set()
+            said.wait(20)
+            ctx.log.info("the last line")
+            said.clear()
+            return finish.wait(20) * 1
+
+        server, validator = await serve(challenge)
+        await validator.start()
+        await validator.execute()
+        await validator.expect(JobProgress)
+        while not began.is_set():
+            await asyncio.sleep(0.001)
+        await validator.send(Ping(n=1))
+        await validator.expect(Pong)
+        await validator.drop()
+        while server._live is not None:
+            await asyncio.sleep(0)
+        said.set()
+        while said.is_set():
+            await asyncio.sleep(0.001)
+        await validator.connect(resume=True)
+        while server._live is None:
+            await asyncio.sleep(0)
+        finish.set()
+        assert (await validator.expect(Log)).message == "log and progress lines lost: 1"
+        await validator.expect(JobResult)
 
     async def test_a_values_request_without_an_answer_is_asked_again_with_its_id(
         self, serve: Serve, challenge: Challenge

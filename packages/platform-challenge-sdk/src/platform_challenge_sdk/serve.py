@@ -26,6 +26,7 @@ from platform_challenge_sdk.held_jobs import HeldJobs
 from platform_challenge_sdk.job import JobRun
 from platform_challenge_sdk.lifetime import LastResort, Lifetime
 from platform_challenge_sdk.means import Means, read_egress
+from platform_challenge_sdk.outgoing import Outgoing
 from platform_challenge_sdk.values import Values
 from platform_challenge_sdk.wire_text import wire_text
 from platform_protocol.canonical import canonical_json
@@ -60,10 +61,8 @@ PORT = 10000
 _HANDSHAKE = 10.0
 _IDLE = 150.0
 _MAX_RESULT = 48 * 1024 * 1024
-_SEND = 60.0
 _CLEANUP = 10.0
 _TICK = 5.0
-_MAX_QUEUE = 1000
 _MAX_UNREAD = 4
 _MAX_MESSAGE = MAX_FRAME - 1024
 _AUTH_REFUSED, _HANDSHAKE_INVALID, _FRAME_INVALID, _BUSY, _REPLACED = 4403, 4400, 4401, 1013, 4409
@@ -105,9 +104,8 @@ class ChallengeServer:
     _values: Values | None = None
     _challenge_id: ChallengeId | None = None
     _started_up: bool = False
-    _dropped: int = 0
     _tasks: asyncio.TaskGroup | None = None
-    _outgoing: asyncio.Queue[tuple[ServerConnection, bytes]] = field(default_factory=asyncio.Queue)
+    _outgoing: Outgoing = field(default_factory=Outgoing)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _last_frame: float = 0.0
     _lifetime: Lifetime | None = None
@@ -124,7 +122,7 @@ class ChallengeServer:
         try:
             async with self.listen(host, port), asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
-                sender = tasks.create_task(self._send_all())
+                sender = tasks.create_task(self._outgoing.run())
                 why = await self._watch(stop)
                 sender.cancel()
                 self.jobs.end()
@@ -235,7 +233,7 @@ class ChallengeServer:
         if old is not None:
             self._spawn(old.close(_REPLACED, "replaced by a newer connection"))
         for frame in session.unacknowledged():
-            self._outgoing.put_nowait((connection, frame))
+            self._outgoing.put(connection, frame)
         self._repeat(known=known)
         return session
 
@@ -365,34 +363,23 @@ class ChallengeServer:
             self._loop.call_soon_threadsafe(self._send_here, message)
 
     def _send_here(self, message: GuestMessage) -> None:
-        if self._session is None:
+        session, live = self._session, self._live
+        if session is None:
             return
-        if isinstance(message, (Log, JobProgress)):
-            if self._outgoing.qsize() >= _MAX_QUEUE:
-                self._dropped += 1
-                return
-            if self._dropped:
-                lost, self._dropped = self._dropped, 0
-                self._send_here(
-                    Log(level="warning", message=f"{lost} lines were dropped", job_id=message.job_id)
-                )
+        loose = isinstance(message, (Log, JobProgress))
+        if loose and (live is None or self._outgoing.full):
+            self._outgoing.lose()
+            return
+        if live is not None and isinstance(message, (Log, JobProgress, JobResult)):
+            gap = self._outgoing.gap(message.job_id)
+            if gap is not None and (told := session.send(gap)) is not None:
+                self._outgoing.put(live, told, loose=True)
         if isinstance(message, JobResult) and len(encode_message(message)) > _MAX_MESSAGE:
             error = JobError(code="result_too_large", message="the result and its evidence are no frame")
             message = JobResult(job_id=message.job_id, attempt=message.attempt, error=error)
-        frame = self._session.send(message)
-        if frame is not None and self._live is not None:
-            self._outgoing.put_nowait((self._live, frame))
-
-    async def _send_all(self) -> None:
-        while True:
-            connection, frame = await self._outgoing.get()
-            try:
-                async with asyncio.timeout(_SEND):
-                    await connection.send(frame)
-            except TimeoutError:
-                connection.transport.abort()
-            except ConnectionClosed:
-                continue
+        frame = session.send(message)
+        if frame is not None and live is not None:
+            self._outgoing.put(live, frame, loose=loose)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         if self._tasks is None:
