@@ -33,8 +33,8 @@ $(STAMP): requirements.lock $(addsuffix /pyproject.toml,$(PACKAGES))
 	@touch $(STAMP)
 	@echo "setup: done"
 
-system: ## install bubblewrap and nftables (Debian or Ubuntu, as root), or say how
-	@bash scripts/system.sh bubblewrap nftables git
+system: ## install bubblewrap, packet filters, git and jq (Debian or Ubuntu, as root), or say how
+	@bash scripts/system.sh bubblewrap nftables git iptables iproute2 jq
 
 demo: setup system ## run the whole job on this machine; ARGS=--keep, ARGS="--outage 10"
 	@$(BIN)/python -m examples.demo $(ARGS)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the system packages that a make target needs, or says exactly what is missing.
 set -euo pipefail
-declare -A program=([bubblewrap]=bwrap [nftables]=nft [git]=git [qemu-system-x86]=qemu-system-x86_64 [squashfs-tools]=mksquashfs [skopeo]=skopeo [postgresql]=psql [chromium]=chromium)
+declare -A program=([bubblewrap]=bwrap [nftables]=nft [git]=git [iptables]=iptables [iproute2]=ip [jq]=jq [qemu-system-x86]=qemu-system-x86_64 [squashfs-tools]=mksquashfs [skopeo]=skopeo [postgresql]=psql [chromium]=chromium)
 export PATH="$PATH:/usr/sbin:/sbin"
 missing=()
 for package in "$@"; do

@@ -19,6 +19,7 @@ from platform_protocol.compose import ComposeInvalid, app_compose, compose_hash
 from platform_protocol.event_log import EventLogInvalid, parse_event_log, replay, runtime_digest
 from platform_protocol.evidence import payload_sha256, result_record, result_report_data
 from platform_protocol.filesystem_policy import FilesystemPolicy
+from platform_protocol.guest_init import INIT_SCRIPT
 from platform_protocol.ids import ChallengeId, Hotkey, JobId, VmName
 from platform_protocol.notifications import (
     Hello,
@@ -100,13 +101,14 @@ def test_app_compose_depends_on_tree_and_runtime_alone() -> None:
     spec = parse_platform_toml(MINIMAL)
     runtime = "platform-runtime@sha256:" + "a" * 64
     compose = app_compose(spec, bundle_sha256="b" * 64, runtime=runtime)
-    assert compose_hash(compose) == "47093268a241ee0f86a0194a1b609b706b1307be776ecc68c4ea0c3b6421a30d"
+    assert compose_hash(compose) == "2ec77200d8cd568132f0f4860fbfc3677bdab63a7b7254bac7d032339e9148a2"
     document = json.loads(compose)
     assert (document["manifest_version"], document["key_provider"], document["public_logs"]) == (
         2,
         "none",
         False,
     )
+    assert document["init_script"] == INIT_SCRIPT
     other = app_compose(spec, bundle_sha256="c" * 64, runtime=runtime)
     assert compose_hash(other) != compose_hash(compose)
 

@@ -62,6 +62,8 @@ async def test_a_boot_error_is_told_and_the_vm_is_exited(guests: Guests) -> None
         ({"gateway_enabled": True}, "gateway_enabled"),
         ({"key_provider": "kms"}, "key_provider"),
         ({"pre_launch_script": "true"}, "pre_launch_script"),
+        ({"init_script": "true"}, "init_script"),
+        ({"init_script": ["true"]}, "init_script"),
         ({"runner": "bash"}, "runner"),
         ({"manifest_version": 9}, "manifest_version"),
     ],

@@ -10,6 +10,7 @@ import re
 
 from platform_protocol.canonical import sha256_hex
 from platform_protocol.errors import ProtocolError
+from platform_protocol.guest_init import INIT_SCRIPT
 from platform_protocol.spec import ChallengeSpec
 
 SDK_PORT = 10000
@@ -52,6 +53,7 @@ def app_compose(
         "secure_time": False,
         "public_logs": False,
         "public_sysinfo": False,
+        "init_script": INIT_SCRIPT,
     }
     return _normal(document).encode()
 

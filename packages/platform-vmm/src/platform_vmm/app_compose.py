@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from platform_protocol.guest_init import INIT_SCRIPT
 from platform_vmm.errors import ComposeUnsupported
 
 USER_CONFIG = "/dstack/.host-shared/.user-config"
@@ -26,7 +27,6 @@ _UNSUPPORTED = {
     "tproxy_enabled": "the local VMM has no gateway",
     "local_key_provider_enabled": "the local VMM has no key provider",
     "pre_launch_script": "the local VMM runs the service alone",
-    "init_script": "the local VMM runs the service alone",
     "bash_script": "the local VMM runs docker-compose only",
     "verity_volumes": "the local VMM mounts nothing else",
     "requirements": "the local VMM can promise none",
@@ -155,6 +155,8 @@ def _unsupported(value: dict[str, Any], key_provider: object) -> str | None:
         return "runner: the local VMM runs docker-compose only"
     if key_provider != "none":
         return "key_provider: the local VMM has none"
+    if value.get("init_script") not in (None, "", INIT_SCRIPT):
+        return "init_script: the local VMM enforces the platform's own, and runs no other"
     return next((f"{key}: {why}" for key, why in _UNSUPPORTED.items() if value.get(key)), None)
 
 
