@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from platform_validator.platform_client.port import NotAuthorized, PlatformClien
 
 _GUEST_HOST = "10.0.2.2"
 _SKEW_WARNED = 5.0
+_NO_NAME = "expected an IP address: what a CVM reaches is walled in by address, and no name resolves inside"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,8 @@ def check_base_url(settings: Settings) -> Check:
     url = urlsplit(settings["validator.base_url"])
     host, port = settings["validator.http_listen"]
     asked = url.port or (443 if url.scheme == "https" else 80)
+    if not _is_address(url.hostname):
+        return Check("base url", "fail", f"{url.geturl()}: {_NO_NAME}")
     if url.hostname != _GUEST_HOST:
         return Check(
             "base url", "warn", f"{url.geturl()} must reach {host}:{port} from inside a CVM: a proxy of yours"
@@ -217,6 +221,8 @@ async def check_egress(settings: Settings) -> list[Check]:
             "set VALIDATOR_EGRESS_BASE_URL or VALIDATOR_EGRESS_LISTEN"
         )
         return [Check(name, "fail", detail)]
+    if not _is_address(url.hostname):
+        return [Check(name, "fail", f"{url.geturl()}: {_NO_NAME}")]
     found = []
     if url.hostname == _GUEST_HOST:
         detail = (
@@ -240,6 +246,14 @@ async def _taken(host: str, port: int) -> str | None:
         return f"{host}:{port} cannot be listened on: {error.strerror}"
     server.close()
     return None
+
+
+def _is_address(host: str | None) -> bool:
+    try:
+        ipaddress.ip_address(host or "")
+    except ValueError:
+        return False
+    return True
 
 
 def _check_sources(settings: Settings) -> Check:

@@ -190,7 +190,7 @@ class Board:
             "vmm": "not asked yet" if parts is None else parts.fleet.hosts.error,
             "fleet": None if parts is None else parts.fleet.last_error,
             "attestation": self.policy.trouble() if self.policy is not None else None,
-            **({} if self.egress is None else {"egress": self.egress.error}),
+            "egress": None if self.egress is None else self.egress.error,
             "journal": self.journal(),
             "loops": self._stuck(),
         }
