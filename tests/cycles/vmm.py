@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,29 @@ class VmmFailed(Exception):
 
 
 class Vmm:
-    """`program` is what Python runs instead of `-m platform_vmm`, with the same arguments after it."""
+    """`program` is what Python runs instead of `-m platform_vmm`, with the same arguments after it.
 
-    def __init__(self, folder: Path, program: Sequence[str] = ("-m", "platform_vmm")) -> None:
+    `python` is the interpreter, with whatever runs it as somebody else, in `environment`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        program: Sequence[str] = ("-m", "platform_vmm"),
+        *,
+        python: Sequence[str] = (sys.executable,),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.state, self.temporary = folder / "vmm", folder / "tmp"
         self.temporary.mkdir(exist_ok=True)
         self._log, self._socket = folder / "vmm.log", folder / "s"
         self._program = program
+        self._python = python
+        self._environment = dict(os.environ if environment is None else environment)
         self._mark = folder
         self._process: subprocess.Popen[bytes] | None = None
         self._image = ""
+        self.described: dict[str, Any] = {}
 
     @property
     def pid(self) -> int:
@@ -45,8 +58,10 @@ class Vmm:
 
     def make_image(self) -> None:
         """By a process of its own: memory that the making takes would hide what a VMM's cycles take."""
-        command = [sys.executable, "-m", "platform_vmm", "images", "--state-dir", str(self.state)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
+        command = [*self._python, "-m", "platform_vmm", "images", "--state-dir", str(self.state)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=START_S, check=False, env=self._environment
+        )
         if done.returncode:
             raise VmmFailed(done.stderr[-2000:])
 
@@ -55,15 +70,15 @@ class Vmm:
         listen = ["serve", "--listen", f"unix:{self._socket}", "--state-dir", str(self.state)]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, *self._program, *listen],
+                [*self._python, *self._program, *listen],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "TMPDIR": str(self.temporary), MARK: str(self._mark)},
+                env={**self._environment, "TMPDIR": str(self.temporary), MARK: str(self._mark)},
             )
         self.until(self._answers, "the VMM to answer", START_S)
-        found = json.loads(self.call("ListImages")["images"][0]["description"])
-        self._image = f"platform-runtime@{found['runtimes']['platform-runtime']}"
+        self.described = json.loads(self.call("ListImages")["images"][0]["description"])
+        self._image = f"platform-runtime@{self.described['runtimes']['platform-runtime']}"
 
     def end(self, number: int) -> None:
         """Send it a signal and wait for its end."""
@@ -77,9 +92,9 @@ class Vmm:
             raise self._failed(f"still there {ANSWER_S:.0f} s after {signal.Signals(number).name}") from None
         self._process = None
 
-    def create(self, script: str, port: int) -> str:
-        """A VM that runs a shell script; `port` of the host leads into it."""
-        service = {"image": self._image, "command": ["/bin/sh", "-c", script.replace("$", "$$")]}
+    def create(self, script: str, port: int, interpreter: Sequence[str] = ("/bin/sh", "-c")) -> str:
+        """A VM that runs a script; `port` of the host leads into it."""
+        service = {"image": self._image, "command": [*interpreter, script.replace("$", "$$")]}
         compose = {"manifest_version": 2, "name": "cycle", "runner": "docker-compose"}
         compose |= {"docker_compose_file": json.dumps({"services": {"one": service}})}
         message = {"name": "cycle", "image": "local-sandbox", "vcpu": 1, "memory": 64, "disk_size": 1}

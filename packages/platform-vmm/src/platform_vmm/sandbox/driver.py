@@ -10,7 +10,7 @@ import shutil
 import socket
 import sys
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from platform_vmm.errors import SandboxFailed
 from platform_vmm.sandbox.cgroups import ControlGroups, Limits
 from platform_vmm.sandbox.console import Console
 from platform_vmm.sandbox.control import Control, make_pair
+from platform_vmm.sandbox.namespaces import namespaces_refused
 from platform_vmm.sandbox.recipe import NAMESPACES, ROOM, Recipe
 from platform_vmm.sandbox.relay import Connect, Relay, loopback
 from platform_vmm.sandbox.syscalls import guest_filter
@@ -123,18 +124,24 @@ class SandboxDriver:
         """For people."""
         return "a sandbox on this host's kernel; not a TEE"
 
-    @property
+    @cached_property
     def missing(self) -> str | None:
-        """What the driver needs and this machine lacks, with what to do; None when all is there."""
+        """What the driver needs and this machine lacks, with what to do; None when all is there.
+
+        Without namespaces there is no sandbox of less isolation: it is refused.
+        """
         if self._bwrap is None:
             return "bubblewrap is not installed: install the package bubblewrap (bwrap on PATH)"
-        return None
+        return namespaces_refused()
 
     @property
     def weaker(self) -> list[str]:
         """Guarantees of the sandbox that this machine, or running without root, does not give."""
         found = {
-            "no uid of its own: the guest's processes are the VMM's user's": os.getuid() != 0,
+            "no uid of its own: whoever left a guest's namespaces would be the VMM's user": os.getuid() != 0,
+            "no layers with the guest's owner: with read_only = false /usr can be added to at its top only": (
+                os.getuid() != 0
+            ),
             "no control groups: memory and CPU are not limited, processes by RLIMIT_NPROC only": (
                 not self._groups.limits_hold
             ),
