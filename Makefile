@@ -15,7 +15,7 @@ export PIP_NO_INPUT := 1
 
 export URL IMAGE TOKEN
 
-.PHONY: help setup system demo test lint bench simulate chaos cycles attest-matrix mitm vmm-conformance values-drill update-drill docs lock clean hosts-demo canary
+.PHONY: help setup system demo test lint bench simulate chaos cycles runtime-image attest-matrix mitm vmm-conformance values-drill update-drill docs lock clean hosts-demo canary
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -44,7 +44,7 @@ hosts-demo: setup system ## two VMMs of different size, one killed in the middle
 
 test: setup system $(WS16)/.stamp ## all tests; ARGS="-k lease" narrows them
 	@bash scripts/system.sh squashfs-tools qemu-system-x86 skopeo
-	@$(BIN)/platform-vmm image build --state-dir .cache/platform-vmm
+	@$(BIN)/platform-vmm image build --prune --state-dir .cache/platform-vmm
 	@$(BIN)/python -m pytest -n 2 --ignore tests/e2e/test_demo.py $(ARGS)
 	@echo "test: the whole system, one run at a time"
 	@$(BIN)/python -m pytest -q tests/e2e/test_demo.py
@@ -76,6 +76,11 @@ chaos: setup system ## real processes under kill -9, SIGSTOP and a failing netwo
 cycles: setup system ## make and destroy 2,000 sandboxes and count what is left; ARGS="--cycles 200"
 	@$(BIN)/python -m tests.cycles $(ARGS)
 
+runtime-image: setup ## the runtime image of dstack hosts as an OCI layout in dist/, made twice; ARGS=--update
+	@bash scripts/system.sh squashfs-tools
+	@rm -rf dist/platform-runtime
+	@$(BIN)/platform-vmm image build --check --json --state-dir .cache/platform-vmm --output dist/platform-runtime $(ARGS)
+
 attest-matrix: setup ## every check of attestation against real and generated quotes, honest and tampered
 	@$(BIN)/python -m tests.attestation
 
@@ -102,3 +107,4 @@ docs: setup ## check the pages' links and commands; write docs/openapi.json
 lock: ## make requirements.lock anew (needs uv)
 	uv pip compile --universal --generate-hashes --no-emit-index-url --no-header --no-annotate --python-version 3.11 \
 	  --group dev packages/*/pyproject.toml --extra signing --extra receipts $(foreach p,$(PACKAGES),--no-emit-package $(notdir $(p))) -o requirements.lock
+	@$(BIN)/python scripts/image_lock.py

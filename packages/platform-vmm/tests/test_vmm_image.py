@@ -101,3 +101,23 @@ def test_a_virtual_machine_boots_from_it(guest_image: GuestImage) -> None:
         words, capture_output=True, text=True, timeout=200, check=True, stdin=subprocess.DEVNULL
     )
     assert "platform-guest: user space runs" in done.stdout
+
+
+@pytest.mark.slow(reason="unpacks the image and starts its Python")
+def test_platform_boot_starts_in_it_and_says_what_it_lacks(guest_image: GuestImage, tmp_path: Path) -> None:
+    """As a container would run it: the layer as the root, the configured user, command and environment."""
+    layout = read_layout(guest_image.layout)
+    (tmp_path / "root").mkdir()
+    unpack = ["tar", "--extract", "--gzip", "--directory", str(tmp_path / "root"), "--file"]
+    subprocess.run([*unpack, str(layout.layers[0].path)], check=True, timeout=100)
+    run = layout.config["config"]
+    words = ["bwrap", "--unshare-all", "--die-with-parent", "--uid", run["User"], "--gid", run["User"]]
+    words += ["--cap-drop", "ALL", "--bind", str(tmp_path / "root"), "/", "--proc", "/proc", "--dev", "/dev"]
+    words += ["--tmpfs", "/tmp", "--clearenv", "--chdir", run["WorkingDir"]]
+    for name, value in (one.split("=", 1) for one in run["Env"]):
+        words += ["--setenv", name, value]
+    with subprocess.Popen([*words, *run["Cmd"]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline().decode()
+        process.kill()
+    assert said.startswith("platform-boot: user_config cannot be read at /dstack/.host-shared/.user-config")

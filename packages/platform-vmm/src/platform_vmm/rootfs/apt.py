@@ -31,17 +31,22 @@ _FULL = re.compile(r"No space left on device|not enough free space|enough free s
 class Apt:
     """apt with a state of its own in `folder`, which is removed at the end.
 
+    Args:
+        folder: Where its own folder is made.
+        old: An index that its mirror no longer vouches for will do: what is fetched is known by its hash.
+
     Raises:
         ToolMissing: This machine has no apt.
         MirrorFailed: It has no sources of Debian 12, and none were named.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, old: bool = False) -> None:
         for program, package in (("apt-get", "apt"), ("dpkg-deb", "dpkg")):
             require(program, package)
         self._folder = Path(tempfile.mkdtemp(prefix=".apt-", dir=folder))
         self._sources = sources(os.environ.get(MIRROR, ""), _APT_FOLDER)
         self._updated = False
+        self._old = old
 
     def __enter__(self) -> Self:
         for name in ("state/lists/partial", "cache/archives/partial", "none"):
@@ -134,6 +139,7 @@ class Apt:
             "APT::Architectures": ARCHITECTURE,
             "APT::Sandbox::User": "",
             "Acquire::Languages": "none",
+            **({"Acquire::Check-Valid-Until": "false"} if self._old else {}),
             "Acquire::Retries": 2,
             "Acquire::http::Timeout": 30,
             "Acquire::https::Timeout": 30,

@@ -12,7 +12,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from platform_vmm.errors import VmmError
-from platform_vmm.rootfs.image import GuestImage, build_guest_image, newest_image
+from platform_vmm.rootfs.image import (
+    GuestImage,
+    build_guest_image,
+    check_reproducible,
+    newest_image,
+    prune_guest_images,
+)
 from platform_vmm.rootfs.oci import read_layout
 from platform_vmm.state import StateDirectory
 
@@ -32,10 +38,14 @@ def build(
     *,
     state_dir: State = Path("./platform-vmm"),
     output: Annotated[
-        Path | None,
-        typer.Option(help="Also write the OCI layout there, into a new folder"),
+        Path | None, typer.Option(help="Also write the OCI layout there, into a new folder")
     ] = None,
-    update: Annotated[bool, typer.Option(help="Take the newest packages, not the last build's")] = False,
+    like: Annotated[
+        Path | None, typer.Option(help="A platform-runtime.json: make exactly that image again")
+    ] = None,
+    update: Annotated[bool, typer.Option("--update", help="Take the newest packages")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Make it a second time and compare")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Then remove every other image")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make the image where it is not there yet."""
@@ -47,38 +57,43 @@ def build(
     try:
         if output is not None and output.exists():
             raise VmmError(f"--output: {output} is there already: remove it or name another folder")
-        image = build_guest_image(StateDirectory(state_dir).path, tell, update=update)
+        state = StateDirectory(state_dir).path
+        image = build_guest_image(state, tell, like=like, update=update)
+        if check:
+            check_reproducible(state, image, tell)
+        if prune:
+            prune_guest_images(state, keep=image)
         if output is not None:
             shutil.copytree(image.layout, output)
+            tell(f"to publish it: skopeo copy --preserve-digests oci:{output} docker://REGISTRY/NAME:TAG")
     except (VmmError, OSError) as error:
         _fail(error)
-    _tell(image, as_json=as_json, output=output)
+    more: dict[str, Any] = {"reproducible": True} if check else {}
+    _tell(image, output, as_json=as_json, more=more | {"seconds": round(time.monotonic() - begun, 1)})
 
 
 @app.command()
 def show(*, state_dir: State = Path("./platform-vmm"), as_json: AsJson = False) -> None:
     """Show what the newest image is made of; build nothing."""
     try:
-        image = newest_image(StateDirectory(state_dir).path)
+        _tell(newest_image(StateDirectory(state_dir).path), None, as_json=as_json, more={})
     except VmmError as error:
         _fail(error)
-    _tell(image, as_json=as_json, output=None)
 
 
-def _tell(image: GuestImage, *, as_json: bool, output: Path | None) -> None:
+def _tell(image: GuestImage, output: Path | None, *, as_json: bool, more: dict[str, Any]) -> None:
     layout = read_layout(output or image.layout)
     made_of = image.manifest
     if as_json:
         document: dict[str, Any] = {
             "digest": layout.digest,
-            "path": str(image.path),
-            "layout": str(output or image.layout),
-            "bytes": layout.size,
             "layers": len(layout.layers),
+            "bytes": layout.size,
             "packages": len(made_of["packages"]),
             "kernel": made_of["kernel"]["version"],
+            "layout": str(output or image.layout),
         }
-        print(json.dumps(document))
+        print(json.dumps(document | more))
         return
     print(f"platform-runtime@{layout.digest}")
     count, size = len(made_of["packages"]), layout.size / 1e6

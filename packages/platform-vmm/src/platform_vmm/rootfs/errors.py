@@ -27,3 +27,7 @@ class NoRoom(ImageNotBuilt):
 
 class WheelsFailed(ImageNotBuilt):
     """The SDK's libraries could not be had from the package index."""
+
+
+class NotReproduced(ImageNotBuilt):
+    """The same image was asked for, and another came out or would."""

@@ -6,50 +6,29 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from platform_vmm.distributions import walk
 from platform_vmm.rootfs.apt import Apt, require
-from platform_vmm.rootfs.errors import ImageNotBuilt, NoRoom
+from platform_vmm.rootfs.assembly import MANIFEST, Materials, sdk_sha256
+from platform_vmm.rootfs.errors import ImageNotBuilt, NoRoom, NotReproduced
 from platform_vmm.rootfs.initrd import write_boot
-from platform_vmm.rootfs.layer import Layer, write_layer
-from platform_vmm.rootfs.oci import write_layout
 from platform_vmm.rootfs.packages import KERNEL, SUITE, UNUSED, WANTED, Selection
-from platform_vmm.rootfs.tree import (
-    OWN,
-    SITE,
-    UID,
-    compile_modules,
-    install_sdk,
-    run_python,
-    sdk_files,
-    unpack_packages,
-)
-from platform_vmm.rootfs.wheels import PYTHON, Wheel, fetch_wheels, read_lock
+from platform_vmm.rootfs.tree import SITE
+from platform_vmm.rootfs.wheels import PYTHON, Wheel, read_lock
 from platform_vmm.state import write_durably
 
-NAME = "platform-runtime"
-MANIFEST = "platform-runtime.json"
 FOLDER = "guest"
 """Under `state/images`: packages that were downloaded, and a folder an image, by what it is made of."""
-_GUEST_FILES = Path(__file__).parents[1] / "qemu" / "guest"
 _ROOM = 600 * 1024 * 1024
 _SQUASH_S = 300.0
-_COMPRESS = (
-    "import gzip, shutil, sys\n"
-    "with open(sys.argv[1], 'rb') as plain, open(sys.argv[2], 'wb') as file:\n"
-    "    with gzip.GzipFile('', 'wb', 6, file, mtime=0) as packed:\n"
-    "        shutil.copyfileobj(plain, packed, 1 << 20)\n"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +62,7 @@ def build_guest_image(
     state: Path,
     progress: Callable[[str], None] = lambda _: None,
     *,
-    selection: Selection | None = None,
+    like: Path | None = None,
     update: bool = False,
 ) -> GuestImage:
     """The image under `state/images`, made when it is not there yet (half a minute, 50 MB to download).
@@ -94,7 +73,7 @@ def build_guest_image(
     Args:
         state: The VMM's state directory.
         progress: Told what is being done.
-        selection: Exactly these packages, instead of those of the first build.
+        like: The `platform-runtime.json` of an image: exactly its packages, and its digest must come out.
         update: Ask the mirrors for newer packages.
 
     Raises:
@@ -104,14 +83,46 @@ def build_guest_image(
     images = state / "images" / FOLDER
     images.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _only_one(images, progress), _full_disk_told(images):
-        for left in (*images.glob(".*-*"), *images.glob("*.new")):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        chosen = selection or _selection(images, progress, update=update)
-        wheels = read_lock()
-        target = images / _key(chosen, wheels)
+        _sweep(images)
+        chosen = _packages_of(like) if like else _selection(images, progress, update=update)
+        materials = Materials(chosen, read_lock())
+        target = images / materials.key
         if not target.exists():
-            _build(images, target, chosen, wheels, progress)
-    return _describe(target)
+            _build(images, target, materials, progress, old=like is not None)
+            _sweep(images)
+    image = _describe(target)
+    if like is not None and image.digest != (expected := json.loads(like.read_text())["digest"]):
+        raise NotReproduced(
+            f"{like}: expected {expected}, got {image.digest}: the image was made by another version of the "
+            "scripts; check out the version of the VMM that it was made with"
+        )
+    return image
+
+
+def check_reproducible(state: Path, image: GuestImage, progress: Callable[[str], None]) -> None:
+    """Make the OCI image once more, from its packages, in another folder.
+
+    Raises:
+        NotReproduced: Another digest came out.
+        ImageNotBuilt: It could not be made.
+    """
+    images = state / "images" / FOLDER
+    with _only_one(images, progress), _full_disk_told(images):
+        _expect_room(images)
+        scratch = Path(tempfile.mkdtemp(prefix=".building-again-", dir=images))
+        try:
+            materials = Materials(_packages_of(image.layout / MANIFEST), read_lock())
+            materials.fetch(images, progress)
+            again = materials.assemble(images, scratch, progress)
+            told = json.loads((scratch / "oci" / MANIFEST).read_text())
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    if again.layout.digest != image.digest:
+        differs = [key for key, value in told["content"].items() if value != image.manifest["content"][key]]
+        raise NotReproduced(
+            f"expected {image.digest} a second time, got {again.layout.digest}: "
+            f"another {', '.join(differs) or 'compression'}"
+        )
 
 
 def newest_image(state: Path) -> GuestImage:
@@ -120,66 +131,43 @@ def newest_image(state: Path) -> GuestImage:
     Raises:
         ImageNotBuilt: None was made yet.
     """
-    found = sorted(
-        (state / "images" / FOLDER).glob(f"*/oci/{MANIFEST}"), key=lambda path: path.stat().st_mtime
-    )
-    if not found:
+    notes = [(path.stat().st_mtime, path) for path in (state / "images" / FOLDER).glob(f"*/oci/{MANIFEST}")]
+    if not notes:
         raise ImageNotBuilt(f"{state}: no image was made yet: platform-vmm image build --state-dir {state}")
-    return _describe(found[-1].parents[1])
+    return _describe(max(notes)[1].parents[1])
 
 
 def prune_guest_images(state: Path, keep: GuestImage) -> None:
     """Remove all other images, and downloaded packages that `keep` is not made of."""
+    images = state / "images" / FOLDER
     made_of = keep.manifest
     files = {f"{one['sha256']}.deb" for one in (*made_of["packages"], made_of["kernel"])}
     files |= {f"{one['sha256']}.whl" for one in made_of["wheels"]}
-    for entry in (state / "images" / FOLDER).iterdir():
-        if entry.is_dir() and entry != keep.path:
-            shutil.rmtree(entry, ignore_errors=True)
-        elif entry.suffix in (".deb", ".whl") and entry.name not in files:
-            entry.unlink()
+    with _only_one(images, lambda _: None):
+        for entry in images.iterdir():
+            if entry.is_dir() and entry != keep.path:
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.suffix in (".deb", ".whl") and entry.name not in files:
+                entry.unlink()
 
 
 def _build(
-    images: Path,
-    target: Path,
-    chosen: Selection,
-    wheels: tuple[Wheel, ...],
-    progress: Callable[[str], None],
+    images: Path, target: Path, materials: Materials, progress: Callable[[str], None], *, old: bool
 ) -> None:
     squash = require("mksquashfs", "squashfs-tools")
-    if (free := shutil.disk_usage(images).free) < _ROOM:
-        raise NoRoom(
-            f"{images}: expected {_ROOM >> 20} MiB of free disk to make the image, found {free >> 20} MiB"
-        )
-    packages = chosen.all
-    if any(not (images / one.file).exists() for one in packages):
-        with Apt(images) as apt:
-            apt.fetch(packages, images, progress)
-    fetch_wheels(wheels, images, progress)
+    _expect_room(images)
+    materials.fetch(images, progress, old=old)
     scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=images))
     try:
-        root, made = scratch / "root", scratch / "image"
-        root.mkdir()
+        made = scratch / "image"
         made.mkdir()
-        progress(f"unpacking {len(chosen.root)} packages")
-        unpack_packages(chosen.root, images, root)
-        install_sdk(wheels, images, _GUEST_FILES, root)
-        progress("compiling Python modules")
-        compile_modules(root)
-        progress("packing the root filesystem")
-        tar, packed = scratch / "layer.tar", scratch / "layer.tar.gz"
-        layer = write_layer(root, tar)
-        # The image's own Python compresses: another zlib would make other bytes, and so another digest.
-        run_python(root, ["-c", _COMPRESS, str(tar), str(packed)], timeout=_SQUASH_S)
-        layout = write_layout(
-            made / "oci", layer=packed, content_sha256=layer.sha256, run=_configuration(), name=NAME
-        )
-        told = {"digest": layout.digest, **_made_of(chosen, wheels, layer)}
-        (made / "oci" / MANIFEST).write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
-        _squash(squash, tar, made / "root.squashfs")
-        progress(f"kernel {chosen.release} and its initrd")
-        write_boot(images / chosen.kernel.file, chosen.release, root / "usr/bin/busybox", made)
+        assembled = materials.assemble(images, scratch, progress)
+        (scratch / "oci").rename(made / "oci")
+        _squash(squash, assembled.root, made / "root.squashfs")
+        release = materials.packages.release
+        progress(f"kernel {release} and its initrd")
+        kernel = images / materials.packages.kernel.file
+        write_boot(kernel, release, assembled.root / "usr/bin/busybox", made)
         _finish(made)
         made.rename(target)
         _sync(images)
@@ -192,6 +180,7 @@ def _selection(images: Path, progress: Callable[[str], None], *, update: bool) -
     note = images / f"packages-{hashlib.sha256(asked.encode()).hexdigest()[:12]}.json"
     if note.exists() and not update:
         return Selection.from_json(note.read_text())
+    _expect_room(images)
     with Apt(images) as apt:
         chosen = apt.resolve(progress)
         # Fetched before it is decided on: a choice of which half cannot be had would stay.
@@ -200,44 +189,27 @@ def _selection(images: Path, progress: Callable[[str], None], *, update: bool) -
     return chosen
 
 
-def _key(chosen: Selection, wheels: tuple[Wheel, ...]) -> str:
-    own = [(place, _sha256(path)) for path, place in sdk_files()]
-    guest = [(place, os.access(path, os.X_OK), _sha256(path)) for path, place in walk(_GUEST_FILES)]
-    scripts = [(place, _sha256(path)) for path, place in walk(Path(__file__).parent)]
-    made_of = [chosen.to_json(), [asdict(one) for one in wheels], own, guest, scripts]
-    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:40]
+def _packages_of(manifest: Path) -> Selection:
+    """The packages of an image that was made before, here or elsewhere.
 
-
-def _made_of(chosen: Selection, wheels: tuple[Wheel, ...], layer: Layer) -> dict[str, Any]:
-    own = hashlib.sha256(
-        "".join(f"{place} {_sha256(path)}\n" for path, place in sdk_files()).encode()
-    ).hexdigest()
-    return {
-        "content": {"files": layer.files, "sha256": layer.content, "tar_bytes": layer.size},
-        "kernel": asdict(chosen.kernel),
-        "packages": [asdict(one) for one in chosen.root],
-        "python": PYTHON,
-        "sdk": {"sha256": own, "versions": _versions()},
-        "suite": SUITE,
-        "wheels": [asdict(one) for one in wheels],
-    }
-
-
-def _configuration() -> dict[str, Any]:
-    return {
-        "Cmd": ["platform-boot"],
-        "Env": ["PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin", "HOME=/root", "LANG=C.UTF-8"],
-        "Labels": {
-            "org.opencontainers.image.title": NAME,
-            "org.opencontainers.image.version": _versions()["platform-challenge-sdk"],
-        },
-        "User": str(UID),
-        "WorkingDir": "/root",
-    }
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in OWN}
+    Raises:
+        ImageNotBuilt: It is no manifest, or of another SDK than is installed here.
+    """
+    try:
+        text = manifest.read_text()
+        made_of = json.loads(text)
+        wheels = tuple(sorted(Wheel(**one) for one in made_of["wheels"]))
+        sdk = made_of["sdk"]
+        same = (sdk["sha256"], wheels) == (sdk_sha256(), read_lock())
+        versions = " and ".join(f"{name} {version}" for name, version in sdk["versions"].items())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ImageNotBuilt(f"{manifest}: expected the {MANIFEST} of an image: {error!r}") from error
+    if not same:
+        raise NotReproduced(
+            f"{manifest}: made of {versions} with SHA-256 {sdk['sha256'][:16]}… and libraries; here are "
+            f"others ({sdk_sha256()[:16]}…): check out and install the version that it was made with"
+        )
+    return Selection.from_json(text)
 
 
 def _describe(path: Path) -> GuestImage:
@@ -253,19 +225,44 @@ def _describe(path: Path) -> GuestImage:
     )
 
 
-def _squash(program: str, tar: Path, target: Path) -> None:
-    words = [program, "-", str(target), "-tar", "-noappend", "-quiet", "-no-progress"]
-    words += ["-mkfs-time", "0", "-comp", "lz4"]
+def _squash(program: str, root: Path, target: Path) -> None:
+    """Everything root's: what a guest's service may write lies on a disk of its own."""
+    words = [program, str(root), str(target), "-noappend", "-quiet", "-no-progress", "-no-xattrs"]
+    words += ["-all-root", "-root-mode", "0755", "-mkfs-time", "0", "-all-time", "0", "-comp", "lz4"]
     environment = {name: value for name, value in os.environ.items() if name != "SOURCE_DATE_EPOCH"}
-    with tar.open("rb") as archive:
+    try:
         done = subprocess.run(
-            words, stdin=archive, capture_output=True, timeout=_SQUASH_S, check=False, env=environment
+            words,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_SQUASH_S,
+            check=False,
+            env=environment,
         )
+    except subprocess.TimeoutExpired as error:
+        raise ImageNotBuilt(f"mksquashfs took over {_SQUASH_S:g} s") from error
     said = (done.stdout + done.stderr).decode("utf-8", "replace").strip()[-500:]
     if done.returncode != 0 or not target.exists():
         if "No space left" in said:
             raise NoRoom(f"{target.parent}: {said}: free some space and try again")
         raise ImageNotBuilt(f"mksquashfs ended with exit code {done.returncode}: {said}")
+
+
+def _sweep(images: Path) -> None:
+    """Remove what a killed build left. A program that it had started may still write there: hence twice."""
+    for left in (*images.glob(".*-*"), *images.glob("*.new")):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _expect_room(images: Path) -> None:
+    if (free := shutil.disk_usage(images).free) < _ROOM:
+        raise NoRoom(
+            f"{images}: expected {_ROOM >> 20} MiB of free disk to make the image, found {free >> 20} MiB: "
+            "free some space, or give --state-dir on another disk"
+        )
 
 
 @contextlib.contextmanager
@@ -305,8 +302,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

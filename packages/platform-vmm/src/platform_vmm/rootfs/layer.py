@@ -24,8 +24,16 @@ class Layer(NamedTuple):
     """SHA-256 in hex over the sorted list of places with mode and hash: what is inside, however packed."""
 
 
+def set_modes(root: Path) -> None:
+    """Give every file and folder its mode in the image, whatever the umask was; none is setuid."""
+    for path, place in _sorted(root):
+        if not path.is_symlink():
+            executable = path.is_dir() or path.stat().st_mode & 0o100
+            path.chmod(0o1777 if place in _OPEN else 0o755 if executable else 0o644)
+
+
 def write_layer(root: Path, target: Path) -> Layer:
-    """Write `root` as a tar archive. Every file is root's but the SDK's user's folders; nothing is setuid.
+    """Write `root`, whose modes are set, as a tar archive. Every file is root's but the SDK's user's folders.
 
     Raises:
         OSError: It could not be written.
@@ -42,12 +50,11 @@ def write_layer(root: Path, target: Path) -> Layer:
                 archive.addfile(entry)
                 told += f" -> {entry.linkname}"
             elif path.is_dir():
-                entry.type = tarfile.DIRTYPE
-                entry.mode = 0o1777 if place in _OPEN else 0o755
+                entry.type, entry.mode = tarfile.DIRTYPE, path.stat().st_mode & 0o7777
                 archive.addfile(entry)
             else:
-                entry.mode = 0o755 if os.access(path, os.X_OK) and path.stat().st_mode & 0o111 else 0o644
-                entry.size = path.stat().st_size
+                status = path.stat()
+                entry.mode, entry.size = status.st_mode & 0o7777, status.st_size
                 with path.open("rb") as content:
                     archive.addfile(entry, content)
                 with path.open("rb") as content:

@@ -74,14 +74,15 @@ class Selection:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote.
+        """Read what `to_json` wrote, or the `packages` and `kernel` of an image's manifest.
 
         Raises:
             PackageRefused: It is something else.
         """
         try:
             document = json.loads(text)
-            root = tuple(sorted(Package(**one) for one in document["root"]))
+            listed = document["root"] if "root" in document else document["packages"]
+            root = tuple(sorted(Package(**one) for one in listed))
             return cls(root, Package(**document["kernel"]))
         except (ValueError, TypeError, KeyError) as error:
             raise PackageRefused(f"expected a list of packages with versions and hashes: {error}") from error

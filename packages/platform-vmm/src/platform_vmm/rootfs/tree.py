@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from platform_vmm.distributions import distribution_files, walk
 from platform_vmm.errors import ImageUnknown
-from platform_vmm.rootfs.errors import ImageNotBuilt, PackageRefused
+from platform_vmm.rootfs.errors import ImageNotBuilt, NoRoom, PackageRefused
 from platform_vmm.rootfs.packages import Package
 from platform_vmm.rootfs.wheels import PYTHON, Wheel, unpack_wheel
 
@@ -170,18 +170,23 @@ def run_python(root: Path, words: Sequence[str], *, timeout: float) -> None:
     """
     libraries = f"{root}/usr/lib/x86_64-linux-gnu"
     loader = [f"{root}/usr/lib64/ld-linux-x86-64.so.2", "--library-path", libraries, "--inhibit-cache"]
-    done = subprocess.run(
-        [*loader, f"{root}/usr/bin/python{PYTHON}", "-s", "-B", *words],
-        env={"PYTHONHOME": f"{root}/usr", "PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "PATH": os.defpath},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-        cwd=root,
-    )
+    try:
+        done = subprocess.run(
+            [*loader, f"{root}/usr/bin/python{PYTHON}", "-s", "-B", *words],
+            env={"PYTHONHOME": f"{root}/usr", "PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "PATH": os.defpath},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            cwd=root,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ImageNotBuilt(f"the image's Python took over {timeout:g} s to {words[1][:20]}") from error
     if done.returncode != 0:
         said = (done.stdout + done.stderr).strip()[-800:]
+        if "No space left on device" in said:
+            raise NoRoom(f"{root}: {said[-200:]}: free some space and try again")
         raise ImageNotBuilt(f"the image's Python ended with exit code {done.returncode}: {said}")
 
 
