@@ -94,11 +94,22 @@ class TestBad:
             (member("a", type=tarfile.CHRTYPE), "links and devices"),
             (member("a", type=tarfile.BLKTYPE), "links and devices"),
             (member("a", type=tarfile.FIFOTYPE), "links and devices"),
+            (member("a", type=tarfile.SYMTYPE, linkname="good.txt"), "links and devices"),
+            (member("a", type=tarfile.LNKTYPE, linkname="/etc/shadow"), "links and devices"),
+            (member("a", type=tarfile.CONTTYPE), "links and devices"),
+            (member("a", type=b"Z"), "links and devices"),
             (member("a", type=tarfile.GNUTYPE_SPARSE), "(links and devices|contradicts|not a whole)"),
             (member("../a", b"x"), "no plain relative path"),
             (member("a/../../b", b"x"), "no plain relative path"),
             (member("/etc/a", b"x"), "no plain relative path"),
+            (member("..", type=tarfile.DIRTYPE), "no plain relative path"),
+            (member("a/..", type=tarfile.DIRTYPE), "no plain relative path"),
+            (member("a/./b", b"x"), "no plain relative path"),
+            (member("a//b", b"x"), "no plain relative path"),
+            (member("//a", b"x"), "no plain relative path"),
+            (member(".", b"x"), "no plain relative path"),
             (member("a", b"x", mode=0o4755), "setuid"),
+            (member("a", type=tarfile.DIRTYPE, mode=0o2755), "setuid"),
             (member("a", b"x", mode=0o2755), "setuid"),
             (member("/".join("d" * 40), b"x"), "deeper"),
             (member("n" * 300, b"x"), "too long"),
@@ -117,6 +128,12 @@ class TestBad:
             ([member("a", b"1"), member("./a", b"2")], "twice"),
             ([member("a", b"1"), member("a/b", b"2")], "share a path"),
             ([member("a/b", b"1"), member("a", b"2")], "share a path"),
+            ([member("a", type=tarfile.DIRTYPE), member("a", type=tarfile.DIRTYPE)], "twice"),
+            ([member("main.py", b"1"), member("Main.PY", b"2")], "collide"),
+            ([member("a/x", b"1"), member("A/y", b"2")], "collide"),
+            ([member("caf\u00e9", b"1"), member("cafe\u0301", b"2")], "collide"),
+            ([member("stra\u00dfe", b"1"), member("STRASSE", b"2")], "collide"),
+            ([member("d/\u212b", b"1"), member("d/\u00e5", b"2")], "collide"),
         ],
     )
     def test_names_that_collide_are_refused(
@@ -124,6 +141,22 @@ class TestBad:
     ) -> None:
         with pytest.raises(SubmissionUnreadable, match=reason):
             unpack(tar_of(*members))
+
+    def test_names_that_only_look_alike_are_two(self, unpack: Unpack) -> None:
+        tree = unpack(
+            tar_of(member("a/x", b"1"), member("b/X", b"2"), member("l1", b"3"), member("ll", b"4"))
+        )
+        assert len(list(tree.rglob("*"))) == 6
+
+    def test_nothing_is_written_outside_by_what_is_refused(self, unpack: Unpack, tmp_path: Path) -> None:
+        wanted = tmp_path / "outside"
+        link = member("a", type=tarfile.SYMTYPE, linkname="..")
+        for name in ("../outside", str(wanted), "a/../../outside", "./../outside", "a/outside"):
+            for packed in (tar_of(member(name, b"x"), link), tar_of(link, member(name, b"x"))):
+                with pytest.raises(SubmissionUnreadable):
+                    unpack(packed)
+                archive.remove(tmp_path / "tree")
+        assert not wanted.exists()
 
     def test_too_many_entries_are_refused(self, unpack: Unpack, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(archive, "MAX_ENTRIES", 20)

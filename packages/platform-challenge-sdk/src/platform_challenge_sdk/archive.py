@@ -9,6 +9,7 @@ import gzip
 import os
 import shutil
 import tarfile
+import unicodedata
 import zlib
 from pathlib import Path
 from typing import IO
@@ -34,8 +35,9 @@ def unpack(archive: Path, target: Path, single_name: str = "submission") -> None
     A file that is no archive becomes `single_name`.
 
     Raises:
-        SubmissionUnreadable: Links, devices, FIFOs, setuid, absolute paths, `..`, duplicates, more than
-            10,000 entries or 256 MiB, deeper than 32 folders, or a broken archive.
+        SubmissionUnreadable: Links, devices, FIFOs, setuid, absolute paths, `..`, duplicates, names that
+            differ only in case or in how Unicode spells them, more than 10,000 entries or 256 MiB, deeper
+            than 32 folders, or a broken archive.
     """
     try:
         with archive.open("rb") as raw:
@@ -100,6 +102,8 @@ class _Tree:
         self._target = target
         self._named: set[str] = set()
         self._made: set[str] = set()
+        self._spelled: dict[str, str] = {}
+        """The one spelling of each path: what elsewhere would be one file must not be two here."""
 
     def fill(self, block: bytes, stream: _Counted) -> None:
         extras = b""
@@ -121,6 +125,7 @@ class _Tree:
         if name in self._named:
             raise SubmissionUnreadable(f"{info.name[:200]!r} is there twice")
         self._named.add(name)
+        self._spell(name)
         path = self._target / name
         self._make_folders(name if info.isdir() else str(Path(name).parent))
         if info.isdir():
@@ -133,6 +138,14 @@ class _Tree:
                 left -= len(chunk)
         _exactly(stream, _padded(info.size) - info.size)
         path.chmod(0o555 if info.mode & 0o111 else 0o444)
+
+    def _spell(self, name: str) -> None:
+        folded = ""
+        for at, part in enumerate(parts := name.split("/"), 1):
+            folded += "/" + unicodedata.normalize("NFC", unicodedata.normalize("NFD", part).casefold())
+            exact = "/".join(parts[:at])
+            if self._spelled.setdefault(folded, exact) != exact:
+                raise SubmissionUnreadable(f"{name[:200]!r} and {self._spelled[folded][:200]!r} collide")
 
     def _make_folders(self, name: str) -> None:
         folder = Path(name)
