@@ -27,11 +27,11 @@ true > "$HOME/x" || { echo it cannot write; exit 1; }
 
 
 class _Choice:
-    """Made at most once: what is found first stays, so that no submission can bring about a weaker one."""
+    """Made once: what is found first stays, so that no submission can bring about a weaker one."""
 
     lock = threading.Lock()
     """Guards the trial: two at once would be one too many."""
-    made: Containment | ContainmentUnavailable | None = None
+    made: Containment | None = None
 
 
 def containment() -> Containment:
@@ -42,12 +42,7 @@ def containment() -> Containment:
     """
     with _Choice.lock:
         if _Choice.made is None:
-            try:
-                _Choice.made = choose(find_facts())
-            except ContainmentUnavailable as error:
-                _Choice.made = error
-        if isinstance(_Choice.made, ContainmentUnavailable):
-            raise ContainmentUnavailable(str(_Choice.made))
+            _Choice.made = choose(find_facts())
         return _Choice.made
 
 
