@@ -113,8 +113,9 @@ def search_processes(search: Search, names: Mapping[int, str]) -> None:
 
 
 def core_limit(pid: int) -> int:
-    """The largest core file that a process may leave, bytes."""
-    return resource.prlimit(pid, resource.RLIMIT_CORE)[0]
+    """What a crash may leave, bytes; a handler of crashes is stopped by a limit of 1 alone."""
+    limit = resource.prlimit(pid, resource.RLIMIT_CORE)[0]
+    return 0 if limit == 1 else max(limit, 1)
 
 
 def _get(url: str) -> bytes:

@@ -37,9 +37,15 @@ from platform_validator.cli.vmm import vmm
 from platform_validator.config import OPTIONS, Settings, load_settings
 from platform_validator.errors import ValidatorError
 from platform_validator.keys import find_hotkey
+from platform_validator.memory_guard import guard_memory
 from platform_validator.telemetry.logging import BadDirectives, Directives, configure_logging
 
-app = typer.Typer(help="The Platform Validator.", invoke_without_command=True, add_completion=False)
+app = typer.Typer(
+    help="The Platform Validator.",
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,  # locals are where secrets are
+)
 app.add_typer(configuration, name="config")
 app.add_typer(jobs, name="jobs")
 app.add_typer(cvms, name="cvms")
@@ -73,6 +79,7 @@ def root(
 @app.command()
 def run(context: typer.Context, *, config: ConfigFile = None) -> None:
     """Run the daemon until SIGTERM."""
+    guard_memory()
     path = config or context.obj
     settings = settings_of(context, config)
     keypair = _keypair(settings)

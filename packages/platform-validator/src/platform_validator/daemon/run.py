@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import resource
 import secrets
 import signal
 import sys
@@ -37,6 +36,7 @@ from platform_validator.daemon.systemd import Systemd
 from platform_validator.daemon.watchdog import Watchdog
 from platform_validator.jobs.receipts import ReceiptMaker
 from platform_validator.keyring import Keyring, KeyringBroken
+from platform_validator.memory_guard import guard_memory
 from platform_validator.state import StateDirectory, StateLocked, StateUnusable
 from platform_validator.store.port import StoreCorrupt, StoreUnavailable
 from platform_validator.store.sqlite import SqliteStore
@@ -83,8 +83,7 @@ def run(settings: Settings, keypair: Keypair, *, reread: Callable[[], Settings] 
         keypair: The hotkey's.
         reread: Reads the configuration anew for a reload (raises ConfigFaults); None: it never changes.
     """
-    # A core file would hold the hotkey.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    guard_memory()
     state = StateDirectory(settings.db_path)
     systemd = Systemd.from_environment(os.environ, pid=os.getpid())
     try:

@@ -37,6 +37,7 @@ from platform_validator.egress.policy import Grant
 from platform_validator.egress.refusals import Reason
 from platform_validator.egress.resolver import Resolver
 from platform_validator.egress.server import EgressServer
+from platform_validator.memory_guard import guard_memory
 
 _NOBODY = 65534
 _PR_SET_NO_NEW_PRIVS = 38
@@ -156,13 +157,13 @@ def drop_privileges() -> None:
     """
     for codec in ("ascii", "latin-1", "utf-8", "idna"):
         codecs.lookup(codec)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY, _MAX_MEMORY))
     if os.getuid() == 0:
         os.setgroups([])
         os.setresgid(_NOBODY, _NOBODY, _NOBODY)
         os.setresuid(_NOBODY, _NOBODY, _NOBODY)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    guard_memory()
 
 
 def main(descriptor: int) -> int:
