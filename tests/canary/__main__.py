@@ -30,6 +30,7 @@ from tests.canary.places import (
     search_files,
     search_pages,
     search_processes,
+    search_support_bundle,
 )
 from tests.canary.spy.challenge import KEY
 
@@ -107,6 +108,7 @@ class Run:
         search_files(search, state)
         search_pages(search, stack)
         search_commands(search, stack)
+        search_support_bundle(search, stack, state)
         search_processes(search, pids)
         results = {job["id"]: json.loads(job["result"]) for job in stack.jobs()}
         kept = [body["score"] for job, body in results.items() if job != spying]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 import resource
+import tarfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -98,6 +100,23 @@ def search_commands(search: Search, stack: Stack) -> None:
     for words in _COMMANDS:
         done = stack.validator_command(*words)
         search.look(f"validator {' '.join(words)}", (done.stdout + done.stderr).encode())
+
+
+def search_support_bundle(search: Search, stack: Stack, folder: Path) -> None:
+    """Every member of a support bundle, the daemon's log among them; none was left out for a secret."""
+    path = folder / "support.tar.gz"
+    logs = sorted((stack.state / "logs").glob("validator*"))
+    done = stack.validator_command("support-bundle", str(path), "--log", str(logs[-1]))
+    search.look("validator support-bundle", (done.stdout + done.stderr).encode())
+    with tarfile.open(path) as archive:
+        for member in archive:
+            content = archive.extractfile(member)
+            data = content.read() if content is not None else b""
+            search.look(f"support bundle: {member.name}", data)
+            if member.name.endswith("manifest.json"):
+                left_out = json.loads(data)["left_out"]
+                search.found += [(why, name) for name, why in left_out.items() if "secret" in why]
+    path.unlink()
 
 
 def search_processes(search: Search, names: Mapping[int, str]) -> None:

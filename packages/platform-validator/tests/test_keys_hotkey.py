@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nacl import pwhash
 from nacl.secret import SecretBox
+from typer.main import get_command
 
 from platform_protocol.signing import Keypair
 from platform_validator import wallet_file
+from platform_validator.cli.main import app
 from platform_validator.keys import KeyNotFound, KeyUnusable, find_hotkey, keypair_from_text
 
 # Substrate's published development accounts (docs.substrate.io, "Accounts, addresses, and keys").
@@ -93,6 +100,44 @@ def test_a_wallet_is_found_by_its_address(tmp_path: Path) -> None:
     mine = {"ss58Address": ALICE, "secretSeed": ALICE_SEED, "publicKey": "0x00"}
     private(wallets / "b" / "hotkeys" / "mine", json.dumps(mine))
     assert find(tmp_path).address == ALICE
+
+
+def test_coldkeys_are_never_opened(tmp_path: Path) -> None:
+    """They lie beside the hotkeys; every file that is opened is noted."""
+    wallet = tmp_path / ".bittensor" / "wallets" / "w"
+    (wallet / "hotkeys").mkdir(parents=True)
+    for name in ("coldkey", "coldkeypub.txt"):
+        (wallet / name).write_text("{}")
+    key = private(
+        wallet / "hotkeys" / "default", json.dumps({"secretSeed": ALICE_SEED, "ss58Address": ALICE})
+    )
+    program = (
+        "import json, sys\nfrom pathlib import Path\nfrom platform_validator.keys import find_hotkey\n"
+        "opened = []\n"
+        "sys.addaudithook(lambda event, what: opened.append(str(what[0])) if event == 'open' else None)\n"
+        f"find_hotkey({ALICE!r}, passphrase=None, hotkey_file=None, home=Path({str(tmp_path)!r}))\n"
+        "print(json.dumps([one for one in opened if '.bittensor' in one]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=True
+    )
+    opened = json.loads(done.stdout)
+    assert str(key) in opened
+    assert not [one for one in opened if "/coldkey" in one]
+
+
+def test_no_command_takes_a_secret_as_a_word() -> None:
+    """A command line is there for every user of the machine to read: secrets come from files and prompts."""
+    words = re.compile("passw|secret|token|phrase|seed", re.IGNORECASE)
+
+    def options(command: Any, path: tuple[str, ...]) -> Iterator[str]:
+        for name, below in getattr(command, "commands", {}).items():
+            yield from options(below, (*path, name))
+        for parameter in command.params:
+            if words.search(str(parameter.name)) and "path" not in type(parameter.type).__name__.lower():
+                yield " ".join((*path, str(parameter.name)))
+
+    assert list(options(get_command(app), ())) == []
 
 
 def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from platform_validator.cli import show
 from platform_validator.cli.command import AsJson, ConfigFile, settings_of
-from platform_validator.config import OPTIONS
+from platform_validator.config import OPTIONS, Settings
 
 configuration = typer.Typer(help="The configuration.", no_args_is_help=True)
 
@@ -18,7 +18,12 @@ configuration = typer.Typer(help="The configuration.", no_args_is_help=True)
 @configuration.command("show")
 def show_config(context: typer.Context, *, config: ConfigFile = None, as_json: AsJson = False) -> None:
     """Every setting, and where its value came from."""
-    settings = settings_of(context, config)
+    rows = rows_of(settings_of(context, config))
+    print(json.dumps(rows)) if as_json else show.config(rows, Console())
+
+
+def rows_of(settings: Settings) -> list[dict[str, Any]]:
+    """Each setting as it is shown; a secret's value is not."""
     rows: list[dict[str, Any]] = []
     for option in OPTIONS:
         origin = settings.origins[option.key]
@@ -32,4 +37,4 @@ def show_config(context: typer.Context, *, config: ConfigFile = None, as_json: A
                 "meaning": option.meaning + (" (read, not in force yet)" if option.later else ""),
             }
         )
-    print(json.dumps(rows)) if as_json else show.config(rows, Console())
+    return rows

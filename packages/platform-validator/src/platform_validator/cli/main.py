@@ -31,6 +31,7 @@ from platform_validator.cli.cvms import cvms
 from platform_validator.cli.env import env
 from platform_validator.cli.hosts import hosts
 from platform_validator.cli.jobs import jobs
+from platform_validator.cli.support_bundle import support_bundle
 from platform_validator.cli.values import values
 from platform_validator.cli.verify import verify
 from platform_validator.cli.vmm import vmm
@@ -54,6 +55,7 @@ app.add_typer(challenges, name="challenges")
 app.add_typer(env, name="env")
 app.add_typer(values, name="values")
 app.command()(verify)
+app.command("support-bundle")(support_bundle)
 app.add_typer(attestation, name="attestation")
 app.add_typer(vmm, name="vmm")
 
