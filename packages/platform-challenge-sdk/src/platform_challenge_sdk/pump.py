@@ -21,6 +21,7 @@ class Pump:
 
     At most `limit` bytes of both outputs together are kept; one more ends the run, and what still comes is
     read and dropped, so that nothing ever waits for us. `overdue`: not over at `deadline` (monotonic).
+    `orphaned`: the stage ended without a report; what it left may hold the outputs open.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Pump:
         self._cancelled = cancelled
         self._selector = selectors.DefaultSelector()
         self.stdout, self.stderr, self.report = bytearray(), bytearray(), bytearray()
-        self.flooded = self.overdue = False
+        self.flooded = self.overdue = self.orphaned = False
         for stream, sink in ((process.stdout, self.stdout), (process.stderr, self.stderr)):
             self._register(stream, selectors.EVENT_READ, sink)
         self._register(process.stdin, selectors.EVENT_WRITE, None)
@@ -50,7 +51,7 @@ class Pump:
     def run(self) -> None:
         """Until the end."""
         told = False
-        while any(key.data is not None for key in self._selector.get_map().values()):
+        while not self.orphaned and any(key.data is not None for key in self._selector.get_map().values()):
             if time.monotonic() >= self._deadline:
                 self.overdue = True
                 return
@@ -84,6 +85,7 @@ class Pump:
         except ConnectionError:
             chunk = b""
         if not chunk:
+            self.orphaned = self.orphaned or (key.data is self.report and not self.report)
             self._shut(key)
         elif key.data is self.report:
             self.report += chunk
