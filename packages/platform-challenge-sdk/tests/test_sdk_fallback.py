@@ -1,205 +1,18 @@
-"""Runs where namespaces cannot nest: as in a container with Docker's limits, and as an ordinary user.
-
-One process in such an environment plays the SDK; programs are handed to it, and it answers how they ended
-and what it found afterwards.
-"""
+"""Runs where namespaces cannot nest: as in a container with Docker's limits, and as an ordinary user."""
 # ruff: noqa: E501 - a line of a submission's program stays one line
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import shutil
-import signal
-import struct
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from fallback_house import House
 
-import platform_challenge_sdk
-import platform_protocol
 from platform_challenge_sdk import landlock
-from platform_challenge_sdk.containment import LOST, Containment, Facts, choose
+from platform_challenge_sdk.containment import Facts, choose
 from platform_challenge_sdk.errors import ContainmentUnavailable
-
-SDK = """
-import json, os, socket, subprocess, sys, threading
-from pathlib import Path
-from platform_challenge_sdk.containment import Containment
-from platform_challenge_sdk.contained import MIB, Order, run_contained
-from platform_challenge_sdk.errors import ContainmentUnavailable
-from platform_challenge_sdk.trial import containment
-
-CANARY = "canary"[::-1][::-1]
-Path("/tmp/user-config").write_text("canary")
-Path("/tmp/victim").write_text("whole")
-os.chmod("/tmp/victim", 0o666)
-for number, kind in enumerate((socket.SOCK_STREAM, socket.SOCK_DGRAM)):
-    agent = socket.socket(socket.AF_UNIX, kind)
-    agent.bind(f"/tmp/agent{number}")
-    os.chmod(f"/tmp/agent{number}", 0o777)
-    if kind == socket.SOCK_STREAM: agent.listen()
-    globals()[f"keep{number}"] = agent
-    agent.setblocking(False)
-tcp = socket.create_server(("127.0.0.1", 0))
-folder = Path("/tmp/private/submission")
-folder.parent.mkdir(mode=0o700)
-folder.mkdir()
-
-def processes():
-    return {name for name in os.listdir("/proc") if name.isdigit()}
-
-def run(program, options, place):
-    place.mkdir(exist_ok=True)
-    (place / "main.py").write_text(program)
-    values = {"stdin": b"", "timeout": 20.0, "memory": 192 * MIB, "files": {"given": b"file"}, "disk": 8 * MIB}
-    kind = Containment(**options.pop("containment")) if "containment" in options else containment()
-    plain = options.pop("plain", False)
-    argv = options.pop("argv", ["python3", "main.py", str(os.getpid()), str(tcp.getsockname()[1])])
-    if plain:
-        user = 61999 if os.getuid() == 0 else None
-        folder.parent.chmod(0o711)
-        done = subprocess.run(argv, cwd=place, user=user, group=user, extra_groups=None if user is None else [], capture_output=True)
-        folder.parent.chmod(0o700)
-        Path("/tmp/victim").write_text("whole")
-        return {"text": done.stdout.decode(), "stderr": done.stderr.decode(), "exit": done.returncode}
-    outcome = run_contained(Order(argv, place, **(values | options)), (), kind)
-    return {"text": outcome.text, "stderr": outcome.stderr.decode("utf-8", "replace"), "exit": outcome.exit,
-            "killed_by": outcome.killed_by, "lost": outcome.containment.lost, "peak": outcome.usage.memory_peak_bytes}
-
-print(json.dumps(str(containment())), flush=True)
-for line in sys.stdin:
-    runs = json.loads(line)
-    before, told = processes(), [None] * len(runs)
-    def one(number):
-        place = folder if number == 0 else folder.with_name(f"submission{number}")
-        told[number] = run(runs[number][0], runs[number][1], place)
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(len(runs))]
-    for thread in threads: thread.start()
-    for thread in threads: thread.join()
-    left = sorted(name for name in os.listdir("/tmp") if name not in {"user-config", "victim", "agent0", "agent1", "private"})
-    for told_one in told:
-        told_one |= {"survivors": len(processes() - before), "left": left}
-    info = os.stat("/tmp/victim")
-    whole = (Path("/tmp/victim").read_text(), oct(info.st_mode & 0o7777), info.st_uid, info.st_nlink) == ("whole", "0o666", os.getuid(), 1)
-    print(json.dumps([one | {"victim": whole} for one in told]), flush=True)
-"""
-DOCKER = (
-    "CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD SETGID SETUID SETFCAP SETPCAP NET_BIND_SERVICE SYS_CHROOT KILL"
-)
-
-
-def without_namespaces() -> bytes:
-    """A filter like Docker's: what makes namespaces and mounts is refused."""
-
-    def step(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
-        return struct.pack("=HBBI", code, yes, no, value)
-
-    program = step(0x20, 0)
-    for number in (272, 308, 165, 166, 155, 428, 429, 430, 431, 432, 433, 442):
-        program += step(0x15, number, 0, 1) + step(6, 0x50001)
-    program += step(0x15, 435, 0, 1) + step(6, 0x50026)
-    program += step(0x15, 56, 0, 3) + step(0x20, 16) + step(0x45, 0x7E020000, 0, 1) + step(6, 0x50001)
-    return program + step(6, 0x7FFF0000)
-
-
-class House:
-    """An environment of one kind, and the SDK in it."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        packages = [
-            str(Path(module.__file__ or "").parents[1])
-            for module in (platform_challenge_sdk, platform_protocol)
-        ]
-        words = [
-            "bwrap",
-            "--unshare-pid",
-            "--unshare-ipc",
-            "--unshare-net",
-            "--die-with-parent",
-            "--cap-drop",
-            "ALL",
-        ]
-        words += ["--new-session", "--clearenv", "--setenv", "CANARY", "canary", "--ro-bind", "/usr", "/usr"]
-        words += [
-            "--symlink",
-            "usr/bin",
-            "/bin",
-            "--symlink",
-            "usr/lib",
-            "/lib",
-            "--symlink",
-            "usr/lib64",
-            "/lib64",
-        ]
-        words += [
-            "--dir",
-            "/etc",
-            "--ro-bind-try",
-            "/etc/ld.so.cache",
-            "/etc/ld.so.cache",
-            "--proc",
-            "/proc",
-            "--dev",
-            "/dev",
-        ]
-        words += ["--perms", "1777", "--tmpfs", "/tmp"]
-        for path in dict.fromkeys([sys.base_prefix, sys.prefix, *packages]):
-            for parent in reversed(Path(path).parents[:-1]):
-                words += ["--perms", "0755", "--dir", str(parent)]
-            words += ["--ro-bind", path, path]
-        filter_file = os.memfd_create("filter", 0)
-        os.write(filter_file, without_namespaces())
-        os.lseek(filter_file, 0, os.SEEK_SET)
-        words += ["--seccomp", str(filter_file)]
-        command = [sys.executable, "-c", SDK]
-        if os.getuid() != 0:
-            words += ["--unshare-user", "--uid", "1000", "--gid", "1000"]
-        elif kind == "docker":
-            words += [word for name in DOCKER.split() for word in ("--cap-add", f"CAP_{name}")]
-        else:
-            words += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-            command = ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", *command]
-        self._process = subprocess.Popen(
-            [*words, "--", *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            pass_fds=[filter_file],
-        )
-        os.close(filter_file)
-        self.choice = self._answer()
-
-    def run(self, program: str, **options: Any) -> dict[str, Any]:
-        """How the program ended there, and what was found afterwards. Its argv: the SDK's pid, a TCP port."""
-        return self.run_all((program, options))[0]
-
-    def run_all(self, *runs: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
-        """The same, for programs that run at once."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(runs) + "\n")
-        self._process.stdin.flush()
-        told: list[dict[str, Any]] = self._answer()
-        return told
-
-    def close(self) -> None:
-        """End it."""
-        self._process.kill()
-        self._process.communicate()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, "the SDK has died"
-        return json.loads(line)
 
 
 @pytest.fixture(scope="module", params=["docker", "user"])
@@ -218,67 +31,11 @@ def clean(told: dict[str, Any]) -> bool:
     return (told["survivors"], told["left"], told["victim"]) == (0, [], True)
 
 
-class TestTheChoice:
-    @pytest.mark.parametrize(
-        ("facts", "chosen"),
-        [
-            (Facts("x86_64", root=True, namespaces=None), Containment()),
-            (Facts("aarch64", root=False, namespaces=None, landlock=7), Containment()),
-            (
-                Facts("x86_64", root=True, namespaces="no", own_uid=None, landlock=1),
-                Containment("landlock", True, 1),
-            ),
-            (
-                Facts("x86_64", root=False, namespaces="no", same_uid=None, landlock=6),
-                Containment("landlock", False, 6),
-            ),
-        ],
-    )
-    def test_the_strongest_that_holds_is_used(self, facts: Facts, chosen: Containment) -> None:
-        assert choose(facts) == chosen
-
-    @pytest.mark.parametrize(
-        ("facts", "reason"),
-        [
-            (Facts("riscv64", root=True, namespaces=None), "expected an x86_64 or aarch64 machine"),
-            (
-                Facts("x86_64", root=True, namespaces="refused"),
-                "namespaces: refused; the kernel has no Landlock",
-            ),
-            (
-                Facts(
-                    "x86_64", root=True, namespaces="no", own_uid="no CAP_SETUID", same_uid=None, landlock=7
-                ),
-                "under an own uid: no CAP_SETUID",
-            ),
-            (
-                Facts("x86_64", root=False, namespaces="no", same_uid=None, landlock=5),
-                "Landlock 5 keeps no signals in: expected 6",
-            ),
-            (
-                Facts("x86_64", root=False, namespaces="no", same_uid="it signals the SDK", landlock=7),
-                "under the SDK's uid: it signals the SDK",
-            ),
-        ],
-    )
-    def test_where_nothing_holds_nothing_is_run_and_each_reason_is_named(
-        self, facts: Facts, reason: str
-    ) -> None:
-        with pytest.raises(ContainmentUnavailable, match=reason):
-            choose(facts)
-
-    def test_what_falls_away_is_named_and_explained(self) -> None:
-        assert Containment().lost == ()
-        weakest = Containment("landlock", own_uid=False, landlock=2)
-        assert set(weakest.lost) == set(LOST)
-        assert "lost: network" in str(weakest)
-
+class TestRuns:
     def test_it_is_made_by_really_trying(self, house: House) -> None:
         uid = {"docker": "an own uid", "user": "the SDK's uid"}[house.kind]
         assert house.choice.startswith(f"Landlock {landlock.version()}, seccomp and {uid}; lost: network")
 
-
-class TestRuns:
     def test_files_input_output_and_exit_code_are_as_with_namespaces(self, house: House) -> None:
         program = (
             "import os, subprocess, sys, tempfile, threading\n"
@@ -486,57 +243,3 @@ class TestMalice:
         )
         assert clean(told)
         assert ("truncation" in told["lost"]) == (version < landlock.TRUNCATION)
-
-
-KILLED = """
-import os, sys
-from pathlib import Path
-from platform_challenge_sdk import recipe, room
-from platform_challenge_sdk.contained import MIB, Order, run_contained
-from platform_challenge_sdk.containment import Containment
-from platform_challenge_sdk.errors import ContainmentUnavailable
-
-recipe._prefixes = list  # a Python below /root is out of another uid's reach; the shell needs none
-room._FIRST_UID, room._UIDS = int(sys.argv[2]), 1
-order = Order(["sh", "-c", "setsid sh -c 'trap : TERM; while :; do sleep 1; done' & sleep 50"], Path(sys.argv[1]), b"", 50.0, 64 * MIB, {}, MIB)
-try:
-    run_contained(order, (), Containment("landlock", True, int(sys.argv[3])))
-except ContainmentUnavailable as error:
-    print(error)
-"""
-
-
-@pytest.mark.slow(reason="starts Python with the SDK in it")
-@pytest.mark.skipif(os.getuid() != 0, reason="only root gives runs a uid of their own")
-@pytest.mark.parametrize("killed", ["the SDK", "the stage"])
-def test_what_a_run_left_ends_with_whoever_is_killed(tmp_path: Path, killed: str) -> None:
-    """`kill -9` of the SDK or of the stage in the middle of a run: a helper or the next in line ends it."""
-    uid = 65_100 + os.getpid() % 400
-    tmp_path.chmod(0o755)
-    rooms = tempfile.mkdtemp()  # not below pytest's, which only root may enter
-    Path(rooms).chmod(0o711)
-
-    def of_the_run() -> set[int]:
-        found = set()
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if entry.name.isdigit() and entry.stat().st_uid == uid:
-                    found.add(int(entry.name))
-        return found
-
-    def until(condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 50
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(uid), str(min(7, landlock.version()))]
-    environment = os.environ | {"TMPDIR": rooms}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as sdk:
-        until(lambda: len(of_the_run()) >= 4)
-        [stage] = Path(f"/proc/{sdk.pid}/task/{sdk.pid}/children").read_text().split()
-        os.kill(sdk.pid if killed == "the SDK" else int(stage), signal.SIGKILL)
-        until(lambda: not of_the_run())
-        told, _ = sdk.communicate()
-    shutil.rmtree(rooms)
-    assert (b"the stage died" in told) == (killed == "the stage")
