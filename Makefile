@@ -15,7 +15,7 @@ export PIP_NO_INPUT := 1
 
 export URL IMAGE TOKEN
 
-.PHONY: help setup system demo test lint bench simulate chaos cycles runtime-image attest-matrix mitm vmm-conformance values-drill update-drill docs lock clean hosts-demo canary
+.PHONY: help setup system demo test lint bench simulate chaos cycles runtime-image attest-matrix mitm vmm-conformance values-drill update-drill docs lock clean hosts-demo canary hostile
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -99,6 +99,9 @@ update-drill: setup system ## three commits (good, broken, good) while 200 jobs 
 
 canary: setup system ## secrets of every kind over a full run, and a search for them in everything that is left
 	@$(BIN)/python -m tests.canary $(ARGS)
+
+hostile: setup system ## attacks on a running system, each beside a control; ARGS=--list, ARGS="--only fork"
+	@$(BIN)/python -m tests.hostile $(ARGS)
 
 docs: setup ## check the pages' links and commands; write docs/openapi.json
 	@$(BIN)/python scripts/openapi.py docs/openapi.json

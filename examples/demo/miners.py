@@ -41,7 +41,16 @@ def upload(base: str, challenge_id: str, miner: Keypair, what: Upload) -> dict[s
     Raises:
         OSError: Refused or unreachable.
     """
-    path, body = f"/challenges/{challenge_id}/submissions", _archive(what.folder)
+    return send(base, challenge_id, miner, f"{what.name}.tar.gz", _archive(what.folder))
+
+
+def send(base: str, challenge_id: str, miner: Keypair, filename: str, body: bytes) -> dict[str, Any]:
+    """Sign and send these bytes as a submission; returns the API's answer.
+
+    Raises:
+        OSError: Refused or unreachable.
+    """
+    path = f"/challenges/{challenge_id}/submissions"
     headers = sign_request(
         miner,
         method="POST",
@@ -53,7 +62,7 @@ def upload(base: str, challenge_id: str, miner: Keypair, what: Upload) -> dict[s
         nonce=secrets.token_hex(16),
         role="miner",
     )
-    headers |= {"X-Filename": f"{what.name}.tar.gz", "Content-Type": "application/octet-stream"}
+    headers |= {"X-Filename": filename, "Content-Type": "application/octet-stream"}
     request = urllib.request.Request(base + path, body, headers)  # noqa: S310 - our own loopback URL
     with urllib.request.urlopen(request, timeout=30) as response:  # noqa: S310 - as above
         answer: dict[str, Any] = json.load(response)

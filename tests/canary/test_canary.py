@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow(reason="starts the whole system and two CVMs, and reads everything that they leave")
 @pytest.mark.timeout(300)
+@pytest.mark.robustness(28, "hotkey", "api-credentials", "other-values")
 def test_no_secret_is_found_where_it_does_not_belong(tmp_path: Path) -> None:
     """And each is found where it was planted."""
     done = subprocess.run(

@@ -115,6 +115,7 @@ class TestBad:
             (member("n" * 300, b"x"), "too long"),
         ],
     )
+    @pytest.mark.robustness(25, "links", "dot-dot", "absolute", "device", "fifo", "setuid")
     def test_dangerous_members_are_refused(
         self, unpack: Unpack, made: tuple[tarfile.TarInfo, bytes], reason: str
     ) -> None:
@@ -136,6 +137,7 @@ class TestBad:
             ([member("d/\u212b", b"1"), member("d/\u00e5", b"2")], "collide"),
         ],
     )
+    @pytest.mark.robustness(25, "duplicate", "colliding")
     def test_names_that_collide_are_refused(
         self, unpack: Unpack, members: list[tuple[tarfile.TarInfo, bytes]], reason: str
     ) -> None:
@@ -164,6 +166,7 @@ class TestBad:
             unpack(tar_of(*(member(f"d{n}/f", b"") for n in range(15))))
 
     @pytest.mark.parametrize("single", [True, False], ids=["single file", "tar"])
+    @pytest.mark.robustness(25, "bomb")
     def test_a_bomb_is_refused_before_it_is_written_out(
         self, unpack: Unpack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, single: bool
     ) -> None:

@@ -80,6 +80,7 @@ class TestRuns:
         assert outcome.usage.wall_ms >= 200
         assert outcome.usage.memory_peak_bytes >= 64 * MIB
 
+    @pytest.mark.robustness(22, "tmpfs-filler")
     def test_its_folder_is_read_only_and_what_it_writes_elsewhere_is_small_and_gone(self, run: Run) -> None:
         outcome = run(
             "import os\n"
@@ -95,9 +96,13 @@ class TestRuns:
         assert int(outcome.text.split()[-1]) <= 4
         assert run("import os; print(os.listdir('/workspace'), os.listdir('/tmp'))").text == "[] []\n"
 
-    def test_a_million_small_files_do_not_fit(self, run: Run) -> None:
+    @pytest.mark.parametrize(
+        "step", ["open(f'/tmp/{n}', 'w').close()", "os.mkdir('d'); os.chdir('d')"], ids=["files", "folders"]
+    )
+    @pytest.mark.robustness(22, "small-files", "deep-directories")
+    def test_a_million_small_files_or_folders_in_folders_do_not_fit(self, run: Run, step: str) -> None:
         outcome = run(
-            "try:\n    for n in range(10**6): open(f'/tmp/{n}', 'w').close()\n"
+            f"import os\nos.chdir('/tmp')\ntry:\n    for n in range(10**6): {step}\n"
             "except OSError as error: print(error.strerror, n)"
         )
         assert outcome.text.startswith("No space left")
@@ -154,6 +159,7 @@ class TestRuns:
 
 class TestMalice:
     @pytest.mark.slow  # 128 processes that fork as they are killed, on the cores that are left
+    @pytest.mark.robustness(22, "fork-bomb", "ignored-sigterm", "cpu-spin")
     def test_a_fork_bomb_ends_with_its_time_and_leaves_nothing(self, run: Run) -> None:
         before = children()
         outcome = run(
@@ -165,6 +171,7 @@ class TestMalice:
         assert describe_end(outcome) == "the submission did not end in time and was killed"
         assert children() <= before
 
+    @pytest.mark.robustness(22, "fork-bomb", "thread-bomb")
     def test_it_may_have_so_many_processes_and_no_more(self, run: Run) -> None:
         outcome = run(
             "import os, time\nn = 0\ntry:\n    while True:\n"
@@ -174,11 +181,13 @@ class TestMalice:
         assert 64 < int(count) < 128
         assert why == "Resource temporarily unavailable\n"
 
+    @pytest.mark.robustness(22, "memory-hog")
     def test_one_process_cannot_have_more_than_its_memory(self, run: Run) -> None:
         outcome = run("x = bytearray(300 << 20)")
         assert outcome.exit == 1
         assert b"MemoryError" in outcome.stderr
 
+    @pytest.mark.robustness(22, "memory-hog")
     def test_many_processes_together_cannot_have_more_memory(self, run: Run) -> None:
         outcome = run(
             "import os, time\nfor n in range(6):\n    if os.fork() == 0:\n"
@@ -195,6 +204,7 @@ class TestMalice:
         )
         assert outcome.text == "done\n"
 
+    @pytest.mark.robustness(24, "10-gb")
     def test_a_flood_of_output_ends_it_and_is_kept_up_to_the_limit(self, run: Run) -> None:
         outcome = run("import os\nwhile True: os.write(1, b'x' * 65536); os.write(2, b'y' * 65536)")
         assert outcome.killed_by == "output"
@@ -207,6 +217,7 @@ class TestMalice:
     def test_input_that_it_does_not_read_holds_nobody_up(self, run: Run) -> None:
         assert run("print('early')", stdin=bytes(8 * MIB)).text == "early\n"
 
+    @pytest.mark.robustness(22, "double-fork")
     def test_a_daemon_does_not_survive_it(self, run: Run) -> None:
         before = children()
         outcome = run(
@@ -222,6 +233,7 @@ class TestMalice:
         outcome = run(f"import os; os.kill(os.getpid(), {number})")
         assert (outcome.killed_by, outcome.exit) == (f"signal:{number}", 128 + number)
 
+    @pytest.mark.robustness(23, "metadata", "raw-sockets")
     def test_there_is_no_network_and_no_vsock(self, run: Run) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             outcome = run(

@@ -96,6 +96,8 @@ async def test_a_refused_job_says_why(make_pair: MakePair) -> None:
     assert "one job" in str(job.result())
 
 
+@pytest.mark.robustness(26, "before-the-start", "two-results", "another-token")
+@pytest.mark.robustness(24, "another-job")
 async def test_results_that_nobody_waits_for_do_not_hold_up_the_others(make_pair: MakePair) -> None:
     """Of another job, or a second one: dropped and acknowledged, and never taken for this job's."""
 

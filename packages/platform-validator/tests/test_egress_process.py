@@ -55,7 +55,7 @@ async def test_an_allowed_host_is_reached_by_connect_and_by_plain_http(tmp_path:
         assert made.dialled() == [f"{PUBLIC}:443"] * 3 + [f"{PUBLIC}:80"]
 
 
-@pytest.mark.robustness(23, "hosts and ports outside the policy")
+@pytest.mark.robustness(23, "outside-policy")
 async def test_what_is_not_on_the_list_is_refused_and_never_resolved(tmp_path: Path) -> None:
     """A name off the list costs no DNS query: none carries data out."""
     async with world(tmp_path, NAMES) as made:
@@ -105,7 +105,7 @@ async def test_who_does_not_say_who_it_is_is_told_nothing(tmp_path: Path) -> Non
         assert refusal(await made.ask(request)) == (407, "unauthenticated")
 
 
-@pytest.mark.robustness(23, "a host on the list that resolves to a private address")
+@pytest.mark.robustness(23, "private-address")
 async def test_a_name_that_resolves_to_no_public_address_is_refused(tmp_path: Path) -> None:
     """Loopback, private, link-local, metadata, and what hides one: nothing is dialled."""
     inside = ["127.0.0.1", "10.0.0.1", "169.254.169.254", "100.100.100.200", "168.63.129.16", "0.0.0.0"]
@@ -256,7 +256,7 @@ async def test_what_belongs_to_the_hop_is_taken_off(tmp_path: Path) -> None:
         assert back.endswith(b"\r\n\r\nok") or b"2\r\nok\r\n" in back
 
 
-@pytest.mark.robustness(23, "redirects out of the list")
+@pytest.mark.robustness(23, "redirect")
 async def test_a_redirect_out_of_the_list_is_refused_by_the_next_request(tmp_path: Path) -> None:
     """The proxy follows nothing; who does asks for the other host, which is not allowed."""
     async with world(tmp_path, NAMES) as made:

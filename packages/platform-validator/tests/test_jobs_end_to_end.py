@@ -104,6 +104,7 @@ async def test_an_error_of_the_handler_is_failed_with_zero(house: House) -> None
     assert job.result.metrics == {"final_score": 0.0}
 
 
+@pytest.mark.robustness(26, "late")
 async def test_time_is_counted_from_the_acknowledgement_and_ends_as_timeout(house: House) -> None:
     """Time is counted from the acknowledgement and ends as timeout."""
     house.work = Endless()

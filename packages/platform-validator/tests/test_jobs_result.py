@@ -33,6 +33,10 @@ CLAIM = Claim(
     resources=Resources(cpu_cores=1, memory_mb=1, disk_mb=1),
 )
 
+DEEP: list[Any] = []
+for _ in range(100):
+    DEEP = [DEEP]
+
 
 def judged(result: dict[str, Any] | None, error: tuple[str, str] | None = None) -> Finding:
     """Judge with the default rule and 1 KiB."""
@@ -85,8 +89,10 @@ def test_a_good_result_keeps_its_raw_score_and_gets_a_final_one() -> None:
         ({"score": 1, "metrics": {"a": math.inf}}, "a"),
         ({"score": 1, "x": "\ud800"}, "x"),
         ({"score": 1, "x": "y" * 2000}, "result_too_large"),
+        ({"score": 1, "x": DEEP}, "nested"),
     ],
 )
+@pytest.mark.robustness(24, "nan", "200-mb-result", "deep-json")
 def test_what_is_no_result_is_the_submissions_failure_with_a_score_of_zero(
     result: dict[str, Any] | None, said: str
 ) -> None:
@@ -112,6 +118,7 @@ def test_a_timeout_inside_the_cvm_is_a_timeout() -> None:
 
 
 @given(st.text(st.characters(), max_size=200))
+@pytest.mark.robustness(24, "utf-8")
 def test_any_error_text_makes_a_body_that_the_api_can_read(text: str) -> None:
     """Any error text makes a body that the api can read."""
     found = judged(None, ("handler_failed", text * 100))
@@ -119,12 +126,14 @@ def test_any_error_text_makes_a_body_that_the_api_can_read(text: str) -> None:
     body(found, [text])
 
 
+@pytest.mark.robustness(24, "escapes")
 def test_terminal_escapes_are_shown_and_not_sent() -> None:
     """Terminal escapes are shown and not sent."""
     assert last_lines(["\x1b[31mred\r"], 100) == ["\\x1b[31mred\\x0d"]
 
 
 @given(st.lists(st.text(max_size=50)), st.integers(0, 500))
+@pytest.mark.robustness(24, "lines")
 def test_the_last_lines_fit(lines: list[str], limit: int) -> None:
     """The last lines fit."""
     kept = last_lines(lines, limit)
@@ -132,6 +141,7 @@ def test_the_last_lines_fit(lines: list[str], limit: int) -> None:
     assert len(kept) <= len(lines)
 
 
+@pytest.mark.robustness(24, "no-newline")
 def test_one_long_line_is_cut() -> None:
     """One long line is cut."""
     assert [len(line) for line in last_lines(["x" * 100_000], 256 * 1024)] == [8192]

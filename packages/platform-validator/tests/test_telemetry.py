@@ -105,6 +105,7 @@ def test_secrets_are_never_written(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["json", "people"])
+@pytest.mark.robustness(24, "log-forging")
 def test_guest_text_forges_no_line(form: str) -> None:
     """Line ends and terminal escapes are shown as what they are; length is capped."""
     text = written(form, line="ok\r\nlevel=error forged\x1b[2J\x00", long="x" * 100_000)

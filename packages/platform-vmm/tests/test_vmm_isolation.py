@@ -73,6 +73,9 @@ async def echo(guest_port: int) -> AsyncIterator[int]:
         yield int(server.sockets[0].getsockname()[1])
 
 
+@pytest.mark.robustness(
+    23, "metadata", "host-loopback", "other-vms", "vmm-api", "dns-tunnel", "ipv6", "no-way-out"
+)
 async def test_a_guest_reaches_the_given_port_at_10_0_2_2_and_nothing_else(guests: Guests, echo: int) -> None:
     """The reachability table: one door; the host, its network, metadata, UDP and IPv6 are not there."""
     with socket.socket(socket.AF_UNIX) as abstract:
@@ -106,6 +109,7 @@ print(json.dumps({{
     assert set(found.values()) <= {"ENETUNREACH", "EADDRNOTAVAIL", "EHOSTUNREACH"}, found
 
 
+@pytest.mark.robustness(23, "raw-sockets")
 async def test_a_guest_can_make_no_raw_packet_or_vsock_socket(guests: Guests) -> None:
     """AF_VSOCK above all: it is in no network namespace and would reach the hypervisor."""
     found = await guests.run(

@@ -91,6 +91,7 @@ print(json.dumps([os.stat('/scratch').st_dev == os.stat('/tmp').st_dev, os.statv
     assert found == [True, True]
 
 
+@pytest.mark.robustness(24, "lines")
 async def test_a_flood_on_the_console_is_counted_and_each_boot_is_kept_apart(guests: Guests) -> None:
     """The first MiB stays; four boots are kept; the guest that floods ends in time."""
     machine = guests.create("import sys\nfor _ in range(300): sys.stdout.write('x' * 100_000)")
