@@ -25,6 +25,7 @@ _APT_FOLDER = Path("/etc/apt")
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _UPDATE_S, _ASK_S, _FETCH_S = 180.0, 60.0, 900.0
 _SUITES = (SUITE, f"{SUITE}-updates", f"{SUITE}-security")
+_NOT_OURS = re.compile(r"Acquire::(IndexTargets|Languages|Retries|https?::Timeout)\b")
 _FULL = re.compile(r"No space left on device|not enough free space|enough free space in|Disk quota exceeded")
 
 
@@ -53,6 +54,7 @@ class Apt:
             (self._folder / name).mkdir(parents=True)
         (self._folder / "debian.sources").write_text(self._sources)
         (self._folder / "status").touch()
+        (self._folder / "apt.conf").write_text(self._configuration())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -104,6 +106,37 @@ class Apt:
                 )
             path.rename(into / one.file)
 
+    def _configuration(self) -> str:
+        """Of this machine's own only how packages are fetched (proxies, certificates); none of its hooks."""
+        told = subprocess.run(
+            ["apt-config", "dump", "Acquire"], capture_output=True, text=True, timeout=_ASK_S, check=False
+        )
+        ours = [line for line in told.stdout.splitlines() if not _NOT_OURS.match(line)]
+        folder = self._folder
+        options: dict[str, object] = {
+            "Dir::State": folder / "state",
+            "Dir::State::lists": folder / "state/lists",
+            "Dir::State::status": folder / "status",
+            "Dir::Cache": folder / "cache",
+            "Dir::Etc::sourcelist": folder / "debian.sources",
+            "Dir::Etc::sourceparts": folder / "none",
+            "Dir::Etc::preferences": folder / "none/preferences",
+            "Dir::Etc::preferencesparts": folder / "none",
+            "Dir::Etc::main": folder / "none/main",
+            "Dir::Etc::parts": folder / "none",
+            "APT::Architecture": ARCHITECTURE,
+            "APT::Architectures": ARCHITECTURE,
+            "APT::Sandbox::User": "",
+            "Acquire::Languages": "none",
+            "Acquire::Retries": 2,
+            "Acquire::http::Timeout": 30,
+            "Acquire::https::Timeout": 30,
+        }
+        if self._old:
+            options["Acquire::Check-Valid-Until"] = "false"
+        ours += [f'{name} "{value}";' for name, value in options.items()]
+        return "\n".join(ours) + "\n"
+
     def _update(self, progress: Callable[[str], None]) -> None:
         if not self._updated:
             progress("reading Debian's package index")
@@ -125,36 +158,21 @@ class Apt:
         return list(found.values())
 
     def _run(self, words: Sequence[str], *, timeout: float, cwd: Path | None = None) -> str:
-        folder = self._folder
-        options = {
-            "Dir::State": folder / "state",
-            "Dir::State::lists": folder / "state/lists",
-            "Dir::State::status": folder / "status",
-            "Dir::Cache": folder / "cache",
-            "Dir::Etc::sourcelist": folder / "debian.sources",
-            "Dir::Etc::sourceparts": folder / "none",
-            "Dir::Etc::preferences": folder / "none/preferences",
-            "Dir::Etc::preferencesparts": folder / "none",
-            "APT::Architecture": ARCHITECTURE,
-            "APT::Architectures": ARCHITECTURE,
-            "APT::Sandbox::User": "",
-            "Acquire::Languages": "none",
-            **({"Acquire::Check-Valid-Until": "false"} if self._old else {}),
-            "Acquire::Retries": 2,
-            "Acquire::http::Timeout": 30,
-            "Acquire::https::Timeout": 30,
-        }
-        argv = [words[0], *(word for key, value in options.items() for word in ("-o", f"{key}={value}"))]
         try:
             done = subprocess.run(
-                [*argv, *words[1:]],
+                words,
                 capture_output=True,
                 text=True,
                 timeout=timeout,
                 check=False,
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
+                env={
+                    **os.environ,
+                    "APT_CONFIG": str(self._folder / "apt.conf"),
+                    "LC_ALL": "C",
+                    "DEBIAN_FRONTEND": "noninteractive",
+                },
             )
         except subprocess.TimeoutExpired as error:
             raise MirrorFailed(self._advice(f"{' '.join(words[:2])} took over {timeout:g} s")) from error
@@ -164,7 +182,7 @@ class Apt:
             " ".join(line for line in done.stderr.splitlines() if line.startswith("E:")) or done.stderr[-500:]
         )
         if _FULL.search(done.stderr):
-            raise NoRoom(f"{folder.parent}: {said}: free some space and try again")
+            raise NoRoom(f"{self._folder.parent}: {said}: free some space and try again")
         raise MirrorFailed(self._advice(said))
 
     def _advice(self, what: str) -> str:

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -154,6 +155,10 @@ def prune_guest_images(state: Path, keep: GuestImage) -> None:
 def _build(
     images: Path, target: Path, materials: Materials, progress: Callable[[str], None], *, old: bool
 ) -> None:
+    if platform.machine() != "x86_64":
+        raise ImageNotBuilt(
+            f"expected an x86-64 machine, whose Python the image has; got {platform.machine()}"
+        )
     squash = require("mksquashfs", "squashfs-tools")
     _expect_room(images)
     materials.fetch(images, progress, old=old)
