@@ -15,7 +15,7 @@ import pytest
 from platform_vmm.rootfs import GuestImage, apt, build_guest_image
 from platform_vmm.rootfs.assembly import MANIFEST
 from platform_vmm.rootfs.errors import ImageNotBuilt, MirrorFailed, NoRoom, NotReproduced, PackageRefused
-from platform_vmm.rootfs.image import newest_image, prune_guest_images
+from platform_vmm.rootfs.image import is_current, newest_image, prune_guest_images
 from platform_vmm.rootfs.initrd import load_order
 from platform_vmm.rootfs.packages import Selection
 from platform_vmm.rootfs.wheels import Wheel, unpack_wheel
@@ -178,6 +178,14 @@ def test_pruning_keeps_the_image_and_what_it_is_made_of(guest_image: GuestImage,
         "packages-1.json",
         "lock",
     }
+
+
+def test_an_image_of_an_earlier_sdk_or_init_is_known_as_such(guest_image: GuestImage, tmp_path: Path) -> None:
+    """The VMM says so when it starts; the folder's name is what the image was made of."""
+    assert is_current(guest_image)
+    earlier = tmp_path / "images/guest" / ("0" * 40)
+    shutil.copytree(guest_image.layout, earlier / "oci")
+    assert not is_current(newest_image(tmp_path))
 
 
 def test_the_machines_own_sources_are_read_in_both_of_apts_forms(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from platform_vmm.qemu.accelerator import last_answer
 from platform_vmm.qemu.driver import QEMU_IMAGE
 from platform_vmm.rootfs.cli import app as image_commands
 from platform_vmm.rootfs.errors import ImageNotBuilt
-from platform_vmm.rootfs.image import GuestImage, newest_image
+from platform_vmm.rootfs.image import GuestImage, is_current, newest_image
 from platform_vmm.server import make_app
 from platform_vmm.simulation.pki import load_pki
 from platform_vmm.state import StateDirectory
@@ -102,9 +102,13 @@ def images(
 def _guest_image(state: Path) -> GuestImage | None:
     """What virtual machines boot from, if it was built: `platform-vmm image build`."""
     try:
-        return newest_image(state)
+        image = newest_image(state)
     except ImageNotBuilt:
         return None
+    if not is_current(image):
+        todo = f"platform-vmm image build --state-dir {state}, then start again"
+        log.warning("guest_image_outdated", digest=image.digest, what="another SDK was installed", todo=todo)
+    return image
 
 
 def main() -> None:

@@ -138,6 +138,12 @@ def newest_image(state: Path) -> GuestImage:
     return _describe(max(notes)[1].parents[1])
 
 
+def is_current(image: GuestImage) -> bool:
+    """Whether its packages would make it again: SDK, libraries, guest's files and scripts are ours."""
+    chosen = Selection.from_json((image.layout / MANIFEST).read_text())
+    return Materials(chosen, read_lock()).key == image.path.name
+
+
 def prune_guest_images(state: Path, keep: GuestImage) -> None:
     """Remove all other images, and downloaded packages that `keep` is not made of."""
     images = state / "images" / FOLDER
