@@ -16,6 +16,7 @@ from platform_protocol.ids import VmName
 from platform_protocol.spec import NetworkSpec
 from platform_protocol.tokens import proxy_password
 from platform_validator.clock import SystemClock
+from platform_validator.egress import supervisor as supervisor_module
 from platform_validator.egress.accounts import EgressLimits
 from platform_validator.egress.supervisor import EgressSettings, EgressSupervisor
 from platform_validator.network_policy import NetworkPolicy
@@ -293,6 +294,34 @@ async def test_connections_and_bytes_of_a_cvm_are_limited_and_counted(tmp_path: 
         await made.until(lambda: use.refused == {"too_many_connections": 1, "bytes_spent": 2})
         assert use.connections == 3
         assert 600_000 < use.received_bytes < 700_000
+
+
+async def test_who_never_says_who_it_is_keeps_nobody_out(tmp_path: Path) -> None:
+    """Of connections that say nothing, the oldest makes room for the next."""
+    async with world(tmp_path, NAMES) as made:
+        silent = [await made.connect() for _ in range(160)]
+        assert await echoed(made, "api.test.example:443") == b"hello"
+        async with asyncio.timeout(30):
+            with contextlib.suppress(ConnectionResetError):
+                assert await silent[0][0].read(-1) == b""
+        for _, writer in silent:
+            writer.transport.abort()
+
+
+async def test_a_proxy_that_stands_still_is_ended_and_started_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says something every second; one that does not is no way out."""
+    monkeypatch.setattr(supervisor_module, "_SILENT", 4.0)
+    monkeypatch.setattr(supervisor_module, "_ENDS_WITHIN", 0.5)
+    async with world(tmp_path, NAMES) as made:
+        pid = made.supervisor.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        await made.until(lambda: made.supervisor.restarts == 1)
+        assert not Path(f"/proc/{pid}").exists()
+        await made.until(lambda: made.supervisor.listen is not None)
+        assert await echoed(made, "api.test.example:443") == b"hello"
 
 
 async def test_a_cvm_that_is_forgotten_is_cut_off(tmp_path: Path) -> None:

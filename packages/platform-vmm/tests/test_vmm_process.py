@@ -214,6 +214,7 @@ async def test_messages_are_read_by_dstacks_json_rules(serve: Any) -> None:
         description = json.loads(images[0]["description"])
         assert images[0]["name"] == "local-sandbox"
         assert description["isolation_level"] == "Container"
+        assert description["guest_ports"]
         digest = description["runtimes"]["platform-runtime"].removeprefix("sha256:")
         assert (vmm.state / "images" / digest).is_dir()
         assert (await vmm.call("ListGpus"))[1] == {"gpus": [], "allow_attach_all": False}

@@ -31,6 +31,7 @@ from platform_validator.cvm.probe import HttpProbe
 from platform_validator.cvm.quota import Limits, Quota, Refusal, Reservation
 from platform_validator.cvm.testing_guest import GuestScript
 from platform_validator.cvm.vmm import VmSpec
+from platform_validator.egress.gate import EgressGate
 from platform_validator.host_name import DEFAULT_HOST
 from platform_validator.keyring import Keyring
 from platform_validator.store.port import StoreUnavailable
@@ -146,7 +147,7 @@ async def fleet_worlds(tmp_path: Path) -> AsyncIterator[MakeWorld]:
     async with contextlib.AsyncExitStack() as stack:
         opened = itertools.count()
 
-        async def make(*, ports: int = 8, **rules: Any) -> World:
+        async def make(*, ports: int = 8, egress: EgressGate | None = None, **rules: Any) -> World:
             journal: list[str] = []
             specs: list[VmSpec] = []
             script, clock = GuestScript(), QuickClock()
@@ -179,6 +180,7 @@ async def fleet_worlds(tmp_path: Path) -> AsyncIterator[MakeWorld]:
                 identity=StateIdentity("0123456789", "instance"),
                 validator=Hotkey("5DD"),
                 rules=FleetRules(base_url="http://10.0.2.2:18080", **settings),
+                egress=egress,
             )
             group = await stack.enter_async_context(asyncio.TaskGroup())
             running = group.create_task(fleet.run())
@@ -203,7 +205,7 @@ async def caught(world: World, booting: asyncio.Event) -> Cvm | Exception:
         return error
 
 
-def restarted(world: World, quota: Quota) -> Fleet:
+def restarted(world: World, quota: Quota, egress: EgressGate | None = None) -> Fleet:
     """The fleet of a process that starts on the same journal."""
     return Fleet(
         hosts=the_host(world.vmm, world.clock, free_range(4)),
@@ -218,4 +220,5 @@ def restarted(world: World, quota: Quota) -> Fleet:
         rules=FleetRules(
             IsolationLevel.CONTAINER, allow_simulated=False, base_url="http://10.0.2.2", pace=QUICK
         ),
+        egress=egress,
     )

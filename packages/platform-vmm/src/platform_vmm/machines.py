@@ -59,6 +59,7 @@ class Machines:
         self._sandboxes = SandboxDriver(self._groups)
         self._images_folder = state.path / "images"
         self._guest_image = guest_image
+        self.guest_ports = guest_ports
         self.images = ImageTable([Image(IMAGE, self._sandboxes, runtimes)])
         self._host = Host(
             images=self.images,

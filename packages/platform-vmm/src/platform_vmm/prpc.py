@@ -125,7 +125,9 @@ class Prpc:
         shown = [
             {
                 "name": image.name,
-                "description": json.dumps(image.description()),
+                "description": json.dumps(
+                    image.description() | {"guest_ports": list(self._machines.guest_ports)}
+                ),
                 "version": VERSION,
                 "is_dev": True,
             }

@@ -113,6 +113,7 @@ async def check_vmm(vmm: VmmClient, settings: Settings) -> list[Check]:
     except VmmError as error:
         return [Check("vmm", "fail", f"{error}: is DSTACK_VMM_URL right, and the VMM up?")]
     found = [Check("vmm", "ok", f"version {facts.version}"), check_image(facts, settings.level)]
+    found += check_guest_ports(facts, settings)
     if settings.level is IsolationLevel.TEE:
         return found
     if facts.tee_only:
@@ -122,6 +123,31 @@ async def check_vmm(vmm: VmmClient, settings: Settings) -> list[Check]:
         detail = f"version {facts.version} simulates no TEE: unset attestation.allow_simulated"
         found.append(Check("isolation", "fail", detail))
     return found
+
+
+def check_guest_ports(facts: VmmFacts, settings: Settings) -> list[Check]:
+    """Whether a local VMM lets its guests reach the validator and, where it is needed, the egress proxy.
+
+    Of several hosts, each of which can have URLs of its own, nothing is said.
+    """
+    told = [image.guest_ports for image in facts.images if image.guest_ports is not None]
+    if not told or settings["vmm"]:
+        return []
+    wanted = ["validator.base_url", *(["egress.base_url"] if settings.network.allows_something else [])]
+    urls = {name: urlsplit(settings[name]) for name in wanted}
+    missing = {
+        name: url.port or 80
+        for name, url in urls.items()
+        if url.hostname == _GUEST_HOST and (url.port or 80) not in told[0]
+    }
+    if not missing:
+        return [Check("guest ports", "ok", f"guests reach {', '.join(map(str, told[0]))} of the VMM's host")]
+    return [
+        Check(
+            "guest ports", "fail", f"{name} is out of guests' reach: platform-vmm needs --guest-port {port}"
+        )
+        for name, port in missing.items()
+    ]
 
 
 async def check_attestation(settings: Settings) -> list[Check]:

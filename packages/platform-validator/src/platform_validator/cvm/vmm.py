@@ -54,13 +54,15 @@ class VmmImage:
     """An image that the VMM can boot.
 
     `level` is the isolation that it gives (a TDX image: Tee); `runtimes` maps a runtime's name to its
-    digest `sha256:…` where the VMM has its own table (a local one), and is empty otherwise.
+    digest `sha256:…` where the VMM has its own table (a local one), and is empty otherwise. `guest_ports` are
+    those of its host's loopback that guests reach, None where it does not say.
     """
 
     name: str
     level: IsolationLevel
     runtimes: dict[str, str] = field(default_factory=dict)
     local: bool = False
+    guest_ports: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,6 +165,7 @@ class EgressSupervisor:
                 await self._converse(reader, writer)
             finally:
                 self._writer, self.listen, self.pid = None, None, None
+                self.error = self.error or "the egress proxy has ended, and is started anew"
                 self._seen.clear()
                 self._unauthenticated = 0
                 await _end(process)

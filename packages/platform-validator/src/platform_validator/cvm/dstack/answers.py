@@ -62,7 +62,14 @@ def read_image(image: Mapping[str, Any]) -> VmmImage:
     except ValueError:
         level = IsolationLevel.NONE
     runtimes = _fields(described.get("runtimes"))
-    return VmmImage(name, level, {str(key): str(value) for key, value in runtimes.items()}, local=True)
+    ports = described.get("guest_ports")
+    return VmmImage(
+        name,
+        level,
+        {str(key): str(value) for key, value in runtimes.items()},
+        local=True,
+        guest_ports=tuple(number(port) for port in ports) if isinstance(ports, list) else None,
+    )
 
 
 def objects(value: object) -> list[dict[str, Any]]:
