@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 from platform_challenge_sdk import Challenge, Context, ValueRefused
+from platform_challenge_sdk import submission as submission_module
+from platform_challenge_sdk.contained import run_contained
+from platform_challenge_sdk.containment import Containment
 from platform_challenge_sdk.testing import run_locally
 from platform_challenge_sdk.testing_values import MemoryValues
 
@@ -82,3 +85,24 @@ def test_the_command_prints_the_result_and_says_what_is_not_contained(
         else {"code": "submission_failed", "message": "the submission was killed by SIGABRT"}
     )
     assert "without a VM" in done.stderr
+
+
+async def test_a_job_that_is_contained_by_less_says_so_once_in_its_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the handler does with the outcome, the validator and the miner see what fell away."""
+    challenge, kind = Challenge(), Containment("landlock", own_uid=True, landlock=7)
+    monkeypatch.setattr(submission_module, "containment", lambda: kind)
+    monkeypatch.setattr(
+        submission_module, "run_contained", lambda order, cancelled, kind: run_contained(order, cancelled)
+    )
+
+    @challenge.on_job()
+    async def job(ctx: Context, _payload: dict[str, Any]) -> float:
+        for _ in range(2):
+            assert (await ctx.submission.run(["true"])).ok
+        return 0.5
+
+    done = await run_locally(challenge, b"file")
+    assert done.logs == [f"warning: the submission is contained by {kind}"]
+    assert "lost: network, paths, shared_memory, names, disk, memory" in done.logs[0]

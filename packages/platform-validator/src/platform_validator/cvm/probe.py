@@ -18,6 +18,9 @@ _FIRST, _MOST = 0.1, 2.0
 _HEALTH = 5.0
 _MAX_HEALTH = 16 * 1024
 _LOG_LINES = 20
+_CONTAINED = "namespaces"
+"""What the SDK's word on how it holds submissions begins with, where nothing of it falls away."""
+_MAX_CONTAINMENT = 512
 ABSENCE = timedelta(seconds=45)
 """How long the VMM may be away in one piece (restarting, or its host busy) while a VM is waited for."""
 
@@ -100,4 +103,9 @@ async def _healthy(http: aiohttp.ClientSession, address: tuple[str, int]) -> boo
     status = health.get("status") if isinstance(health, dict) else None
     if status == "failed":
         raise BootFailed(f"the challenge failed to start: {str(health.get('error'))[:4096]}")
+    if status == "ready":
+        contained = health.get("containment")
+        if isinstance(contained, str) and not contained.startswith(_CONTAINED):
+            shown = contained[:_MAX_CONTAINMENT].encode("ascii", "backslashreplace").decode()
+            _log.warning("submissions_contained_by_less", address=address[0], containment=shown)
     return status == "ready"
