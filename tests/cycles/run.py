@@ -29,6 +29,9 @@ ENDINGS = {
     ),
 }
 """What a guest does; the last two are removed while they run."""
+LAYERED_EVERY = 5
+"""Each so many-th VM has a writable root and a hidden path: mounts of more kinds to leave behind."""
+_LAYERED = {"read_only": False, "denied_paths": ["/usr/share"]}
 BOOTING_EVERY = 4
 """Each so many-th VM is removed while it boots, at a random moment."""
 WARM_UP = 10
@@ -90,13 +93,14 @@ class Cycles:
     def _cycle(self, number: int) -> None:
         began = time.monotonic()
         port = self._ports[number % len(self._ports)]
+        filesystem = _LAYERED if number % LAYERED_EVERY == 0 else None
         if number % BOOTING_EVERY == BOOTING_EVERY - 1:
-            identity = self._vmm.create(ENDINGS["ignores signals"], port)
+            identity = self._vmm.create(ENDINGS["ignores signals"], port, filesystem=filesystem)
             time.sleep(self._rng.uniform(0, _BOOT_S))
             self._done["killed_during_boot"] += not self._said_up(identity)
         else:
             ending = list(ENDINGS)[number % len(ENDINGS)]
-            identity = self._vmm.create(ENDINGS[ending], port)
+            identity = self._vmm.create(ENDINGS[ending], port, filesystem=filesystem)
             self._vmm.until_said(identity, "up")
             if ending != "ends":
                 _knock(port)
@@ -111,7 +115,7 @@ class Cycles:
 
     def _killed(self, number: int, place: Place, idle: Census | None) -> None:
         """The VMM dies with one VM that runs and one that boots; the next one starts them, then both go."""
-        one = self._vmm.create(ENDINGS["holds namespaces"], self._ports[0])
+        one = self._vmm.create(ENDINGS["holds namespaces"], self._ports[0], filesystem=_LAYERED)
         self._vmm.until_said(one, "up")
         self._vmm.create(ENDINGS["ignores signals"], self._ports[1])
         time.sleep(self._rng.uniform(0, _BOOT_S))

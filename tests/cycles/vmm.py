@@ -92,14 +92,22 @@ class Vmm:
             raise self._failed(f"still there {ANSWER_S:.0f} s after {signal.Signals(number).name}") from None
         self._process = None
 
-    def create(self, script: str, port: int, interpreter: Sequence[str] = ("/bin/sh", "-c")) -> str:
-        """A VM that runs a script; `port` of the host leads into it."""
+    def create(
+        self,
+        script: str,
+        port: int,
+        *,
+        interpreter: Sequence[str] = ("/bin/sh", "-c"),
+        filesystem: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A VM that runs a script, under a filesystem policy; `port` of the host leads into it."""
         service = {"image": self._image, "command": [*interpreter, script.replace("$", "$$")]}
         compose = {"manifest_version": 2, "name": "cycle", "runner": "docker-compose"}
         compose |= {"docker_compose_file": json.dumps({"services": {"one": service}})}
         message = {"name": "cycle", "image": "local-sandbox", "vcpu": 1, "memory": 64, "disk_size": 1}
         ports = [{"protocol": "tcp", "host_port": port, "vm_port": 10000}]
         message |= {"compose_file": json.dumps(compose), "no_tee": True, "ports": ports}
+        message |= {"user_config": json.dumps({"filesystem": filesystem or {}})}
         return str(self.call("CreateVm", message)["id"])
 
     def remove(self, identity: str) -> None:

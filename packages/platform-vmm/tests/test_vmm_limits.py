@@ -10,6 +10,7 @@ import pytest
 from guests import Guests, serial, until
 from running_vmm import Bench
 
+from platform_vmm import machine as machine_module
 from platform_vmm.machine import Machine
 from platform_vmm.sandbox.cgroups import ControlGroups
 from platform_vmm.sandbox.console import boots
@@ -26,6 +27,27 @@ async def test_a_guest_that_outgrows_its_memory_is_killed_and_the_event_says_so(
     assert "begun" in serial(machine)
     assert "held" not in serial(machine)
     assert "exit code 137, 1 killed for memory" in str(machine.events)
+
+
+@pytest.mark.usefixtures("as_root")
+async def test_one_process_killed_for_memory_is_told_and_the_guest_goes_on(
+    guests: Guests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a submission takes too much: its score is higher than the SDK's, which lives to tell."""
+    monkeypatch.setattr(machine_module, "OOM_LOOK", 0.05)
+    script = """
+import os, time
+child = os.fork()
+if child == 0:
+    open('/proc/self/oom_score_adj', 'w').write('1000')
+    held = [bytearray(2**26) for _ in range(40)]
+print('a child ended with', os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+time.sleep(600)
+"""
+    machine = guests.create(script, memory=128, user_config='{"filesystem": {"tmpfs_size_mb": 16}}')
+    await until(lambda: "a child ended with -9" in serial(machine), machine)
+    await until(lambda: "1 of its processes killed for memory; it goes on" in str(machine.events), machine)
+    assert machine.state == "running"
 
 
 @pytest.mark.usefixtures("as_root")

@@ -23,6 +23,8 @@ from platform_vmm.record import Record
 log = structlog.get_logger(__name__)
 GRACE = 10.0
 """Seconds that ShutdownVm gives the guest after SIGTERM."""
+OOM_LOOK = 5.0
+"""Seconds between two looks at how many processes were killed for memory."""
 _EVENTS = 20
 _RETRY_MOST = 60.0
 
@@ -230,8 +232,10 @@ class Machine:
         oldest = None if lifetime is None else self._born + lifetime
         ended = asyncio.ensure_future(guest.exited())
         grace: float | None = None
+        killed = 0
         try:
             while not ended.done():
+                killed = self._look_for_oom(guest, killed)
                 if not self.record.started and not self._graceful:
                     return
                 if not self.record.started and grace is None:
@@ -241,10 +245,23 @@ class Machine:
                 if until is not None and time.monotonic() >= until:
                     self._over(lifetime)
                     return
-                await self._change_or(ended, until)
+                look = time.monotonic() + OOM_LOOK
+                await self._change_or(ended, look if until is None else min(until, look))
             self.note("vm.exited", _describe_exit(ended.result(), guest.oom_kills()))
         finally:
             ended.cancel()
+
+    def _look_for_oom(self, guest: Guest, before: int) -> int:
+        """Tell of processes that the kernel killed for memory, and let the guest go on.
+
+        It takes a submission's before the SDK's, by their scores: ending the whole VM would make the
+        submission's fault an infrastructure's. When the SDK itself is killed, the guest ends.
+        """
+        killed = guest.oom_kills()
+        if killed > before:
+            self.note("vm.oom", f"{killed - before} of its processes killed for memory; it goes on")
+            log.warning("vm_process_killed_for_memory", vm=self.id, processes=killed - before)
+        return killed
 
     async def _change_or(self, ended: asyncio.Future[Any], until: float | None) -> None:
         self._changed.clear()
