@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from tests.attestation.tampering import cases
 from platform_validator.attestation.checks import MEANING, Check
 
 ROOT = Path(__file__).resolve().parents[2]
+OFFLINE = ["unshare", "--net", *([] if os.getuid() == 0 else ["--map-root-user"])]
+"""In a network namespace of its own, in which nothing is up."""
 UNREACHED = {
     Check.QUOTE_MISSING: "at Tee a missing quote is unavailable; a simulated one has its own test",
     Check.PLATFORM: "collateral of another platform is not used at all",
@@ -53,11 +56,14 @@ def test_real_quotes_verify_replay_and_are_computed() -> None:
 
 
 @pytest.mark.slow(reason="a process of its own, with every case once more")
-def test_the_matrix_says_how_much_was_tried() -> None:
-    """The last line of stdout has the figures, which are counted and not written down."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.attestation"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+@pytest.mark.skipif(
+    subprocess.run([*OFFLINE, "true"], capture_output=True, check=False).returncode != 0,
+    reason="no network namespace can be made here",
+)
+def test_the_matrix_says_how_much_was_tried_and_needs_no_network() -> None:
+    """The last line of stdout has the figures, which are counted; it runs without even a loopback."""
+    command = [*OFFLINE, sys.executable, "-m", "tests.attestation"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     figures = json.loads(done.stdout.splitlines()[-1])
     assert (figures["tampered_accepted"], figures["wrong_reason"]) == (0, 0)
     assert figures["tampered"] == len(cases()) + len(receipts()) >= 60
