@@ -102,6 +102,7 @@ def given(world: World, **changed: Any) -> Given:
         collateral=json.dumps(forge.collateral(world.pki)),
         root=world.pki.root.der,
         images=world.images(),
+        submission=SUBMISSION,
     )
     return replace(held, **changed)
 
@@ -171,6 +172,15 @@ def _log(world: World, change: Callable[[list[dict[str, Any]]], None]) -> dict[s
     events = world.events()
     change(events)
     return {"event_log": json.dumps(events)}
+
+
+def _with_another_app_id(world: World) -> dict[str, Any]:
+    events, text = world.events(), record(world)
+    for event in events:
+        if event["event"] == "app-id":
+            event["event_payload"] = "ab" * 20
+    made = world.evidence(events=events, td={"report_data": result_report_data(text.encode())})
+    return {"quote": base64.b64encode(made.quote or b"").decode(), "event_log": made.event_log}
 
 
 def receipts() -> list[ReceiptCase]:
@@ -262,6 +272,13 @@ def receipts() -> list[ReceiptCase]:
             lambda world: _log(world, lambda events: events.insert(3, events.pop())),
         ),
         _said("no event log", "event_log", lambda _: {"event_log": ""}),
+        _held("another submission", "submission", submission=lambda _: "ee" * 32),
+        _said(
+            "a TD whose memory can be read",
+            "chain",
+            lambda world: _for(world, record(world), attributes=bytes.fromhex("0100001000000000")),
+        ),
+        _said("another app's id in the measured log", "policy", _with_another_app_id),
         _said("another image", "os_image", lambda _: {"os_image": told(image="another")}),
         _said("another shape", "os_image", lambda _: {"os_image": told(memory_mb=4096)}),
         _said("a kind of trust that is none", "os_image", lambda _: {"os_image": told(trust="vouched")}),

@@ -12,8 +12,19 @@ from typing import Any
 
 import pytest
 from securesystemslib.dsse import Envelope
+from tests.attestation import forge
 from tests.attestation.evidence import World
-from tests.attestation.tampered_receipts import KEYPAIR, ReceiptCase, facts, given, receipts, result, told
+from tests.attestation.tampered_receipts import (
+    KEYPAIR,
+    ReceiptCase,
+    _for,
+    facts,
+    given,
+    receipts,
+    record,
+    result,
+    told,
+)
 from typer.testing import CliRunner
 
 from platform_protocol.canonical import canonical_json, sha256_hex
@@ -39,11 +50,13 @@ def test_an_honest_receipt_is_proved_in_everything(world: World) -> None:
             "signature",
             "subject",
             "record",
+            "submission",
             "compose",
             "challenge",
             "binding",
             "chain",
             "event_log",
+            "policy",
             "os_image",
         ),
         Verdict.PROVED,
@@ -57,12 +70,37 @@ def test_a_receipt_that_lies_or_was_changed_is_refuted_by_name(case: ReceiptCase
     assert case.check in case.refuted(world)
 
 
+def test_a_platform_that_fell_behind_is_the_reader_s_to_accept(world: World) -> None:
+    """Its signatures hold; the validator's policy may have accepted it, and the line says what."""
+    info = forge.tcb_info()
+    info["tcbLevels"][0]["tcbStatus"] = "OutOfDate"
+    behind = json.dumps(forge.collateral(world.pki, info=info))
+    found = {
+        one.name: one
+        for one in check_receipt(seal_receipt(KEYPAIR, facts(world)), given(world, collateral=behind))
+    }
+    assert found["chain"].verdict is Verdict.PROVED
+    assert found["policy"].verdict is Verdict.NOT_CHECKABLE
+    assert found["policy"].detail.startswith("accept it or not: tcb_status: ")
+
+
+def test_a_job_without_a_submission_says_so(world: World) -> None:
+    text = record(world, submission_sha256=None)
+    none = facts(world, submission_sha256=None, **_for(world, text))
+    found = {
+        one.name: one for one in check_receipt(seal_receipt(KEYPAIR, none), given(world, submission=None))
+    }
+    assert (found["submission"].verdict, found["record"].verdict) == (Verdict.PROVED, Verdict.PROVED)
+
+
 def test_what_is_not_given_is_not_checkable(world: World) -> None:
     """And not taken for proved."""
-    bare = given(world, validator=None, compose=None, collateral=None, root=None, images=None)
+    bare = given(
+        world, validator=None, compose=None, collateral=None, root=None, images=None, submission=None
+    )
     found = check_receipt(seal_receipt(KEYPAIR, facts(world)), bare)
     left = {one.name for one in found if one.verdict is Verdict.NOT_CHECKABLE}
-    assert left == {"challenge", "chain", "os_image"}
+    assert left == {"challenge", "chain", "os_image", "policy", "submission"}
     assert summary(found) is Verdict.NOT_CHECKABLE
 
 
@@ -84,6 +122,7 @@ def test_a_receipt_without_evidence_says_why_and_proves_less(world: World, absen
         "binding",
         "chain",
         "event_log",
+        "policy",
         "os_image",
     }
     assert not [one for one in found if one.verdict is Verdict.REFUTED]

@@ -5,11 +5,13 @@
 | `signature` | the hotkey that it names signed it, and it is the expected one where one was given |
 | `subject` | the signed digest is that of the result that it shows |
 | `record` | what the CVM recorded is of this validator and submission, and gives this result's score |
+| `submission` | the submission that the record names is the given one |
 | `compose` | the app-compose that it shows has the compose hash of the result |
 | `challenge` | that app-compose is what the given tree of the challenge makes |
 | `binding` | the quote binds the record, and no other |
 | `chain` | the quote's signatures verify under Intel's root, or under the simulated one that was given |
 | `event_log` | the event log replays to the quote's registers, and measured this app-compose |
+| `policy` | the CVM meets the strictest policy of attestation: TCB, no debug mode, key provider and so on |
 | `os_image` | MRTD and RTMR0 to 2 of the quote are those of the given images; the receipt's word is told |
 """
 
@@ -28,9 +30,17 @@ from platform_protocol.canonical import sha256_hex
 from platform_protocol.evidence import result_report_data
 from platform_protocol.ids import Hotkey
 from platform_protocol.receipts import Receipt, ReceiptInvalid, open_receipt
+from platform_validator.attestation.checks import ADJUSTABLE, Check, Outcome, Outcomes
 from platform_validator.attestation.event_log import EventLogRefused, check_event_log
 from platform_validator.attestation.os_image import ImageTrust, KnownImages, Shape, Trust, check_os_image
-from platform_validator.attestation.quote import QuoteBody, QuoteInvalid, parse_quote, verify_quote
+from platform_validator.attestation.policy import AttestationRules, Expected, find_faults
+from platform_validator.attestation.quote import (
+    QuoteBody,
+    QuoteInvalid,
+    VerifiedQuote,
+    parse_quote,
+    verify_quote,
+)
 
 
 class Verdict(StrEnum):
@@ -56,7 +66,7 @@ class Given:
 
     `compose`: the app-compose bytes that the challenge's tree makes. `collateral`: dcap-qvl's JSON, judged at
     `now`. `root`: the simulated root (DER) that is trusted here; None: Intel's alone. `images`: the OS images
-    that are trusted here.
+    that are trusted here. `submission`: SHA-256 (hex) of the one that is at hand.
     """
 
     now: datetime
@@ -65,6 +75,7 @@ class Given:
     collateral: str | None = None
     root: bytes | None = None
     images: KnownImages | None = None
+    submission: str | None = None
 
 
 def check_receipt(envelope: Mapping[str, Any], given: Given) -> list[ReceiptCheck]:
@@ -74,15 +85,18 @@ def check_receipt(envelope: Mapping[str, Any], given: Given) -> list[ReceiptChec
     except ReceiptInvalid as error:
         return [ReceiptCheck("signature", Verdict.REFUTED, f"{error.check}: {error}")]
     quote = _quote(receipt)
+    chain, verified = _chain(receipt, quote, given)
     return [
         _signature(receipt, given),
         _subject(receipt),
         _record(receipt),
+        _submission(receipt, given),
         _compose(receipt),
         _challenge(receipt, given),
         _binding(receipt, quote),
-        _chain(receipt, quote, given),
+        chain,
         _event_log(receipt, quote),
+        _policy(receipt, quote, verified, given),
         _os_image(receipt, quote, given),
     ]
 
@@ -153,6 +167,21 @@ def _record(receipt: Receipt) -> ReceiptCheck:
     return _judge("record", not wrong, good, f"record and result differ in: {', '.join(wrong)}")
 
 
+def _submission(receipt: Receipt, given: Given) -> ReceiptCheck:
+    named = receipt.facts.submission_sha256
+    if named is None:
+        return ReceiptCheck("submission", Verdict.PROVED, "the job had none")
+    if given.submission is None:
+        detail = f"{named[:16]}…; give it: --submission FILE"
+        return ReceiptCheck("submission", Verdict.NOT_CHECKABLE, detail)
+    return _judge(
+        "submission",
+        named == given.submission,
+        f"the given one, {named[:16]}…",
+        f"it names {named[:16]}…, the given one is {given.submission[:16]}…",
+    )
+
+
 def _compose(receipt: Receipt) -> ReceiptCheck:
     digest, named = sha256_hex(receipt.facts.app_compose.encode()), str(_result(receipt).get("compose_hash"))
     return _judge(
@@ -203,28 +232,46 @@ def _binding(receipt: Receipt, quote: tuple[bytes, QuoteBody] | str) -> ReceiptC
     return _judge("binding", same, "the quote binds this record", "the quote binds something else")
 
 
-def _chain(receipt: Receipt, quote: tuple[bytes, QuoteBody] | str, given: Given) -> ReceiptCheck:
-    if isinstance(quote, str):
-        return _absent("chain", receipt, quote)
+def _chain(
+    receipt: Receipt, quote: tuple[bytes, QuoteBody] | str, given: Given
+) -> tuple[ReceiptCheck, VerifiedQuote | None]:
+    """With the quote, where its chain verifies."""
     simulated = receipt.facts.attestation == "simulated"
+    if isinstance(quote, str):
+        return _absent("chain", receipt, quote), None
     if simulated and given.root is None:
-        return ReceiptCheck(
-            "chain", Verdict.NOT_CHECKABLE, "simulated: no hardware proves it; its root: --simulated-root PEM"
-        )
+        why = "simulated: no hardware proves it; its root: --simulated-root PEM"
+        return ReceiptCheck("chain", Verdict.NOT_CHECKABLE, why), None
     if given.collateral is None:
-        return ReceiptCheck(
-            "chain", Verdict.NOT_CHECKABLE, "give the platform's collateral: --collateral FILE"
-        )
+        why = "give the platform's collateral: --collateral FILE"
+        return ReceiptCheck("chain", Verdict.NOT_CHECKABLE, why), None
     try:
         verified = verify_quote(quote[0], given.collateral, given.now, given.root if simulated else None)
     except QuoteInvalid as error:
-        return ReceiptCheck("chain", Verdict.REFUTED, str(error))
-    what = (
-        "SIMULATED: signed by the root that was given, proves nothing of hardware"
-        if simulated
-        else "Intel TDX"
-    )
-    return ReceiptCheck("chain", Verdict.PROVED, f"{what}; TCB {verified.status}")
+        return ReceiptCheck("chain", Verdict.REFUTED, str(error)), None
+    what = "SIMULATED: signed by the root that was given, proves nothing of hardware"
+    what = what if simulated else "Intel TDX"
+    return ReceiptCheck("chain", Verdict.PROVED, f"{what}; TCB {verified.status}"), verified
+
+
+def _policy(
+    receipt: Receipt, quote: tuple[bytes, QuoteBody] | str, verified: VerifiedQuote | None, given: Given
+) -> ReceiptCheck:
+    """What the validator's policy asks of a quote at its strictest, but for what has a line of its own."""
+    if isinstance(quote, str):
+        return _absent("policy", receipt, quote)
+    if verified is None:
+        return ReceiptCheck("policy", Verdict.NOT_CHECKABLE, "the quote's chain is not proved")
+    expected = Expected(sha256_hex(receipt.facts.app_compose.encode()), verified.body.report_data)
+    rules = AttestationRules(Outcomes({Check.OS_IMAGE: Outcome.OFF}))
+    faults = find_faults(verified, receipt.facts.event_log, expected, rules, now=given.now).faults
+    told = "; ".join(f"{check.value}: {detail}" for check, detail in faults)
+    if any(check not in ADJUSTABLE for check, _ in faults):
+        return ReceiptCheck("policy", Verdict.REFUTED, told)
+    if faults:
+        # A policy may accept these: whether the reader's does is for him to say.
+        return ReceiptCheck("policy", Verdict.NOT_CHECKABLE, f"accept it or not: {told}")
+    return ReceiptCheck("policy", Verdict.PROVED, "the strictest, but for the OS image")
 
 
 def _event_log(receipt: Receipt, quote: tuple[bytes, QuoteBody] | str) -> ReceiptCheck:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import urllib.error
@@ -42,6 +43,9 @@ def verify(
     validator: Annotated[
         str | None, typer.Option("--validator", help="The hotkey that must have signed")
     ] = None,
+    submission: Annotated[
+        Path | None, typer.Option("--submission", help="The submission, as it was uploaded")
+    ] = None,
     tree: Annotated[Path | None, typer.Option("--tree", help="The challenge's tree at its commit")] = None,
     collateral: Annotated[
         Path | None, typer.Option("--collateral", help="The platform's collateral (dcap-qvl's JSON)")
@@ -67,6 +71,7 @@ def verify(
         collateral=None if collateral is None else _collateral(collateral),
         root=None if simulated_root is None else _root(simulated_root),
         images=None if images is None else _images(images),
+        submission=None if submission is None else _digest(submission),
     )
     checks = check_receipt(envelope, given)
     verdict = summary(checks)
@@ -134,6 +139,14 @@ def _root(path: Path) -> bytes:
         return x509.load_pem_x509_certificate(path.read_bytes()).public_bytes(Encoding.DER)
     except (OSError, ValueError) as error:
         failed(f"{path} is no certificate: {error}")
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        failed(f"{path} cannot be read: {error.strerror}")
 
 
 def _images(path: Path) -> KnownImages:
