@@ -63,13 +63,24 @@ PLATFORM_TOML = (
     b'name = "halves"\nversion = "1"\nentry = "challenge"\n[cvm]\ncpu_cores = 1\nmemory_mb = 256\n'
 )
 CODE = b"""
-from platform_challenge_sdk import challenge
+import tempfile
+from pathlib import Path
+from platform_challenge_sdk import Submission, challenge
+from platform_challenge_sdk.means import Means, read_egress
 from platform_challenge_sdk.trial import containment
+
+ASK = "import urllib.request, urllib.error\\n" \\
+    "try: urllib.request.urlopen('http://api.example/')\\n" \\
+    "except urllib.error.HTTPError as error: print(error.code)"
 
 
 @challenge.on_job()
 async def handle(ctx, payload):
-    return {"score": payload["x"] / 2, "containment": str(containment())}
+    nowhere = Means(None, read_egress("http://vm:password@127.0.0.1:1", "http://10.0.2.2:1"))
+    submission = Submission(Path(tempfile.mkdtemp()), "", means=nowhere)
+    asked = await submission.run(["python3", "-c", ASK], network=True)
+    told = {"containment": str(containment()), "relay": asked.text.strip()}
+    return {"score": payload["x"] / 2} | told
 """
 
 
@@ -224,7 +235,9 @@ async def test_a_real_sandbox_is_attested_runs_a_job_and_goes(
                 on_progress=lambda percent, message: None,
                 on_log=lambda level, message: None,
             )
-        assert result.result == {"score": 0.5, "containment": "namespaces and seccomp"}
+        # 502 is the relay's own answer: it was reached, and that proxy was not.
+        told = {"containment": "namespaces and seccomp", "relay": "502"}
+        assert result.result == {"score": 0.5} | told
         assert result.evidence is not None
         used = await real.fleet.usage(cvm.name)
         assert used is not None
