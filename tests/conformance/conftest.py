@@ -18,9 +18,13 @@ import pytest
 from tests.dstack_double import VERSIONS, DstackDouble, Running
 from tests.dstack_double.server import IMAGE
 
-LOCAL = "local"
+from platform_vmm.rootfs import build_guest_image
+
+LOCAL = {"local": "local-sandbox", "local-qemu": "local-qemu"}
+"""Name to image of the local VMM."""
+_GUEST_IMAGES = Path(__file__).resolve().parents[2] / ".cache" / "platform-vmm"
 DOUBLES = {"head" if version == VERSIONS[-1] else f"v{version}": version for version in VERSIONS}
-SERVERS = (LOCAL, *DOUBLES)
+SERVERS = (*LOCAL, *DOUBLES)
 TOKEN = "double-token"
 
 
@@ -40,7 +44,8 @@ def server_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[st
 
         def get(name: str) -> Server:
             if name not in running:
-                made = local_vmm() if name == LOCAL else double(name, tmp_path_factory.mktemp("double"))
+                image = LOCAL.get(name)
+                made = local_vmm(image) if image else double(name, tmp_path_factory.mktemp("double"))
                 running[name] = stack.enter_context(made)
             return running[name]
 
@@ -58,12 +63,16 @@ def double(name: str, folder: Path) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def local_vmm() -> Iterator[Server]:
-    """`platform-vmm serve`, with its sandboxes."""
+def local_vmm(image: str) -> Iterator[Server]:
+    """`platform-vmm serve`, and one of its images."""
     if os.getuid() != 0 or shutil.which("bwrap") is None:
         pytest.skip("needs root and bubblewrap")
     with tempfile.TemporaryDirectory(prefix="pvmm-") as folder:
         state, path = Path(folder, "state"), Path(folder, "vmm.sock")
+        if image == "local-qemu":
+            build_guest_image(_GUEST_IMAGES)
+            (state / "images").mkdir(parents=True)
+            (state / "images" / "guest").symlink_to(_GUEST_IMAGES / "images" / "guest")
         program = str(Path(sys.executable).parent / "platform-vmm")
         with subprocess.Popen(
             [program, "serve", "--listen", f"unix:{path}", "--state-dir", str(state)],
@@ -76,7 +85,7 @@ def local_vmm() -> Iterator[Server]:
                     assert process.poll() is None, "the VMM ended"
                     assert time.monotonic() < deadline, "the VMM does not listen"
                     time.sleep(0.05)
-                yield Server(f"unix:{path}", (state / "token").read_text().strip(), "local-sandbox")
+                yield Server(f"unix:{path}", (state / "token").read_text().strip(), image)
             finally:
                 process.send_signal(signal.SIGTERM)
                 process.wait(20)

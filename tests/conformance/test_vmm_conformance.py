@@ -17,7 +17,10 @@ _FIRST_PORT = 16_000 + os.getpid() % 19 * 200
 """Within the range that a VMM maps by default, and apart from another test process."""
 
 
-@pytest.mark.slow(reason="with the local VMM: it builds its runtime, and starts sandboxes")
+@pytest.mark.timeout(300)  # the first of a checkout makes the guest image
+@pytest.mark.slow(
+    reason="with the local VMM: it builds its runtime, and starts sandboxes and virtual machines"
+)
 @pytest.mark.parametrize("check", all_checks(), ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", SERVERS)
 async def test_vmm_conformance(name: str, check: Check | Case, server_of: Callable[[str], Server]) -> None:
