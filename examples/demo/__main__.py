@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import psutil
 from examples.demo import display
+from examples.demo.guest_image import offer_guest_image
 from examples.demo.leftovers import Machine, left, look
 from examples.demo.miners import Upload, find_uploads, upload
 from examples.demo.processes import DemoFailed
@@ -26,7 +27,10 @@ from platform_protocol.signing import Keypair
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-_PATIENCE = 240.0
+_PATIENCE = 300.0
+_SANDBOX, _QEMU = "local-sandbox", "local-qemu"
+_FEWER = {"centroid", "crash", "deflate", "spy"}
+"""One of each kind, for virtual machines whose processor may be emulated."""
 _FINISHED = ("completed", "failed", "cancelled")
 
 
@@ -40,15 +44,26 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, default=ROOT / ".demo", metavar="DIR", help="where report.json goes"
     )
+    parser.add_argument(
+        "--image",
+        choices=[_SANDBOX, _QEMU],
+        default=_SANDBOX,
+        help="what CVMs are made of; with local-qemu fewer submissions",
+    )
     arguments = parser.parse_args()
     console = Console()
     output: Path = arguments.output
     folder = RunFolder(output, "platform-demo-")
     state = folder.begin(console)
     before = look(state)
-    stack = make_stack(state)
+    virtual = arguments.image == _QEMU
+    stack = make_stack(state, level="Vm" if virtual else "Container")
     try:
-        demo = Demo(stack, console, before, output, keep=arguments.keep, outage=arguments.outage)
+        if virtual:
+            offer_guest_image(stack.state / "vmm")
+            stack.validator_environment = {"VALIDATOR_CPU_CORES": "2"}  # machines at once
+        uploads = [one for one in find_uploads(EXAMPLES) if not virtual or one.name in _FEWER]
+        demo = Demo(stack, console, before, output, uploads, keep=arguments.keep, outage=arguments.outage)
         return demo.run()
     except DemoFailed as error:
         console.print(f"[red]demo: {error}[/]", soft_wrap=True, highlight=False)
@@ -63,12 +78,21 @@ class Demo:
     """One run."""
 
     def __init__(
-        self, stack: Stack, console: Console, before: Machine, output: Path, *, keep: bool, outage: float
+        self,
+        stack: Stack,
+        console: Console,
+        before: Machine,
+        output: Path,
+        uploads: list[Upload],
+        *,
+        keep: bool,
+        outage: float,
     ) -> None:
         self._stack = stack
         self._console = console
         self._before = before
         self._output = output
+        self._uploads = uploads
         self._keep = keep
         self._outage = outage
         self._began = time.monotonic()
@@ -123,13 +147,13 @@ class Demo:
             shutil.copy(kept, folder / "collateral.json")
 
     def _register(self) -> None:
-        for name in sorted({one.challenge for one in find_uploads(EXAMPLES)}):
+        for name in sorted({one.challenge for one in self._uploads}):
             repository = self._stack.state / "repositories" / name
             commit = make_repository(EXAMPLES / name, repository)
             self._challenges[name] = self._stack.add_challenge(name, repository, commit, timeout_s=60)
 
     def _submit(self) -> None:
-        for what in find_uploads(EXAMPLES):
+        for what in self._uploads:
             if what.miner not in self._miners:
                 seed = what.miner.encode().ljust(32, b".")
                 self._miners[what.miner] = Keypair.from_seed(seed)

@@ -251,8 +251,8 @@ class Stack:
         return True
 
 
-def make_stack(state: Path, names: tuple[str, ...] = ("validator",)) -> Stack:
-    """A stack on free ports, with a validator and a hotkey made for each name."""
+def make_stack(state: Path, names: tuple[str, ...] = ("validator",), *, level: str = "Container") -> Stack:
+    """A stack on free ports, with a validator and a hotkey made for each name; their isolation level."""
     api_port, *ports = free_ports(1 + 3 * len(names))
     parts = [
         ValidatorPart(
@@ -265,6 +265,7 @@ def make_stack(state: Path, names: tuple[str, ...] = ("validator",)) -> Stack:
             api=f"http://127.0.0.1:{api_port}",
             vmm=state / "vmm",
             port_range=f"{10_000 + 2_500 * index}-{12_499 + 2_500 * index}",
+            level=level,
         )
         for index, name in enumerate(names)
     ]

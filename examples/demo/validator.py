@@ -28,6 +28,7 @@ class ValidatorPart:
     api: str
     vmm: Path
     port_range: str
+    level: str = "Container"
 
     @property
     def database(self) -> Path:
@@ -49,7 +50,7 @@ class ValidatorPart:
                     "allow_simulated = true",
                     f'simulated_root_file = "{self.vmm / "simulated-root.pem"}"',
                     "[sandbox_config]",
-                    'isolation_level = "Container"',
+                    f'isolation_level = "{self.level}"',
                     "[sources]",
                     'allow = ["https", "file"]',
                     "[dstack]",
