@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -182,6 +183,47 @@ def locked(path: Path, text: str) -> Path:
     )
     private(path, "").write_bytes(b"$NACL" + SecretBox(key).encrypt(text.encode()))
     return path
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("given", [PASSWORD, "another"])
+def test_a_password_is_zeroed_once_it_was_tried(tmp_path: Path, given: str) -> None:
+    """Whether it was right or not."""
+    path, password = locked(tmp_path / "hotkey", ALICE_SEED), bytearray(given.encode())
+    with contextlib.suppress(wallet_file.PasswordUnusable):
+        wallet_file.open_key_file(path, path.read_bytes(), lambda _path: password)
+    assert password == bytes(len(given))
+
+
+def test_a_crash_of_a_command_shows_no_secret() -> None:
+    """A traceback for people has the lines of the source, and not what the variables held."""
+    seed = "0x-hunter-four"
+    program = (
+        "import sys, platform_validator.cli.main\n"
+        "commands = sys.modules['platform_validator.cli.main']\n"
+        "def broken(address, *, passphrase, **places):\n"
+        "    held = passphrase * 2\n"
+        "    raise RuntimeError('a bug')\n"
+        "commands.find_hotkey = broken\n"
+        "commands.main()\n"
+    )
+    environment = {
+        "VALIDATOR_HOTKEY": ALICE,
+        "HOTKEY_PASSPHRASE": seed,
+        "PLATFORM_BASE_API": "http://127.0.0.1:1",
+        "DSTACK_VMM_URL": "http://127.0.0.1:1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "RuntimeError: a bug" in done.stderr
+    assert "hunter" not in done.stdout + done.stderr
 
 
 @pytest.mark.usefixtures("quick")

@@ -114,6 +114,20 @@ def test_guest_text_forges_no_line(form: str) -> None:
     assert len(text) < 10_000
 
 
+@pytest.mark.parametrize("form", ["json", "people"])
+def test_a_traceback_shows_no_locals(form: str) -> None:
+    """Keys and launch secrets are in them."""
+    out, seed = io.StringIO(), "hunter-three"
+    configure_logging(Directives("info"), form, out)
+    try:
+        int(seed[:0])
+    except ValueError:
+        structlog.get_logger("x").exception("died")
+    assert "ValueError" in out.getvalue()
+    assert "int(seed[:0])" in out.getvalue()
+    assert seed not in out.getvalue()
+
+
 def test_an_exception_is_told_without_its_secrets() -> None:
     out = io.StringIO()
     configure_logging(Directives("info"), "json", out)
