@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from platform_vmm.rootfs import GuestImage, apt, build_guest_image
-from platform_vmm.rootfs.assembly import MANIFEST
+from platform_vmm.rootfs.assembly import MANIFEST, Assembled, Materials
 from platform_vmm.rootfs.errors import ImageNotBuilt, MirrorFailed, NoRoom, NotReproduced, PackageRefused
-from platform_vmm.rootfs.image import is_current, newest_image, prune_guest_images
+from platform_vmm.rootfs.image import check_reproducible, is_current, newest_image, prune_guest_images
 from platform_vmm.rootfs.initrd import load_order
-from platform_vmm.rootfs.packages import Selection
+from platform_vmm.rootfs.oci import read_layout
+from platform_vmm.rootfs.packages import Package, Selection
+from platform_vmm.rootfs.tree import unpack_packages
 from platform_vmm.rootfs.wheels import Wheel, unpack_wheel
 
 pytestmark = pytest.mark.timeout(600)  # where the image is not there yet, the first test makes it
@@ -220,6 +224,72 @@ def test_a_machine_without_sources_of_debian_12_is_told_how_to_name_a_mirror(tmp
         "URIs: http://m.example/security",
         "Suites: bookworm-security",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "link"),
+    [
+        ("../outside", tarfile.REGTYPE, ""),
+        ("./usr/../../outside", tarfile.REGTYPE, ""),
+        ("/outside", tarfile.REGTYPE, ""),
+        ("./usr/share/away/outside", tarfile.REGTYPE, ""),
+        ("./usr/share/away/outside/folder", tarfile.DIRTYPE, ""),
+        ("./usr/share/device", tarfile.CHRTYPE, ""),
+        ("./usr/share/pipe", tarfile.FIFOTYPE, ""),
+        ("./usr/share/hard", tarfile.LNKTYPE, "../outside"),
+        ("./usr/share/hard", tarfile.LNKTYPE, "./usr/share/away/secret"),
+    ],
+)
+def test_a_package_that_would_leave_its_place_is_refused(
+    tmp_path: Path, name: str, kind: bytes, link: str
+) -> None:
+    """Also through a link that it brought before; and no device or pipe is made."""
+    (tmp_path / "secret").write_text("ours")
+    (tmp_path / "root").mkdir()
+    bad = Package("bad", "1", "amd64", 0, "0" * 64)
+    entries = [("./usr/share/away", tarfile.SYMTYPE, str(tmp_path)), (name, kind, link)]
+    (tmp_path / bad.file).write_bytes(debian_package(entries))
+    with pytest.raises(PackageRefused, match="bad: "):
+        unpack_packages([bad], tmp_path, tmp_path / "root")
+    assert {path.name for path in tmp_path.iterdir()} == {"secret", "root", bad.file}
+
+
+def debian_package(entries: list[tuple[str, bytes, str]]) -> bytes:
+    """A .deb of empty files, folders and links, as dpkg-deb reads it."""
+    members = [("debian-binary", b"2.0\n")]
+    control = tarfile.TarInfo("./control"), b"Package: bad\nVersion: 1\nArchitecture: amd64\n"
+    control[0].size = len(control[1])
+    files = [(tarfile.TarInfo(name), b"") for name, _, _ in entries]
+    for (entry, _), (_, kind, link) in zip(files, entries, strict=True):
+        entry.type, entry.linkname = kind, link
+    for name, content in (("control.tar", [control]), ("data.tar", files)):
+        data = io.BytesIO()
+        with tarfile.open(fileobj=data, mode="w") as archive:
+            for entry, text in content:
+                archive.addfile(entry, io.BytesIO(text))
+        members.append((name, data.getvalue()))
+    packed = [
+        f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode() + data + bytes(len(data) % 2)
+        for name, data in members
+    ]
+    return b"!<arch>\n" + b"".join(packed)
+
+
+def test_a_second_making_that_comes_out_otherwise_is_told(
+    guest_image: GuestImage, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What says `reproducible` can say no."""
+
+    def otherwise(_: Materials, __: Path, scratch: Path, ___: object) -> Assembled:
+        shutil.copytree(guest_image.layout, scratch / "oci")
+        told = guest_image.manifest
+        told["content"]["sha256"] = "0" * 64
+        (scratch / "oci" / MANIFEST).write_text(json.dumps(told))
+        return Assembled(scratch, read_layout(scratch / "oci")._replace(digest="sha256:other"))
+
+    monkeypatch.setattr(Materials, "assemble", otherwise)
+    with pytest.raises(NotReproduced, match="a second time, got sha256:other: another sha256"):
+        check_reproducible(state, guest_image, print)
 
 
 def test_a_file_that_is_not_the_wheel_of_the_lock_is_refused(tmp_path: Path) -> None:

@@ -76,8 +76,8 @@ def build(
 def show(*, state_dir: State = Path("./platform-vmm"), as_json: AsJson = False) -> None:
     """Show what the newest image is made of; build nothing."""
     try:
-        _tell(newest_image(StateDirectory(state_dir).path), None, as_json=as_json, more={})
-    except VmmError as error:
+        _tell(newest_image(state_dir.absolute()), None, as_json=as_json, more={})
+    except (VmmError, OSError) as error:
         _fail(error)
 
 

@@ -16,8 +16,7 @@ WANTED = {
     "busybox-static": "the shell, and what a guest's init needs of Unix: mount, ip, poweroff",
     "bubblewrap": "the SDK contains submissions with it",
     "ca-certificates": "a challenge that may go out verifies whom it reaches",
-    "iptables": "the measured firewall of a dstack guest, runnable here as it is there",
-    "nftables": "a packet filter inside the guest",
+    "nftables": "the second wall around a guest's service: a packet filter",
     "python3.11": "the SDK, challenges and submissions run on it",
 }
 """Name to reason. What they depend on comes with them, but for `UNUSED`."""

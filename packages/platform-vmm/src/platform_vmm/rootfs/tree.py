@@ -42,12 +42,6 @@ _PROGRAMS = {
     "usr/bin/python3": f"python{PYTHON}",
     "usr/bin/python": f"python{PYTHON}",
     "usr/bin/sh": "busybox",
-    "usr/sbin/iptables": "xtables-nft-multi",
-    "usr/sbin/iptables-restore": "xtables-nft-multi",
-    "usr/sbin/iptables-save": "xtables-nft-multi",
-    "usr/sbin/ip6tables": "xtables-nft-multi",
-    "usr/sbin/ip6tables-restore": "xtables-nft-multi",
-    "usr/sbin/ip6tables-save": "xtables-nft-multi",
     "var/run": "/run",
     # In /usr, so that it is found also in a sandbox that shows nothing else of the image.
     "usr/lib/ssl/certs": "/etc/ssl/certs",
@@ -208,27 +202,18 @@ def _unpack(package: Package, path: Path, root: Path) -> str:
 
 
 def _place(package: Package, member: tarfile.TarInfo, archive: tarfile.TarFile, root: Path) -> None:
-    parts = PurePosixPath(member.name).parts
-    if parts and parts[0] in _LINKS:
-        parts = (*PurePosixPath(_LINKS[parts[0]]).parts, *parts[1:])
-    place = "/".join(part for part in parts if part != ".")
-    if ".." in parts or member.name.startswith("/"):
-        raise PackageRefused(f"{package.name}: {member.name!r} would be written outside of the image")
-    if not place or _LEFT_OUT.match(place):
+    target = _inside(package, member.name, root)
+    if target == root or _LEFT_OUT.match(str(target.relative_to(root))):
         return
-    target = root / place
     if member.isdir():
         target.mkdir(parents=True, exist_ok=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.parent.resolve().is_relative_to(root.resolve()):
-        raise PackageRefused(f"{package.name}: {member.name!r} would be written outside of the image")
     target.unlink(missing_ok=True)
     if member.issym():
         target.symlink_to(member.linkname)
     elif member.islnk():
-        linked = PurePosixPath(member.linkname)
-        os.link(root / _usr(linked), target)
+        os.link(_inside(package, member.linkname, root), target)
     elif member.isreg():
         content = archive.extractfile(member)
         if content is not None:
@@ -239,9 +224,20 @@ def _place(package: Package, member: tarfile.TarInfo, archive: tarfile.TarFile, 
         raise PackageRefused(f"{package.name}: {member.name!r} is neither a file, a folder nor a link")
 
 
-def _usr(path: PurePosixPath) -> str:
-    parts = [part for part in path.parts if part != "."]
-    return "/".join([_LINKS.get(parts[0], parts[0]), *parts[1:]])
+def _inside(package: Package, name: str, root: Path) -> Path:
+    """Where a package's file lies under the root, whose /bin, /lib and /sbin are in /usr.
+
+    Raises:
+        PackageRefused: Elsewhere, be it through a link that came before.
+    """
+    parts = [part for part in PurePosixPath(name).parts if part != "."]
+    if parts and parts[0] in _LINKS:
+        parts[:1] = PurePosixPath(_LINKS[parts[0]]).parts
+    target = root.joinpath(*parts)
+    absolute_or_up = name.startswith("/") or ".." in parts
+    if absolute_or_up or not (target == root or target.parent.resolve().is_relative_to(root.resolve())):
+        raise PackageRefused(f"{package.name}: {name!r} would lie outside of the image")
+    return target
 
 
 def _trust(root: Path) -> None:
