@@ -64,6 +64,16 @@ def test_version_2_with_delegation_the_vmm_moves_into_a_leaf_of_its_own_group_fi
     assert (one / "cgroup.procs").read_text() == "4242"
 
 
+def test_version_2_limits_that_others_in_the_group_had_are_left_to_them(tmp_path: Path) -> None:
+    """At its end the VMM takes back what it handed out and no more."""
+    root = tree(tmp_path / "cgroup", "a")
+    (root / "a/cgroup.subtree_control").write_text("cpu memory\n")
+    groups = ControlGroups("vmm-1", root=root, own=own(tmp_path, "0::/a\n"))
+    groups.close()
+    assert (root / "a/cgroup.subtree_control").read_text() == "-pids"
+    assert (root / "a/cgroup.procs").read_text() == str(os.getpid())
+
+
 def test_version_2_started_again_from_its_leaf_it_stays_there(tmp_path: Path) -> None:
     """A VMM that was started from a shell of the old one's group makes no leaf below the leaf."""
     root = tree(tmp_path / "cgroup", "a", "a/vmm-1.vmm")

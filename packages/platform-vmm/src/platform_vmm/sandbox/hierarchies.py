@@ -27,11 +27,13 @@ class Hierarchies:
             `v2`, or `kill` (version 2 without controllers, which still kills a whole tree at once).
         limited: The controllers that really limit.
         moved: The group that the VMM left for a leaf, and that leaf.
+        enabled: Controllers of that group that hand out limits since then, and did not before.
     """
 
     bases: list[tuple[str, Path]] = field(default_factory=list)
     limited: frozenset[str] = frozenset()
     moved: tuple[Path, Path] | None = None
+    enabled: tuple[str, ...] = ()
 
     def leave(self) -> None:
         """Go back from the leaf, as far as the kernel lets us."""
@@ -39,7 +41,7 @@ class Hierarchies:
             return
         group, leaf = self.moved
         with contextlib.suppress(OSError):
-            _enable(group, _LIMITS, sign="-")
+            _enable(group, self.enabled, sign="-")
             (group / "cgroup.procs").write_text(str(os.getpid()))
             leaf.rmdir()
 
@@ -73,13 +75,15 @@ def _version_2(name: str, root: Path, own: Path) -> Hierarchies:
     # Below our own group where it is ours alone; else, as root, beside everybody at the top.
     for place in (group, root):
         wanted = _available(place)
+        before = _words(place / "cgroup.subtree_control")
         if _enable(place, wanted) and _make(place / name, wanted):
-            if place != group and moved is not None:
+            found = Hierarchies([("v2" if wanted else "kill", place / name)], frozenset(wanted))
+            if place == group:
+                found.moved, found.enabled = moved, tuple(one for one in wanted if one not in before)
+            else:
                 Hierarchies(moved=moved).leave()
-            kept = moved if place == group else None
-            return Hierarchies([("v2" if wanted else "kill", place / name)], frozenset(wanted), kept)
-    if moved is not None:
-        Hierarchies(moved=moved).leave()
+            return found
+    Hierarchies(moved=moved).leave()
     if _make(group / name, []):
         return Hierarchies([("kill", group / name)])
     return Hierarchies()
@@ -98,11 +102,15 @@ def _into_leaf(group: Path, name: str) -> tuple[Path, Path] | None:
 
 
 def _available(group: Path) -> list[str]:
+    given = _words(group / "cgroup.controllers")
+    return [controller for controller in _LIMITS if controller in given]
+
+
+def _words(path: Path) -> list[str]:
     try:
-        given = (group / "cgroup.controllers").read_text().split()
+        return path.read_text().split()
     except OSError:
         return []
-    return [controller for controller in _LIMITS if controller in given]
 
 
 def _make(base: Path, controllers: list[str]) -> bool:

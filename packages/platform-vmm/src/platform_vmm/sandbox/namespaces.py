@@ -9,7 +9,7 @@ from pathlib import Path
 SYSCTLS = Path("/proc/sys")
 _UID = 300_000
 """As root guests get uids from here on; in a container that maps fewer, none can be had."""
-_TIMEOUT = 10.0
+_TIMEOUT = 30.0
 _PROBE = """
 import ctypes, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
