@@ -275,7 +275,7 @@ OPTIONS: tuple[Option, ...] = (
         f"{_POLICY}.allowed_ports",
         parse.listing(parse.whole(1, 65535)),
         (443, 80),
-        "ports that CVMs may reach: TLS on all but 80",
+        "ports that CVMs may reach: a tunnel carries TLS on all but 80",
     ),
     _o(
         f"{_POLICY}.dns_servers",

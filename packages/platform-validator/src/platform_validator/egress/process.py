@@ -45,6 +45,8 @@ _TOLD_EACH = 5
 _TOLD_WITHIN = 60.0
 _MAX_TARGET = 200
 _MAX_MEMORY = 4 << 30
+_SPARE_DESCRIPTORS = 512
+_NICE = 5
 
 
 class RefusalTelling:
@@ -103,7 +105,7 @@ class EgressProcess:
             most=start.all_connections,
             tell=self._telling.tell,
         )
-        drop_privileges()
+        drop_privileges(descriptors=2 * start.all_connections + _SPARE_DESCRIPTORS)
         try:
             listener = await server.listen(*start.listen)
         except OSError as error:
@@ -150,14 +152,18 @@ class EgressProcess:
             await asyncio.sleep(COUNTS_EVERY)
 
 
-def drop_privileges() -> None:
-    """No core file, no new privileges; from root to nobody.
+def drop_privileges(*, descriptors: int) -> None:
+    """No core file, no new privileges, behind the daemon for the CPU; from root to nobody.
 
     Nobody may not be able to read where Python is: what it loads when it is first needed is loaded before.
     """
     for codec in ("ascii", "latin-1", "utf-8", "idna"):
         codecs.lookup(codec)
     resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY, _MAX_MEMORY))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = descriptors if most == resource.RLIM_INFINITY else min(descriptors, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+    os.nice(_NICE)
     if os.getuid() == 0:
         os.setgroups([])
         os.setresgid(_NOBODY, _NOBODY, _NOBODY)
