@@ -335,6 +335,7 @@ def test_hellos_without_a_name_and_with_a_hidden_one() -> None:
         in_records(HELLO[5:], 8)[:13] + b"\x17\x03\x03\x00\x01x",
         in_records(b"\x01\x00\xff\xff" + bytes(0xFFFF), 1),
     ],
+    ids=lambda data: f"{len(data)}-bytes",
 )
 def test_a_hello_of_two_readings_or_none_is_refused(data: bytes) -> None:
     """Two names, another kind of name, lengths that do not add up, something between its records."""
