@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.cycles.vmm import Vmm
@@ -96,6 +97,22 @@ print('up', flush=True)
 """
 
 
+LAYERED = """
+import errno, json, os
+def write(path):
+    try:
+        open(path, 'a').close()
+        return 'written'
+    except OSError as error: return errno.errorcode[error.errno]
+def read(path):
+    try: return os.listdir(path)
+    except OSError as error: return errno.errorcode[error.errno]
+print(json.dumps({'added': write('/usr/x'), 'root': write('/x'), 'changed': write('/usr/bin/env'),
+                  'hidden': read('/usr/share')}), flush=True)
+print('up', flush=True)
+"""
+
+
 @pytest.mark.slow(reason="starts a VMM, and a guest in it")
 @pytest.mark.timeout(240)
 def test_as_an_ordinary_user_a_guest_is_held_and_what_is_weaker_is_said(user: User) -> None:
@@ -108,21 +125,28 @@ def test_as_an_ordinary_user_a_guest_is_held_and_what_is_weaker_is_said(user: Us
         script = PROBE.replace("PORT", str(port)).replace("HOME", repr(str(user.folder)))
         vmm.start()
         try:
-            version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+            python = f"/opt/platform/bin/python{sys.version_info.major}.{sys.version_info.minor}"
             identity = vmm.create(
-                script, _free_port(), interpreter=(f"/opt/platform/bin/{version}", "-I", "-c")
+                script,
+                _free_port(),
+                filesystem={"tmpfs_size_mb": 32},
+                interpreter=(python, "-I", "-c"),
             )
             vmm.until_said(identity, "up")
-            log = (vmm.state / "vms" / identity / "serial.log").read_text()
+            found = _told(vmm, identity)
+            layers = {"read_only": False, "denied_paths": ["/usr/share"], "tmpfs_size_mb": 32}
+            identity = vmm.create(LAYERED, _free_port(), filesystem=layers, interpreter=(python, "-I", "-c"))
+            vmm.until_said(identity, "up")
+            layered = _told(vmm, identity)
         finally:
             vmm.end(signal.SIGTERM)
-    found = json.loads(next(line for line in log.splitlines() if line.startswith("{")))
     assert (found["uid"], found["caps"], found["filter"], found["pids"]) == (1000, 0, "2", ["1", "2"])
     assert "reached" not in found["net"]
     assert set(found["system"]) <= {"EROFS", "EACCES"}
     assert found["sysctl"] in {"EROFS", "EACCES"}
     assert not found["home"]
-    assert 900 * 2**20 < found["disk"] <= 2**30
+    assert 20 * 2**20 < found["disk"] <= 32 * 2**20
+    assert layered == {"added": "written", "root": "written", "changed": "EACCES", "hidden": "EACCES"}
     weaker = vmm.described["weaker"]
     assert vmm.described["isolation_level"] == "Container"
     for words in ("no uid of its own", "no control groups", "no layers with the guest's owner"):
@@ -196,6 +220,13 @@ def test_the_setting_that_forbids_namespaces_is_named(
     (tmp_path / setting).write_text(f"{value}\n")
     assert told in explained(told, tmp_path)
     assert way in explained(told, tmp_path)
+
+
+def _told(vmm: Vmm, identity: str) -> dict[str, Any]:
+    """What a guest printed as JSON."""
+    log = (vmm.state / "vms" / identity / "serial.log").read_text()
+    found: dict[str, Any] = json.loads(next(line for line in log.splitlines() if line.startswith("{")))
+    return found
 
 
 def _free_port() -> int:

@@ -112,6 +112,31 @@ print(json.dumps({'limit': resource.getrlimit(resource.RLIMIT_CORE), 'end': told
     assert found == {"limit": [1, 1], "end": -signal.SIGSEGV, "left": [], "other": [50, 50]}
 
 
+async def test_every_limit_of_a_process_is_hard(guests: Guests) -> None:
+    """They hold where control groups do not, and a guest cannot raise one."""
+    found = await guests.run(
+        READS
+        + """
+import resource
+def raised(name):
+    try:
+        resource.setrlimit(getattr(resource, f'RLIMIT_{name}'), (2**20, 2**20))
+        return name
+    except (ValueError, PermissionError): return ''
+names = ('CORE', 'NOFILE', 'MSGQUEUE', 'NPROC', 'MEMLOCK', 'SIGPENDING', 'RTPRIO', 'NICE')
+limits = {name: resource.getrlimit(getattr(resource, f'RLIMIT_{name}')) for name in names}
+print(json.dumps({'limits': limits, 'raised': [raised(name) for name in ('NOFILE', 'NPROC', 'MEMLOCK')]}))
+"""
+    )
+    limits = found["limits"]
+    assert all(soft == hard for soft, hard in limits.values()), limits
+    assert {name: soft for name, (soft, _) in limits.items()} == {
+        "CORE": 1, "NOFILE": 4096, "MSGQUEUE": 0, "NPROC": 512, "MEMLOCK": 65536, "SIGPENDING": 4096,
+        "RTPRIO": 0, "NICE": 0,
+    }  # fmt: skip
+    assert found["raised"] == ["", "", ""]
+
+
 async def test_memory_that_is_no_file_counts_too(guests: Guests, as_root: None) -> None:
     """Shared segments and memfds are charged to the guest, like its tmpfs: none is a way around the limit."""
     script = """
