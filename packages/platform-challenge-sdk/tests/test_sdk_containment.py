@@ -274,6 +274,17 @@ class TestMalice:
         )
         assert outcome.text == "[1, 2] ['0', '1', '2', '3']\n"
 
+    def test_no_core_file_and_no_handler_of_one_sees_it_crash(self, run: Run) -> None:
+        outcome = run(
+            "import os, resource\n"
+            "for limits in ((0, 0), (0, 1), (-1, -1)):\n"
+            "    try: resource.setrlimit(resource.RLIMIT_CORE, limits)\n    except ValueError: pass\n"
+            "print(resource.getrlimit(resource.RLIMIT_CORE), flush=True)\n"
+            "os.chdir('/tmp')\nif os.fork() == 0: os.abort()\nprint(os.wait()[1], os.listdir())"
+        )
+        # Bit 7 of the status would say that a core was written, or handed over.
+        assert outcome.text == "(1, 1)\n6 []\n"
+
     def test_its_namespaces_are_its_own(self, run: Run) -> None:
         outcome = run(
             "import os\nfor name in sorted(os.listdir('/proc/self/ns')): print(name, os.readlink('/proc/self/ns/' + name))"

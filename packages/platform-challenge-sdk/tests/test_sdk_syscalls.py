@@ -83,6 +83,16 @@ class TestVerdicts:
             assert verdict(program, known["socket"], family, 3, protocol, audit=audit) == wanted
         assert verdict(program, known["ioctl"], 0, 0x5412, audit=audit) == REFUSE | errno.EPERM
 
+    def test_the_limit_of_core_files_can_be_read_and_not_set(self, machine: str) -> None:
+        known, audit = numbers(machine), AUDIT[machine]
+        for walls in (OPEN, CLOSED):
+            program = submission_filter(walls, machine)
+            for limit in (0x1000, 0x7F00_0000_0000):
+                assert verdict(program, known["prlimit64"], 0, 4, limit, audit=audit) == REFUSE
+                assert verdict(program, known["prlimit64"], 0, 7, limit, audit=audit) == ALLOW
+            assert verdict(program, known["prlimit64"], 0, 4, 0, audit=audit) == ALLOW
+            assert verdict(program, known["setrlimit"], 4, 1, audit=audit) == REFUSE
+
     def test_each_missing_wall_closes_what_it_kept_in(self, machine: str) -> None:
         program, known, audit = submission_filter(CLOSED, machine), numbers(machine), AUDIT[machine]
         closed: dict[str, tuple[int, ...]] = {

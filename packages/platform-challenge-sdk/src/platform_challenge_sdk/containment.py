@@ -27,12 +27,11 @@ LOST: dict[str, str] = {
     "shared_memory": "no /dev/shm, so no POSIX semaphores and none of multiprocessing's locks",
     "names": "it can find out which files and processes exist, but not what is in them",
     "disk": "disk is looked at every 50 ms, not enforced, and deleted files that are open do not count",
-    "memory": "memory that processes share since a fork may count for each of them",
     "identity": "it has the SDK's uid, so it may not change modes, owners and times of files",
     "truncation": "truncate(2) is refused, since this Landlock does not know it",
 }
 """What may fall away, by the word that results and logs name it with."""
-WEAKER = ("network", "paths", "shared_memory", "names", "disk", "memory")
+WEAKER = ("network", "paths", "shared_memory", "names", "disk")
 
 
 @dataclass(frozen=True, slots=True)

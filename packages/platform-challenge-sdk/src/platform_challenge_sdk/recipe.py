@@ -63,7 +63,7 @@ class Order:
         return {
             "AS": self.address_space or self.memory,
             "NPROC": _PROCESSES,
-            "CORE": 0,
+            "CORE": 1,  # neither file nor handler: at 0 a core_pattern with a pipe would still be fed
             "NOFILE": 1024,
             "MSGQUEUE": 0,
             "FSIZE": self.disk,

@@ -25,10 +25,13 @@ _NEW_NAMESPACES = 0x7E020000
 _UNIX, _INET, _INET6, _NETLINK = 1, 2, 10, 16
 _STREAM, _SEQPACKET, _TYPE_BITS = 1, 5, 0xF
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
+_RLIMIT_CORE = 4
+_DONE = _ERRNO
+"""The call is not made, and answers 0."""
 
 _SOCKETS = ("socket", "connect", "bind", "listen", "accept", "accept4")
 _OF_OTHERS = ("setpriority", "ioprio_set")
-_OF_A_PROCESS = ("prlimit64", "sched_setaffinity", "sched_setattr", "sched_setparam", "sched_setscheduler")
+_OF_A_PROCESS = ("sched_setaffinity", "sched_setattr", "sched_setparam", "sched_setscheduler")
 _OF_A_FILE = (
     "chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "fchownat", "lchown", "utime", "utimes",
     "futimesat", "utimensat",
@@ -117,6 +120,8 @@ def _checked(walls: Walls) -> dict[str, list[bytes]]:
         "clone": [_load(_argument(0)), *new_namespaces, _give(_ALLOW)],
         "socket": socket,
         "ioctl": [*ioctl, _give(_ALLOW)],
+        "setrlimit": [_load(_argument(0)), *_when(_EQUAL, _RLIMIT_CORE, _DONE), _give(_ALLOW)],
+        "prlimit64": [*([] if walls.identity else _own_process()), *_no_core_limit()],
     }
     if not walls.network:
         # Pairs of datagram sockets could still send to a name; these two kinds only to each other.
@@ -124,9 +129,29 @@ def _checked(walls: Walls) -> dict[str, list[bytes]]:
         pairs += [*_when(_EQUAL, _STREAM, _ALLOW), *_when(_EQUAL, _SEQPACKET, _ALLOW)]
         checked["socketpair"] = [*pairs, _give(_ERRNO | errno.EACCES)]
     if not walls.identity:
-        own = [_load(_argument(0)), *_when(_EQUAL, 0, _ALLOW), _give(_ERRNO | errno.EPERM)]
-        checked |= dict.fromkeys(_OF_A_PROCESS, own)
+        checked |= {name: [*_own_process(), _give(_ALLOW)] for name in _OF_A_PROCESS}
     return checked
+
+
+def _own_process() -> list[bytes]:
+    """Goes on when the first argument, a pid, means the caller itself."""
+    return [_load(_argument(0)), _jump(_EQUAL, 0, yes=1), _give(_ERRNO | errno.EPERM)]
+
+
+def _no_core_limit() -> list[bytes]:
+    """Asking for RLIMIT_CORE is allowed, setting it does nothing: it stays 1.
+
+    At 0 a crash would still feed a core_pattern that is a pipe: a program with the machine's rights.
+    """
+    low = _argument(2)
+    ask = [_load(low), _jump(_EQUAL, 0, yes=1), _give(_DONE), _load(low + 4), *_when(_EQUAL, 0, _ALLOW)]
+    return [
+        _load(_argument(1)),
+        _jump(_EQUAL, _RLIMIT_CORE, no=len(ask) + 1),
+        *ask,
+        _give(_DONE),
+        _give(_ALLOW),
+    ]
 
 
 def _ranges(found: list[int]) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import importlib
 import json
 import os
@@ -38,6 +39,10 @@ _DEPTH = 64
 _DESCRIPTORS = 1 << 20
 _RESERVE = 16 * 1024 * 1024  # of a disk without a cap of its own, this stays free
 _SAMPLE = 0.05
+_HELPER_MS = 3000
+_NOT_FOUND = 127
+_OF_THE_COMMAND = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ENOEXEC, errno.ELOOP, errno.ENAMETOOLONG}
+_OF_THE_COMMAND |= {errno.EISDIR, errno.E2BIG}
 _SHARE = 20  # looking takes at most a twentieth of one core
 _PAGE = resource.getpagesize()
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -191,9 +196,12 @@ class Stage:
         try:
             os.execvpe(command[0], command, environment)  # noqa: S606 - no shell is the point
         except OSError as error:
-            os.write(2, f"{command[0]}: {error.strerror}\n".encode())
-            os.write(status, b"missing")
-            os._exit(127)
+            if error.errno in _OF_THE_COMMAND:
+                os.write(2, f"{command[0]}: {error.strerror}\n".encode())
+                os.write(status, b"missing")
+                os._exit(_NOT_FOUND)
+            os.write(status, f"failed: {command[0]}: {error.strerror}".encode())
+            os._exit(1)
 
     def _limit(self, processes: int) -> None:
         """Set the limits of each process; `processes` that are not the run's count with its own."""
@@ -243,9 +251,31 @@ class Stage:
         family = _family()
         total = sum(_resident(pid) for pid in family)
         if total > self._config["memory"]:
-            total = sum(_proportional(pid) for pid in family)
+            total = self._proportionally(family)
         self._peak = max(self._peak, total)
         return total
+
+    def _proportionally(self, family: list[int]) -> int:
+        """The same, by what each process shares: under a uid of its own, only that uid is told."""
+        uid = None if self._confined is None else self._confined["uid"]
+        if uid is None:
+            return sum(_proportional(pid) for pid in family)
+        told, tell = os.pipe()
+        helper = os.fork()
+        if helper == 0:
+            try:
+                _become_uid(uid)
+                os.write(tell, b"%d" % sum(_proportional(pid) for pid in family))
+            finally:
+                os._exit(0)
+        os.close(tell)
+        poll = select.poll()
+        poll.register(told, select.POLLIN)
+        total = os.read(told, 32) if poll.poll(_HELPER_MS) else b""
+        os.close(told)
+        os.kill(helper, signal.SIGKILL)  # an old Landlock lets the run stop it
+        os.waitpid(helper, 0)
+        return int(total) if total else sum(_proportional(pid) for pid in family)
 
     def _overfull(self) -> bool:
         """Whether its files are more than they may be, or too deep or hidden to be looked at."""

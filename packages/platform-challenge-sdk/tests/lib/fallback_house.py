@@ -23,7 +23,11 @@ from pathlib import Path
 from platform_challenge_sdk.containment import Containment
 from platform_challenge_sdk.contained import MIB, Order, run_contained
 from platform_challenge_sdk.errors import ContainmentUnavailable
+from platform_challenge_sdk import room
 from platform_challenge_sdk.trial import containment
+
+# Other houses have other uids: the kernel counts processes of a uid over all of them.
+room._FIRST_UID, room._UIDS = int(os.environ["UIDS"]), 50
 
 CANARY = "canary"[::-1][::-1]
 Path("/tmp/user-config").write_text("canary")
@@ -116,7 +120,18 @@ class House:
             "--cap-drop",
             "ALL",
         ]
-        words += ["--new-session", "--clearenv", "--setenv", "CANARY", "canary", "--ro-bind", "/usr", "/usr"]
+        uids = 100_000 + os.getpid() % 1000 * 100
+        words += [
+            "--new-session",
+            "--clearenv",
+            "--setenv",
+            "CANARY",
+            "canary",
+            "--setenv",
+            "UIDS",
+            str(uids),
+        ]
+        words += ["--ro-bind", "/usr", "/usr"]
         words += [
             "--symlink",
             "usr/bin",
@@ -155,7 +170,7 @@ class House:
             words += [word for name in DOCKER.split() for word in ("--cap-add", f"CAP_{name}")]
         else:
             words += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-            command = ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", *command]
+            command = ["setpriv", f"--reuid={uids + 99}", f"--regid={uids + 99}", "--clear-groups", *command]
         self._process = subprocess.Popen(
             [*words, "--", *command],
             stdin=subprocess.PIPE,
