@@ -97,7 +97,7 @@ def test_it_is_shown_with_the_limits_and_without_values() -> None:
     in_force(found, Console(file=out, width=200))
     shown = out.getvalue()
     assert "canary" not in shown + str(found)
-    hidden = "root writable; also writable: /scratch; hidden: /srv"
+    hidden = "root writable; also writable: /scratch; hidden: /srv; dstack does not enforce it"
     for words in (
         "an-image",
         "memory_mb 256 of 2048",

@@ -241,7 +241,7 @@ def in_force(found: dict[str, Any], console: Console) -> None:
         "jobs": f"{found['cvm']}, {found['timeout_s']:.0f} s at most, {found['ready']} CVMs kept ready",
         "result": f"{found['max_result_bytes']} bytes at most",
         "network policy": reached + (f"; refused: {', '.join(map(str, refused))}" if refused else ""),
-        "filesystem": _filesystem(found["filesystem"]),
+        "filesystem": _filesystem(found["filesystem"], found["image"]),
         "scoring": ", ".join(f"{key} {value}" for key, value in rule.items()),
         "environment": ", ".join(env) or "none declared",
         "compose hash": found["compose_hash"],
@@ -251,11 +251,13 @@ def in_force(found: dict[str, Any], console: Console) -> None:
         console.print(f"  {name:<16} {escape(str(what))}", soft_wrap=True, highlight=False)
 
 
-def _filesystem(found: dict[str, Any]) -> str:
+def _filesystem(found: dict[str, Any], image: str) -> str:
+    """The policy; dstack knows none, and its images have names of their own."""
     words = ["root read-only" if found["read_only"] else "root writable"]
     words += [f"also writable: {', '.join(found['allowed_paths'])}"] if found["allowed_paths"] else []
     words += [f"hidden: {', '.join(found['denied_paths'])}"] if found["denied_paths"] else []
     words += [] if found["tmpfs_size_mb"] is None else [f"{found['tmpfs_size_mb']} MB writable in all"]
+    words += [] if image.startswith("local-") else ["dstack does not enforce it"]
     return "; ".join(words)
 
 
