@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 _SECRET = re.compile(r"token|secret|hmac|(^|_)mac($|_)|auth|passw|credential|proof|signature", re.IGNORECASE)
@@ -41,8 +44,13 @@ VERIFIERS = {
 """Where what somebody sent is compared with a secret; each by `hmac.compare_digest`."""
 
 
-def sources() -> Iterator[tuple[str, ast.Module]]:
+@functools.cache
+def sources() -> tuple[tuple[str, ast.Module], ...]:
     """The product's modules; twins in memory and conformance suites are no part of what is attacked."""
+    return tuple(_read())
+
+
+def _read() -> Iterator[tuple[str, ast.Module]]:
     for path in sorted(ROOT.glob("packages/*/src/**/*.py")):
         name = str(path).split("/src/")[1]
         if (
@@ -81,6 +89,7 @@ def found_in(module: ast.Module) -> set[str]:
     return {ast.unparse(node) for node in ast.walk(module) if compares_a_secret(node)}
 
 
+@pytest.mark.slow(reason="reads every module of the product")
 def test_no_secret_is_compared_but_in_constant_time() -> None:
     """Every comparison that names a token, secret, proof or the like is one of a list with reasons."""
     found = {(name, text) for name, module in sources() for text in found_in(module)}
@@ -88,6 +97,7 @@ def test_no_secret_is_compared_but_in_constant_time() -> None:
     assert ALLOWED.keys() - found == set(), "no longer there: take it out of the list"
 
 
+@pytest.mark.slow(reason="reads every module of the product")
 def test_what_compares_secrets_does_it_by_compare_digest() -> None:
     """In these modules and in no other."""
     found = {

@@ -15,6 +15,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
@@ -380,16 +381,19 @@ FUZZ = settings(
 """A failure prints its steps as they were: to shrink them takes minutes."""
 
 
+@pytest.mark.slow(reason="fifty runs of forty steps, with real keys")
 def test_no_order_of_handshake_frames_makes_a_session_but_the_exact_transcript() -> None:
     """At either end, for whoever does not know the launch secret; an honest one succeeds all the same."""
     run_state_machine_as_test(Handshakes, settings=FUZZ)
 
 
+@pytest.mark.slow(reason="fifty runs of forty steps, with real keys")
 def test_without_quotes_the_launch_secret_alone_keeps_everyone_out() -> None:
     """As below Tee: it is in the proof of the first frame, and in the keys."""
     run_state_machine_as_test(HandshakesBelowTee, settings=FUZZ)
 
 
+@pytest.mark.slow(reason="fifty runs of forty steps, with real keys")
 def test_who_knows_the_launch_secret_still_makes_no_session_with_the_validator() -> None:
     """For the quote binds both keys, and he cannot have one that binds his."""
     run_state_machine_as_test(HandshakesAtTheHost, settings=FUZZ)

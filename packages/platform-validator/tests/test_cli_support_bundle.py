@@ -67,6 +67,7 @@ def secrets_of(environment: dict[str, str], home: Path) -> KnownSecrets:
     return KnownSecrets.of(load_settings(environment), environment, home)
 
 
+@pytest.mark.slow(reason="asks a platform and a VMM that are not there, twice")
 def test_a_bundle_is_private_and_says_what_is_in_it(environment: dict[str, str], tmp_path: Path) -> None:
     """Without a daemon too: what cannot be had is named; nothing is written over; no secret is in it."""
     path, log = tmp_path / "bundle.tar.gz", tmp_path / "log"

@@ -195,6 +195,7 @@ def test_a_password_is_zeroed_once_it_was_tried(tmp_path: Path, given: str) -> N
     assert password == bytes(len(given))
 
 
+@pytest.mark.slow(reason="a traceback is coloured by a library that is loaded for it")
 def test_a_crash_of_a_command_shows_no_secret() -> None:
     """A traceback for people has the lines of the source, and not what the variables held."""
     seed = "0x-hunter-four"

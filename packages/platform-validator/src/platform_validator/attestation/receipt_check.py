@@ -311,7 +311,7 @@ def _os_image(receipt: Receipt, quote: tuple[bytes, QuoteBody] | str, given: Giv
         shape = Shape(int(said["cpu"]), int(said["memory_mb"]), int(said["gpus"]))
         told = f"{image} at {shape}: {_TRUSTED[Trust(said['trust'])].format(**said)}"
         identity = check_event_log(receipt.facts.event_log, quote[1].rtmrs)
-    except (KeyError, TypeError, ValueError, EventLogRefused) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, EventLogRefused) as error:
         return ReceiptCheck("os_image", Verdict.REFUTED, f"what it says of the image is nothing: {error!r}")
     if given.images is None:
         detail = f"{told}; give the images that you trust: --images FILE"
