@@ -207,7 +207,7 @@ def test_check_tells_what_fails_and_what_to_do(environment: dict[str, str]) -> N
 def test_check_at_tee_tells_what_a_quote_cannot_be_judged_by(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """No image is known, the collateral service is away; then a file of images, and what was relaxed."""
+    """No image is known, no collateral comes; then some are, by first use too; what was relaxed."""
     found = {row["check"]: row for row in json.loads(invoke("check", "--json").stdout)}
     assert (found["os images"]["result"], found["collateral"]["result"]) == ("warn", "fail")
     assert "validator attestation pin" in found["os images"]["detail"]
@@ -221,6 +221,14 @@ def test_check_at_tee_tells_what_a_quote_cannot_be_judged_by(
     found = {row["check"]: row for row in json.loads(invoke("check", "--json").stdout)}
     assert (found["os images"]["result"], found["collateral"]["result"]) == ("ok", "warn")
     assert "os_image, tcb_status" in found["attestation"]["detail"]
+    registers = "".join(f'{name} = "{"0" * 96}"\n' for name in ("mrtd", "rtmr0", "rtmr1", "rtmr2"))
+    first = 'origin = "this host"\nfirst_use = "2026-11-25T12:00:00Z"\n'
+    with (tmp_path / "images.toml").open("a") as file:
+        file.write(f'[[pinned]]\nimage = "i"\ncpu = 1\nmemory_mb = 256\ngpus = 0\n{registers}{first}')
+    found = {row["check"]: row for row in json.loads(invoke("check", "--json").stdout)}
+    assert found["os images"]["result"] == "warn"
+    assert "2 entries" in found["os images"]["detail"]
+    assert "1 of them trusted on first use" in found["os images"]["detail"]
     (tmp_path / "images.toml").write_text("[")
     found = {row["check"]: row for row in json.loads(invoke("check", "--json").stdout)}
     assert found["os images"]["result"] == "fail"

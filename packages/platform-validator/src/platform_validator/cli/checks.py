@@ -165,7 +165,10 @@ async def check_attestation(settings: Settings) -> list[Check]:
         found.append(Check("os images", "fail", known.fault))
     elif known.pinned or known.published:
         count = len(known.pinned) + len(known.published)
-        found.append(Check("os images", "ok", f"{count} entries in {path}"))
+        first = sum(entry.first_use is not None for entry in known.pinned)
+        told = f", {first} of them trusted on first use: compare them with what their publisher names"
+        detail = f"{count} entries in {path}{told if first else ''}"
+        found.append(Check("os images", "warn" if first else "ok", detail))
     else:
         detail = f"none is known in {path}: start the daemon, then validator attestation pin"
         found.append(Check("os images", "warn", detail))
