@@ -90,9 +90,8 @@ def test_the_same_digest_comes_out_elsewhere_for_another_user_after_a_kill_and_f
 
 
 @pytest.mark.slow(reason="unpacks some of the packages")
-def test_a_disk_that_fills_up_is_told_and_nothing_is_left(
-    state: Path, monkeypatch: pytest.MonkeyPatch, as_root: None
-) -> None:
+def test_a_disk_that_fills_up_is_told_and_nothing_is_left(state: Path) -> None:
+    """A disk of 20 MB, on which the check for room beforehand is left out."""
     program = (
         "import sys; from pathlib import Path\n"
         "from platform_vmm.rootfs import build_guest_image, errors, image\n"
