@@ -245,12 +245,13 @@ def test_user_config_never_shows_its_secret() -> None:
         vm=VmName("pv-1"),
         launch_secret=secret,
         validator_base_url="http://10.0.2.2:18080",
-        proxy_url=None,
+        proxy_url="http://pv-1:password@10.0.2.2:3128",
         max_lifetime_s=1,
         hard_lifetime_s=2,
     )
     assert config.secret == b"L" * 32
     assert secret not in repr(config)
+    assert "password" not in repr(config)
     with pytest.raises(ValueError, match="32 bytes"):
         UserConfig.model_validate(config.model_dump() | {"launch_secret": "c2hvcnQ"})
 

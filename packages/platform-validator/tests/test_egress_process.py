@@ -275,6 +275,30 @@ async def test_an_answer_that_is_no_http_is_the_hosts_fault(tmp_path: Path) -> N
         assert refusal(told) == (502, "bad_answer")
 
 
+async def test_requests_of_every_shape_come_back_whole(tmp_path: Path) -> None:
+    """A body that waits to be asked for, an answer without one, HTTP/1.0; a body that breaks off does not."""
+    async with world(tmp_path, NAMES) as made:
+        to = "http://api.test.example/ HTTP/1.1\nHost: api.test.example"
+        waited = await made.ask(f"POST {to}\nContent-Length: 3\nExpect: 100-continue\n\nabc")
+        assert waited.startswith(b"HTTP/1.1 100 ")
+        assert b"\r\n\r\nabc" in waited
+        assert b"expect" not in made.requests[0].lower()
+        head = await made.ask(f"HEAD {to}")
+        assert head.startswith(b"HTTP/1.1 200 ")
+        assert head.endswith(b"\r\n\r\n")
+        old = await made.ask("GET http://api.test.example/ HTTP/1.0")
+        assert old.startswith(b"HTTP/1.1 200 ")
+        assert b"Host: api.test.example\r\n" in made.requests[2]
+        reader, writer = await made.connect()
+        broken = f"POST {to}\nContent-Length: 9\nProxy-Authorization: {authorization()}\n\nabc"
+        writer.write(broken.replace("\n", "\r\n").encode())
+        writer.write_eof()
+        async with asyncio.timeout(30):
+            assert refusal(await reader.read(-1)) == (400, "bad_request")
+        writer.close()
+        assert len(made.requests) == 3
+
+
 async def test_connections_and_bytes_of_a_cvm_are_limited_and_counted(tmp_path: Path) -> None:
     """The third connection at once is refused; over its bytes a CVM is cut, and refused from then on."""
     limits = EgressLimits(connections=2, bytes=600_000, rate=0, all_connections=64)

@@ -15,14 +15,17 @@ _SECRET_BYTES = 32
 
 
 class UserConfig(BaseModel):
-    """`launch_secret` is L, 32 random bytes made for this VM, base64url without padding. Never log it."""
+    """`launch_secret` is L, 32 random bytes made for this VM, base64url without padding.
+
+    Never log it, nor `proxy_url`, whose password is made of it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     vm: VmName
     launch_secret: str = Field(repr=False)
     validator_base_url: str
-    proxy_url: str | None
+    proxy_url: str | None = Field(repr=False)
     max_lifetime_s: Annotated[int, Field(gt=0)]
     hard_lifetime_s: Annotated[int, Field(gt=0)]
     filesystem: FilesystemPolicy = FilesystemPolicy()

@@ -164,6 +164,7 @@ class EgressServer:
                 else:
                     plain = True
         except TimeoutError as error:
+            await _refuse(guest, _ACCESS_DENIED)
             raise Refused(Reason.SLOW, f"expected a ClientHello within {HELLO_WITHIN:g} s") from error
         except Refused:
             await _refuse(guest, _ACCESS_DENIED)
