@@ -137,7 +137,7 @@ class Vmm:
         """One call of the API.
 
         Raises:
-            VmmFailed: It refused.
+            VmmFailed: It refused, or did not answer in time.
         """
         connection = http.client.HTTPConnection("vmm", timeout=ANSWER_S)
         connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -150,6 +150,8 @@ class Vmm:
             )
             answer = connection.getresponse()
             text = answer.read()
+        except TimeoutError as error:
+            raise self._failed(f"{method}: no answer within {ANSWER_S:.0f} s") from error
         finally:
             connection.close()
         if answer.status != http.HTTPStatus.OK:
