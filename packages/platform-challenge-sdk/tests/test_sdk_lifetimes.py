@@ -7,6 +7,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -21,7 +22,7 @@ from platform_challenge_sdk.agent import Agent
 from platform_challenge_sdk.challenge import Challenge
 from platform_challenge_sdk.health import Health
 from platform_challenge_sdk.held_jobs import HeldJobs
-from platform_challenge_sdk.lifetime import JOB_SILENCE
+from platform_challenge_sdk.lifetime import JOB_SILENCE, LastResort
 from platform_challenge_sdk.serve import ChallengeServer
 from platform_challenge_sdk.testing_validator import TestingValidator
 from platform_protocol.session.messages import GuestError, JobResult, Ping, Pong
@@ -195,6 +196,26 @@ class TestOneJob:
         second = await life.validator.execute(payload={})
         refused = await life.validator.expect(GuestError)
         assert (refused.code, refused.request_id) == ("busy", second)
+
+
+def test_the_thread_outlives_what_the_event_loop_changes_under_it() -> None:
+    """Reading the jobs while the loop begins one may fail; that is a sign of life, not the thread's end."""
+    calls = 0
+    looked = threading.Event()
+
+    def left() -> tuple[float, str]:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise RuntimeError("OrderedDict mutated during iteration")
+        looked.set()
+        return 1.0, "never"
+
+    thread = LastResort(left, overdue=0.01)
+    try:
+        assert looked.wait(30)
+    finally:
+        thread.stop()
 
 
 BLOCKED = """

@@ -59,7 +59,10 @@ class LastResort:
     def _run(self) -> None:
         passed: float | None = None
         while not self._stopped.wait(min(_LOOK, self._overdue)):
-            left, why = self._left()
+            try:
+                left, why = self._left()
+            except RuntimeError:  # the event loop moves, and changed what was read
+                left, why = _LOOK, ""
             if left > 0:
                 passed = None
                 continue
