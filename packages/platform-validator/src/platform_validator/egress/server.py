@@ -105,12 +105,13 @@ class EgressServer:
             account = self._accounts.authenticate(named.vm, named.password) if named else None
             if account is None:
                 raise Refused(Reason.UNAUTHENTICATED, "expected a Proxy-Authorization")
-            self._unknown.pop(task, None)
             wanted = request.target.decode("latin-1")
             if self._accounts.open >= self._most:
                 raise Refused(Reason.TOO_MANY_CONNECTIONS, "too many connections of all CVMs are open")
             account.enter()
             account.tasks.add(task)
+            # Those that are refused for their number stay among the unknown, which are few.
+            self._unknown.pop(task, None)
             flow = Flow(account)
             async with flow.timeout:
                 if request.method == b"CONNECT":
