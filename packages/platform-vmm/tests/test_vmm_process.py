@@ -26,6 +26,7 @@ from guests import until
 
 from platform_vmm.images import Runtime
 from platform_vmm.machines import guest_uids
+from platform_vmm.rootfs import GuestImage
 from platform_vmm.simulation.pki import load_pki
 from platform_vmm.simulation.quote import Measurements, make_quote
 
@@ -54,7 +55,8 @@ class Served:
     async def create(self, *command: str, **more: Any) -> str:
         """A VM that runs a command."""
         _, answer = await self.call("ListImages")
-        digest = json.loads(answer["images"][0]["description"])["runtimes"]["platform-runtime"]
+        told = {image["name"]: json.loads(image["description"]) for image in answer["images"]}
+        digest = told[more.get("image", "local-sandbox")]["runtimes"]["platform-runtime"]
         image = f"platform-runtime@{digest}"
         service = json.dumps({"services": {"one": {"image": image, "command": list(command)}}})
         compose = {"manifest_version": 2, "name": "t", "runner": "docker-compose"}
@@ -135,6 +137,16 @@ def _processes(state: Path) -> list[int]:
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and entry.stat().st_uid in uids:
                 found.append(int(entry.name))
+    return found
+
+
+def _emulators(state: Path) -> list[int]:
+    """Those of them that are QEMU."""
+    found = []
+    for pid in _processes(state):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/comm").read_text().startswith("qemu-system"):
+                found.append(pid)
     return found
 
 
@@ -247,6 +259,27 @@ async def test_after_kill_9_nothing_lives_and_the_next_start_brings_back_what_wa
         await vmm.info(halted, found=False)
         await vmm.end(signal.SIGTERM)
         await until(lambda: _processes(vmm.state) == [])
+        assert _groups(vmm.state) == []
+        assert list((vmm.state / "vms").iterdir()) == []
+
+
+async def test_kill_9_ends_virtual_machines_too_and_the_next_start_brings_them_back(
+    serve: Any, tmp_path: Path, guest_image: GuestImage
+) -> None:
+    """QEMU dies with its VMM, also in the middle of a boot, and is there again after the next start."""
+    (tmp_path / "state" / "images" / "guest").symlink_to(guest_image.path.parent)
+    async with serve() as vmm:
+        identity = await vmm.create("sleep", "600", image="local-qemu")
+        await until(lambda: _emulators(vmm.state), timeout=60)
+        await vmm.end(signal.SIGKILL)
+        await until(lambda: not _processes(vmm.state), timeout=60)
+    async with serve() as vmm:
+        await until(lambda: _emulators(vmm.state), timeout=60)
+        assert (await vmm.info(identity))["status"] == "running"
+        await vmm.call("RemoveVm", {"id": identity})
+        await vmm.info(identity, found=False)
+        assert _processes(vmm.state) == []
+        await vmm.end(signal.SIGTERM)
         assert _groups(vmm.state) == []
         assert list((vmm.state / "vms").iterdir()) == []
 
