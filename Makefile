@@ -62,6 +62,8 @@ lint: setup ## ruff, mypy strict, import contracts
 
 bench: setup system ## measure, beside something real in the same run
 	@$(BIN)/python -m bench.sandbox_start $(ARGS)
+	@bash scripts/system.sh qemu-system-x86
+	@$(BIN)/python -m bench.guest_start
 	@$(BIN)/python -m bench.large_result
 	@$(BIN)/python -m bench.journal_year --jobs 10000
 	@$(BIN)/python -m bench.values_rate
