@@ -15,7 +15,7 @@ export PIP_NO_INPUT := 1
 
 export URL IMAGE TOKEN
 
-.PHONY: help setup system demo test lint bench simulate chaos cycles runtime-image attest-matrix mitm vmm-conformance values-drill update-drill docs lock clean hosts-demo canary hostile
+.PHONY: help setup system demo test lint bench simulate chaos cycles runtime-image attest-matrix mitm vmm-conformance values-drill update-drill docs lock clean hosts-demo qemu-demo canary hostile
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -38,6 +38,10 @@ system: ## install bubblewrap, packet filters, git and jq (Debian or Ubuntu, as 
 
 demo: setup system ## run the whole job on this machine; ARGS=--keep, ARGS="--outage 10"
 	@$(BIN)/python -m examples.demo $(ARGS)
+
+qemu-demo: setup system ## the demo on virtual machines (QEMU), with fewer submissions
+	@bash scripts/system.sh squashfs-tools qemu-system-x86
+	@$(BIN)/python -m examples.demo --image local-qemu $(ARGS)
 
 hosts-demo: setup system ## two VMMs of different size, one killed in the middle; ARGS=--short
 	@$(BIN)/python -m examples.demo.hosts $(ARGS)
@@ -62,7 +66,7 @@ lint: setup ## ruff, mypy strict, import contracts
 
 bench: setup system ## measure, beside something real in the same run
 	@$(BIN)/python -m bench.sandbox_start $(ARGS)
-	@bash scripts/system.sh qemu-system-x86
+	@bash scripts/system.sh squashfs-tools qemu-system-x86
 	@$(BIN)/python -m bench.guest_start
 	@$(BIN)/python -m bench.large_result
 	@$(BIN)/python -m bench.journal_year --jobs 10000
