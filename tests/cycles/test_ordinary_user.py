@@ -107,7 +107,7 @@ def write(path):
 def read(path):
     try: return os.listdir(path)
     except OSError as error: return errno.errorcode[error.errno]
-print(json.dumps({'added': write('/usr/x'), 'root': write('/x'), 'changed': write('/usr/bin/env'),
+print(json.dumps({'added': write('/usr/local/lib/x'), 'root': write('/x'), 'changed': write('/usr/bin/env'),
                   'hidden': read('/usr/share')}), flush=True)
 print('up', flush=True)
 """
@@ -149,7 +149,7 @@ def test_as_an_ordinary_user_a_guest_is_held_and_what_is_weaker_is_said(user: Us
     assert layered == {"added": "written", "root": "written", "changed": "EACCES", "hidden": "EACCES"}
     weaker = vmm.described["weaker"]
     assert vmm.described["isolation_level"] == "Container"
-    for words in ("no uid of its own", "no control groups", "no layers with the guest's owner"):
+    for words in ("no uid of its own", "no control groups"):
         assert any(text.startswith(words) for text in weaker), weaker
 
 

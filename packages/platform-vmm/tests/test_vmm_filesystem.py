@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,23 +118,42 @@ tell(read=[read(p) for p in ('/usr/share', '/usr/share/doc', '/usr/bin/env', '/d
 
 
 @pytest.mark.usefixtures("as_root")
-async def test_a_writable_root_takes_any_change_on_the_one_capped_disk(guests: Guests) -> None:
-    """New files, changed ones, removed ones, in /usr, /etc and the runtime; the host's stay as they are."""
+async def test_a_writable_root_takes_changes_on_the_one_capped_disk(guests: Guests) -> None:
+    """New entries, removed and replaced ones, in /usr, /etc and the runtime; the host's stay as they are.
+
+    What only root may read on the host stays closed, whatever is done around it.
+    """
     before = Path("/usr/bin/env").stat().st_size
-    found = await guests.run(
-        PROBE
-        + """
+    secret = Path("/usr/local", f"secret-of-a-test-{os.getpid()}")
+    secret.write_text("canary")
+    secret.chmod(0o600)
+    try:
+        found = await guests.run(
+            PROBE
+            + f"secret = {str(secret)!r}"
+            + """
 changes = [write(p) for p in ('/x', '/usr/x', '/usr/local/lib/x', '/etc/x', '/opt/platform/x', '/home')]
-changes += [write('/usr/bin/env', 'a'), write('/etc/passwd', 'a')]
+changes += [write('/etc/passwd', 'a'), write('/opt/platform/etc/passwd', 'a')]
 os.unlink('/usr/bin/yes'); os.makedirs('/usr/new/folder'); os.makedirs('/srv2')
-tell(changes=changes, gone=read('/usr/bin/yes'),
+os.unlink('/usr/bin/env'); changes.append(write('/usr/bin/env'))
+def attempt(action):
+    try: return action()
+    except OSError as error: return name(error)
+moved, linked = '/usr/local/y', '/usr/local/z'
+closed = [read(secret), attempt(lambda: os.chmod(secret, 0o644)), attempt(lambda: os.rename(secret, moved)),
+          attempt(lambda: os.link(secret, linked)), read(secret), read(moved), read(linked)]
+tell(changes=changes, gone=read('/usr/bin/yes'), closed=closed,
      still=[write(p) for p in ('/dev/x', '/dstack/.host-shared/x', '/proc/sys/kernel/core_pattern')],
-     total=fill(['/usr/lib', '/etc', '/opt/platform', '/srv2', '/tmp']))
+     kept=write('/usr/bin/true', 'a'), total=fill(['/usr/lib', '/etc', '/opt/platform', '/srv2', '/tmp']))
 """,
-        user_config=policy(read_only=False, tmpfs_size_mb=48),
-    )
+            user_config=policy(read_only=False, tmpfs_size_mb=48),
+        )
+    finally:
+        secret.unlink()
     assert set(found["changes"]) == {"written"}
     assert found["gone"] == "ENOENT"
+    assert found["kept"] == "EACCES"
+    assert set(found["closed"]) <= {"EACCES", "EPERM", "ENOENT", "EOVERFLOW"}, found["closed"]
     assert set(found["still"]) <= {"EROFS", "EACCES"}
     assert 20 * 2**20 < found["total"] <= 48 * 2**20
     assert (Path("/usr/bin/env").stat().st_size, Path("/usr/bin/yes").exists()) == (before, True)

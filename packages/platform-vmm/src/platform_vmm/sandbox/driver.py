@@ -139,9 +139,6 @@ class SandboxDriver:
         """Guarantees of the sandbox that this machine, or running without root, does not give."""
         found = {
             "no uid of its own: whoever left a guest's namespaces would be the VMM's user": os.getuid() != 0,
-            "no layers with the guest's owner: with read_only = false /usr can be added to at its top only": (
-                os.getuid() != 0
-            ),
             "no control groups: memory and CPU are not limited, processes by RLIMIT_NPROC only": (
                 not self._groups.limits_hold
             ),

@@ -31,6 +31,7 @@ SIOCSIFADDR, SIOCSIFFLAGS, SIOCSIFNETMASK = 0x8916, 0x8914, 0x891C
 IP_BIND_ADDRESS_NO_PORT = 24
 OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442
 AT_FDCWD, AT_EMPTY_PATH, OPEN_TREE_CLONE, MOVE_EMPTY_PATH = -100, 0x1000, 1, 4
+ANYBODY = 0o005  # may read and enter
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_IDMAP = 1, 0x100000
 SYSTEM = ("usr", "bin", "sbin", "lib", "lib32", "lib64")
 ETC = ("ld.so.cache", "alternatives", "passwd", "group", "hosts", "nsswitch.conf")
@@ -109,8 +110,7 @@ def prepare_mounts(config: dict[str, Any]) -> None:
     furnish(config)
     if config["writable"]:
         owner = mapping(config["uid"])
-        for source, name in config["writable"].items():
-            given_to(owner, source, f"{ROOM}/lower/{name}")
+        given_to(owner, f"{ROOM}/image", f"{ROOM}/lower/image")
         os.close(owner)
 
 
@@ -138,7 +138,8 @@ def mapping(uid: int) -> int:
 def given_to(owner: int, source: str, target: str) -> None:
     """A read-only bind mount in which what is root's belongs to the guest: a layer over it can change it.
 
-    Where the file system cannot do that the owners stay, and the guest can only add.
+    For the image alone: in the system's folders it would open to the guest what only root may read. Where
+    the file system cannot do that the owners stay.
     """
     tree = libc.syscall(OPEN_TREE, AT_FDCWD, source.encode(), OPEN_TREE_CLONE | os.O_CLOEXEC)
     attributes = struct.pack("=QQQQ", MOUNT_ATTR_IDMAP | MOUNT_ATTR_RDONLY, 0, 0, owner)
@@ -159,13 +160,27 @@ def writable_root(config: dict[str, Any]) -> None:
     for source, name in config["writable"].items():
         for part in ("upper", "layer"):
             os.makedirs(f"{disk}/{part}/{name}", 0o755)
-        lower = f"{ROOM}/lower/{name}" if config["root"] else source
+        lower = f"{ROOM}/lower/{name}" if config["root"] and name == "image" else source
+        if name != "image":
+            give_folders(source, f"{disk}/upper/{name}", deeper=("local",))
         layers = f"lowerdir={lower},upperdir={disk}/upper/{name},workdir={disk}/layer/{name},userxattr"
         mount("overlay", f"{ROOM}/system/{name}", "overlay", MS_NOSUID | MS_NODEV, layers)
     for source, place in config["copies"].items():
         os.makedirs(f"{disk}/rootfs{os.path.dirname(place)}", exist_ok=True)
         if os.path.exists(source):
             copy(source, f"{disk}/rootfs{place}")
+
+
+def give_folders(source: str, upper: str, deeper: tuple[str, ...]) -> None:
+    """A layer's folders over those of the system, the guest's own: entries there can be made and removed.
+
+    Only over what everybody may read; the files below keep their owner and mode.
+    """
+    for entry in os.scandir(source):
+        if entry.is_dir(follow_symlinks=False) and entry.stat().st_mode & ANYBODY == ANYBODY:
+            os.mkdir(f"{upper}/{entry.name}", 0o755)
+            if entry.name in deeper:
+                give_folders(entry.path, f"{upper}/{entry.name}", ())
 
 
 def copy(source: str, target: str) -> None:
