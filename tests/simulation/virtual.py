@@ -109,7 +109,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
         """See the event loop's interface."""
-        return self.call_at(self.now + delay, callback, *args, context=context)
+        when = self.now + delay
+        due = _Due(when, callback, args, context)
+        heapq.heappush(self._due_later, (when, next(self._asked), due))
+        return due
 
     def _run_once(self) -> None:
         """Everything, until told to stop: what is due now, then what is due next."""

@@ -46,5 +46,8 @@ class Demand:
         self._boot_s = seconds if self._boot_s == 0.0 else self._boot_s + _NEWEST * (seconds - self._boot_s)
 
     def wanted(self, declared: int, now: float) -> int:
-        """See `pool_size`."""
+        """See `pool_size`; claims that are out of its window are forgotten."""
+        window = WINDOW.total_seconds()
+        while self._claims and now - self._claims[0] >= window:
+            self._claims.popleft()
         return pool_size(declared, self._claims, boot_s=self._boot_s, now=now)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 
 import structlog
@@ -114,7 +114,7 @@ class UsageSampler:
             return
         self._patience.pop(record.name, None)
         old = self._known.get(record.name) or VmUsage()
-        new = replace(merged(old, sample), cpu_percent=self._cpu_percent(record.name, old, sample))
+        new = merged(old, sample, cpu_percent=self._cpu_percent(record.name, old, sample))
         self._known[record.name] = new
         self.heard(
             "sampled",

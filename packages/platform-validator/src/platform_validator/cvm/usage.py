@@ -33,7 +33,7 @@ class VmUsage:
         )
 
 
-def merged(old: VmUsage | None, sample: VmUsage) -> VmUsage:
+def merged(old: VmUsage | None, sample: VmUsage, *, cpu_percent: float | None = None) -> VmUsage:
     """What is known after a sample: counters and peaks never fall, the memory in use is the sample's.
 
     A peak that the VMM does not keep is the most that any sample showed; `disk_bytes` likewise.
@@ -45,6 +45,7 @@ def merged(old: VmUsage | None, sample: VmUsage) -> VmUsage:
         memory_peak_bytes=_most(before.memory_peak_bytes, sample.memory_peak_bytes, sample.memory_bytes),
         disk_bytes=_most(before.disk_bytes, sample.disk_bytes),
         network_bytes=_most(before.network_bytes, sample.network_bytes),
+        cpu_percent=cpu_percent,
     )
 
 

@@ -43,6 +43,9 @@ POLL_EVERY = timedelta(seconds=5)
 DECLINED_FOR = timedelta(minutes=10)
 NOT_GRANTED_FOR = TABLE[Kind.CLAIM].pause.cap
 
+_Kind = tuple[ChallengeId, int, int, int, int, int]
+"""What tells jobs apart of which one fits while another does not."""
+
 _log = structlog.get_logger(__name__)
 
 
@@ -111,7 +114,8 @@ class JobManager:
         self._held: frozenset[JobId] = frozenset()
         self._declined: dict[JobId, float] = {}
         self._passed_over = PassedOver()
-        self._refused: dict[tuple[ChallengeId, Resources, int], tuple[Capacity, Wish]] = {}
+        self._refused: dict[_Kind, tuple[Capacity, Wish]] = {}
+        self._active: frozenset[ChallengeId] = frozenset()
         self._tally = Tally()
         self.waiting: tuple[Waiting, ...] = ()
         self._inherited = Inheritance()
@@ -199,6 +203,7 @@ class JobManager:
 
     def has_capacity(self, job: PendingJob, ref: InstanceRef | None) -> Capacity:
         """Whether this job may be claimed now (the usage guide's checks, in its order)."""
+        self._active = frozenset(self._challenges.active_ids())
         return self._capacity(job, ref, wish_of(job, ref))
 
     def _capacity(self, job: PendingJob, ref: InstanceRef | None, wish: Wish) -> Capacity:
@@ -207,7 +212,7 @@ class JobManager:
             CapacityFacts(
                 claiming=self._claiming,
                 held=frozenset({job.id}) if self._holds(job.id) else frozenset(),
-                active=frozenset(self._challenges.active_ids()),
+                active=self._active,
                 can_attest=self._can_attest(),
                 gate_open=self._gates.admits(job.challenge_id, self._clock.monotonic()),
                 room=self._quota.would(wish, kept=self._passed_over.kept_from(job)),
@@ -261,6 +266,7 @@ class JobManager:
         self._held = frozenset(record.job_id for record in await self._store.open_jobs())
         self._passed_over.begin({job.id for job in pending}, now, self._quota.keep)
         self._refused.clear()
+        self._active = frozenset(self._challenges.active_ids())
         for job in pending:
             if len(self._slots) >= self._max:
                 break
@@ -278,11 +284,11 @@ class JobManager:
         return NoCapacity.JOBS if len(self._slots) >= self._max else None
 
     def _consider(self, job: PendingJob, group: asyncio.TaskGroup, source: str) -> None:
-        like = job.challenge_id, job.resources, job.priority
-        kept = self._passed_over.kept
-        if like in self._refused and not self._holds(job.id) and (kept is None or kept.job_id != job.id):
+        kind, kept = _kind(job), self._passed_over.kept
+        before = self._refused.get(kind)
+        if before is not None and not self._holds(job.id) and (kept is None or kept.job_id != job.id):
             # A pass only takes room: what did not fit before does not fit now.
-            self._pass_over(job, *self._refused[like])
+            self._pass_over(job, *before)
             return
         ref = self._challenges.acquire(job.challenge_id)
         wish = wish_of(job, ref)
@@ -290,7 +296,7 @@ class JobManager:
         slot = self._set_aside(job, ref, wish, answer, source) if answer and ref is not None else None
         if slot is None or ref is None:
             if answer.refusal not in {None, NoCapacity.HELD}:
-                self._refused[like] = answer, wish
+                self._refused[kind] = answer, wish
             self._pass_over(job, answer, wish)
             if ref is not None:
                 ref.release()
@@ -382,3 +388,15 @@ class JobManager:
         if not self._slots:
             self._idle.set()
         self.wake("local")
+
+
+def _kind(job: PendingJob) -> _Kind:
+    size = job.resources
+    return (
+        job.challenge_id,
+        job.priority,
+        size.cpu_cores,
+        size.memory_mb,
+        size.disk_mb,
+        size.gpu_count,
+    )

@@ -72,9 +72,8 @@ class PassedOver:
     def noted(self, job: PendingJob, wish: Wish, now: float) -> None:
         """It lacked room at `now`."""
         known = self._lacking.get(job.id)
-        if known is None or (known.wish, known.priority) != (wish, job.priority):
-            since = now if known is None else known.since
-            self._lacking[job.id] = Lacking(job.id, job.priority, wish, since)
+        since = now if known is None else known.since
+        self._lacking[job.id] = Lacking(job.id, job.priority, wish, since)
 
     def forget(self, job_id: JobId) -> None:
         """It has its room, or something else is in its way."""

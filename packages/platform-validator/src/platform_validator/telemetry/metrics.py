@@ -120,6 +120,9 @@ class Metrics:
         for answer in ("accepted", "unavailable", "version_1"):
             self._attestations.labels(answer, "")
         self._used, self._total = self._slots.labels("used"), self._slots.labels("total")
+        # Counted at every pass, and at every sample of every CVM.
+        self._passes_by = {source: self._passes.labels(source) for source in SOURCES}
+        self._samples_by = {answer: self._samples.labels(answer) for answer in SAMPLES}
 
     def text(self) -> bytes:
         """The exposition."""
@@ -146,7 +149,7 @@ class Metrics:
 
     def pass_made(self, source: str) -> None:
         """The job loop made a pass."""
-        self._passes.labels(source).inc()
+        self._passes_by[source].inc()
 
     def passed_over(self, reason: str, jobs: int) -> None:
         """So many pending jobs were not claimed in a pass."""
@@ -236,7 +239,7 @@ class Metrics:
 
     def usage_sampled(self, answer: str, cpu_time_ms: int, network_bytes: int) -> None:
         """A VMM was asked what a CVM uses: `sampled`, `unknown` or `failed`, and what grew since before."""
-        self._samples.labels(answer).inc()
+        self._samples_by[answer].inc()
         self._cpu.inc(cpu_time_ms / 1000)
         self._network.inc(network_bytes)
 
