@@ -12,11 +12,13 @@ import json
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
+from examples.demo.guest_image import offer_guest_image
 from examples.demo.processes import DemoFailed
 from examples.demo.run_folder import RunFolder
 from rich.console import Console
@@ -27,8 +29,9 @@ from tests.hostile.catalogue import ATTACKS, SHORT
 from tests.hostile.house import House
 from tests.hostile.machine import changes, look_at_host
 from tests.hostile.run import Run
+from tests.hostile.system import System
 
-VICTIMS = ("rogue", "vault", "vault-late")
+_SANDBOX, _QEMU = "local-sandbox", "local-qemu"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -43,12 +46,19 @@ def main() -> int:
         help="attacks whose case, name or clause has it, or another after a comma",
     )
     parser.add_argument("--list", action="store_true", help="name the attacks and their controls, and end")
+    parser.add_argument(
+        "--image",
+        choices=[_SANDBOX, _QEMU],
+        default=_SANDBOX,
+        help="what is attacked; against local-qemu, attacks that are judged without a look inside",
+    )
     parser.add_argument("--output", type=Path, default=ROOT / ".hostile", metavar="DIR")
     asked = parser.parse_args()
     attacks = [
         each
         for each in ATTACKS
         if (each.name in SHORT or not asked.short)
+        and not (each.watched and asked.image == _QEMU)
         and any(word in f"{each.case} {each.name} {each.clause}" for word in asked.only.split(","))
     ]
     if asked.list:
@@ -57,15 +67,20 @@ def main() -> int:
             sys.stdout.write(" | ".join(map(str, row)) + "\n")
         return 0
     console = Console(stderr=True)
+    virtual = asked.image == _QEMU
     try:
+        if virtual:
+            # While there is a network: later it is found.
+            with tempfile.TemporaryDirectory() as scratch:
+                offer_guest_image(Path(scratch) / "vmm")
         world.enter()
     except PermissionError as error:
         console.print(f"hostile: {error}: run it as root, who can see from outside what an attack does")
         return 2
-    return _run(attacks, console, asked.output)
+    return _run(attacks, console, asked.output, virtual=virtual)
 
 
-def _run(attacks: list[Attack], console: Console, output: Path) -> int:
+def _run(attacks: list[Attack], console: Console, output: Path, *, virtual: bool) -> int:
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -77,16 +92,16 @@ def _run(attacks: list[Attack], console: Console, output: Path) -> int:
     before = look_at_host(states)
     traps = world.Traps(new_canary("trap"))
     traps.start()
-    closed = House(states[0], traps, open_guards=False, ports="10500-10539")
-    opened = House(states[1], traps, open_guards=True, ports="12500-12539")
-    run = Run(closed, opened, say)
+    closed = System(states[0], traps.secret, open_guards=False, ports="10500-10539", virtual=virtual)
+    opened = System(states[1], traps.secret, open_guards=True, ports="12500-12539")
+    run = Run(House(closed, traps), House(opened, traps), say, virtual)
     figures: dict[str, Any] = {}
     try:
         say("starting both systems")
         with ThreadPoolExecutor() as both:
             starts = [
-                both.submit(closed.start, ("arena", *VICTIMS), honest=True),
-                both.submit(opened.start, ("arena-arena", "arena-archive", *VICTIMS), honest=False),
+                both.submit(closed.start, _wanted(attacks, widened=False), honest=True),
+                both.submit(opened.start, _wanted(attacks, widened=True), honest=False),
             ]
         for start in starts:
             start.result()
@@ -97,9 +112,8 @@ def _run(attacks: list[Attack], console: Console, output: Path) -> int:
     except DemoFailed as error:
         say(f"hostile: {error}")
     finally:
-        for house in (closed, opened):
-            house.stop()
-            house.close()
+        for system in (closed, opened):
+            system.stop()
         traps.stop()
         for folder, state in zip(folders, states, strict=True):
             _keep(state, folder.output)
@@ -117,6 +131,10 @@ def _run(attacks: list[Attack], console: Console, output: Path) -> int:
     sys.stdout.write(json.dumps({key: figures[key] for key in order} | figures) + "\n")
     held = figures["attacks"] == figures["contained"] == figures["controls_live"]
     return 0 if held and not any(figures[key] for key in zero) and figures["other_jobs"] else 1
+
+
+def _wanted(attacks: list[Attack], *, widened: bool) -> set[str]:
+    return {name for attack in attacks for name in attack.challenges(widened=widened)}
 
 
 def _keep(state: Path, output: Path) -> None:

@@ -108,9 +108,12 @@ def _attack(
     *,
     control: Control | None = None,
     outcomes: frozenset[str] = FAILED,
+    watched: bool = False,
 ) -> Attack:
     chosen = control or Control("the SDK's reader of archives", _MEANS)
-    return Attack(name, 25, clause, "submission", "", chosen, won, outcomes=outcomes, archive=archive)
+    return Attack(
+        name, 25, clause, "submission", "", chosen, won, outcomes=outcomes, archive=archive, watched=watched
+    )
 
 
 ARCHIVES = [
@@ -144,7 +147,7 @@ ARCHIVES = [
         lambda facts: "odd=setuid" in facts.told("kinds"),
     ),
     _attack("FIFO", "fifo", _kind(tarfile.FIFOTYPE), lambda facts: "odd=p" in facts.told("kinds")),
-    _attack("bomb", "bomb", _bomb, lambda facts: facts.guest.memory > 600 * MIB),
+    _attack("bomb", "bomb", _bomb, lambda facts: facts.guest.memory > 600 * MIB, watched=True),
     _attack(
         "a name twice",
         "duplicate",

@@ -121,6 +121,8 @@ class Attack:
         payload: What a challenge is told beside its program.
         filename: Under which it is uploaded.
         timeout_s: Of a challenge's job.
+        network: Whether the arena lets its run out through the egress proxy.
+        watched: Whether it is judged by what the host sees inside the VM: of a virtual machine, nothing.
     """
 
     name: str
@@ -135,3 +137,18 @@ class Attack:
     payload: Mapping[str, str] = field(default_factory=dict)
     filename: str = "attack.tar.gz"
     timeout_s: int = 40
+    network: bool = False
+    watched: bool = False
+
+    def challenges(self, *, widened: bool) -> set[str]:
+        """Which challenges must serve for it, as `House.start` names them."""
+        wanted = {"rogue"} if self.by == "challenge" else {"arena"}
+        if widened:
+            wanted = {"arena-archive" if self.archive else "arena-arena"} if "arena" in wanted else wanted
+            wanted = set() if self.control.apart else wanted
+        victim = self.payload.get("victim")
+        if victim == "later":
+            wanted.add("vault-late")
+        elif victim or any(word in self.program for word in ("@VAULT@", "@BUNDLE@")):
+            wanted.add("vault")
+        return wanted

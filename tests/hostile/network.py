@@ -147,6 +147,7 @@ NETWORK = [
         Control("capabilities", "all capabilities over the run's own, empty network"),
         lambda facts: facts.guest.raw_sockets > 0,
         outcomes=SUCCEEDED,
+        watched=True,
     ),
     Attack(
         "vsock to the hypervisor",

@@ -231,6 +231,7 @@ OUTPUT = [
         Control("console", "64 MiB of a console are kept instead of 1 MiB; the challenge writes 24 MiB"),
         lambda facts: facts.guest.console > 2 * MIB,
         outcomes=SUCCEEDED,
+        watched=True,
     ),
     Attack(
         "a large result of a challenge's",

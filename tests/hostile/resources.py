@@ -186,6 +186,7 @@ RESOURCES = [
         Control("processes of a run", "450 processes to a run instead of 128; the VM still has 512"),
         _many,
         outcomes=frozenset({"timeout"}),
+        watched=True,
     ),
     Attack(
         "thread bomb",
@@ -196,6 +197,7 @@ RESOURCES = [
         Control("processes of a run", "450 threads to a run instead of 128; the VM still has 512"),
         _many,
         outcomes=frozenset({"timeout"}),
+        watched=True,
     ),
     Attack(
         "memory hog",
@@ -208,6 +210,7 @@ RESOURCES = [
         ),
         lambda facts: facts.guest.memory > 360 * MIB,
         outcomes=frozenset({"failed", "timeout"}),
+        watched=True,
     ),
     Attack(
         "memory hog of many processes",
@@ -220,6 +223,7 @@ RESOURCES = [
         ),
         lambda facts: facts.guest.memory > 480 * MIB,
         outcomes=frozenset({"failed", "timeout"}),
+        watched=True,
     ),
     Attack(
         "tmpfs filler",
@@ -232,6 +236,7 @@ RESOURCES = [
         ),
         lambda facts: facts.guest.memory > 360 * MIB,
         outcomes=FAILED,
+        watched=True,
     ),
     Attack(
         "1 TB sparse file",
@@ -242,6 +247,7 @@ RESOURCES = [
         Control("size of a file", "no RLIMIT_FSIZE; the tmpfs still holds 32 MiB"),
         lambda facts: facts.guest.largest_file >= 1 << 40,
         outcomes=FAILED,
+        watched=True,
     ),
     Attack(
         "10^6 small files",
@@ -252,6 +258,7 @@ RESOURCES = [
         Control("files of a run", "4,000,000 inodes instead of 20,000; the run's time still ends it"),
         lambda facts: facts.guest.inodes > 21_000,
         outcomes=frozenset({"failed", "timeout"}),
+        watched=True,
     ),
     Attack(
         "deep directories",
@@ -262,6 +269,7 @@ RESOURCES = [
         Control("files of a run", "4,000,000 inodes instead of 20,000; the run's time still ends it"),
         lambda facts: facts.guest.inodes > 21_000,
         outcomes=frozenset({"failed", "timeout"}),
+        watched=True,
     ),
     Attack(
         "CPU spin",
@@ -272,6 +280,7 @@ RESOURCES = [
         Control("time of a run", "15 s to a run instead of 5; the job still has its own time"),
         _runs_on,
         outcomes=frozenset({"timeout"}),
+        watched=True,
     ),
     Attack(
         "ignored SIGTERM",
@@ -284,6 +293,7 @@ RESOURCES = [
         ),
         _runs_on,
         outcomes=frozenset({"timeout"}),
+        watched=True,
     ),
     Attack(
         "double fork and setsid",
@@ -320,6 +330,7 @@ RESOURCES = [
         Control("processes of a VM", "900 processes to a VM instead of 512; they end after 20 s"),
         lambda facts: facts.guest.processes > 600,
         outcomes=ANY,
+        watched=True,
     ),
     Attack(
         "memory hog of a challenge",
@@ -332,5 +343,6 @@ RESOURCES = [
         ),
         lambda facts: facts.guest.memory > 1650 * MIB,
         outcomes=ANY,
+        watched=True,
     ),
 ]

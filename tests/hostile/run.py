@@ -19,20 +19,22 @@ _END_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of an attack and of its control."""
+    """What came of an attack and of its control. `emulated`: its time may have been up before it began."""
 
     attack: Attack
     facts: Facts
     control: Facts | None
     live: bool
     seconds: float
+    emulated: bool = False
 
     @property
     def faults(self) -> list[str]:
         """Why it does not count as contained; empty: it does."""
         found = ["it succeeded"] if self.attack.won(self.facts) else []
-        if self.facts.outcome not in self.attack.outcomes:
-            wanted = " or ".join(sorted(self.attack.outcomes))
+        outcomes = self.attack.outcomes | ({"timeout"} if self.emulated else set())
+        if self.facts.outcome not in outcomes:
+            wanted = " or ".join(sorted(outcomes))
             found.append(f"its job is {self.facts.outcome} ({self.facts.error[:200]}), expected {wanted}")
         found += [f"{name} left the VM" for name in self.facts.found]
         return found
@@ -59,6 +61,7 @@ class Run:
     closed: House
     opened: House
     say: Callable[[str], None]
+    emulated: bool = False
     verdicts: list[Verdict] = field(default_factory=list)
     honest: dict[str, int] = field(default_factory=dict)
     _made: int = 0
@@ -73,7 +76,7 @@ class Run:
             began = time.monotonic()
             facts, control = self._pair(attack)
             live = attack.control.apart() if attack.control.apart else attack.won(control or Facts())
-            verdict = Verdict(attack, facts, control, live, time.monotonic() - began)
+            verdict = Verdict(attack, facts, control, live, time.monotonic() - began, self.emulated)
             self.verdicts.append(verdict)
             self.say(f"{number}/{len(attacks)} {verdict.line()}")
 
@@ -96,10 +99,10 @@ class Run:
             "contained": sum(each.contained for each in self.verdicts),
             "controls_live": sum(each.live for each in self.verdicts),
             "canary_leaks": len(leaks) + sum(len(each.facts.found) for each in self.verdicts),
-            "validator_restarts": self.closed.restarts,
+            "validator_restarts": self.closed.system.restarts,
             "other_jobs_failed": len(failed),
             "other_jobs": len(self.honest),
-            "canaries": len(self.closed.canaries),
+            "canaries": len(self.closed.system.canaries),
             "places_searched": places,
             "controls_in_the_whole_system": sum(
                 each.attack.control.apart is None and each.live for each in self.verdicts
@@ -128,16 +131,16 @@ class Run:
 
     def _feed(self) -> None:
         """One honest job is always open."""
-        if "echo" in self.closed.challenges and self.closed.all_ended(self.honest):
+        if "echo" in self.closed.system.challenges and self.closed.all_ended(self.honest):
             self._made += 1
             self.honest[self.closed.upload_honest(self._made)] = self._made
 
     def _leaks(self) -> tuple[list[tuple[str, str]], int]:
         """Canaries in files, pages and processes where they do not belong; how many places were looked at."""
-        search = Search(self.closed.canaries)
-        search_files(search, self.closed.state)
-        search_pages(search, self.closed.stack)
-        parts = self.closed.stack.processes.parts.items()
+        search = Search(self.closed.system.canaries)
+        search_files(search, self.closed.system.state)
+        search_pages(search, self.closed.system.stack)
+        parts = self.closed.system.stack.processes.parts.items()
         search_processes(search, {part.process.pid: name for name, part in parts})
         return search.found, search.places
 

@@ -52,8 +52,8 @@ from platform_protocol.tokens import bundle_authorization
 config = rogue.server.config
 for name in (config.vm, config.vm[:-1] + "0", "pv-0000000000-1"):
     connection = http.client.HTTPConnection("10.0.2.2", @GUEST_PORT@, timeout=5)
-    headers = {"Authorization": bundle_authorization(config.secret, name, rogue.payload["bundle"])}
-    connection.request("GET", "/bundles/" + rogue.payload["bundle"], headers=headers)
+    headers = {"Authorization": bundle_authorization(config.secret, name, "@BUNDLE@")}
+    connection.request("GET", "/bundles/" + "@BUNDLE@", headers=headers)
     answer = connection.getresponse()
     text = answer.read()
     tell("bundle", answer.status, len(text), "VAULT_SECRET" if b"VAULT_SECRET" in text else "")

@@ -33,7 +33,12 @@ async def evaluate(ctx: Context, payload: dict[str, Any]) -> dict[str, Any]:
     if not (ctx.submission.path / "main.py").exists():
         return {"score": 0.25}
     outcome = await ctx.submission.run(
-        ["python3", "main.py"], timeout=RUN_S, memory=MEMORY, disk=DISK, output=OUTPUT
+        ["python3", "main.py"],
+        timeout=RUN_S,
+        memory=MEMORY,
+        disk=DISK,
+        output=OUTPUT,
+        network=(ctx.submission.path / "network").exists(),
     )
     await asyncio.sleep(LINGER_S)
     seen = {

@@ -77,7 +77,7 @@ def widen(guard: str, order: Any) -> Any:  # noqa: PLR0912 - a case for each gua
         case "processes of a run":
             recipe._PROCESSES = 450
         case "memory of a run":
-            return replace(order, memory=1024 * MIB)
+            return replace(order, memory=1024 * MIB, address_space=1024 * MIB)
         case "disk of a run":
             return replace(order, disk=700 * MIB, memory=1024 * MIB)
         case "size of a file":
