@@ -123,7 +123,7 @@ def ended(stack: Stack) -> dict[str, Any]:
 
 @pytest.mark.slow(reason="starts the whole system and a CVM")
 @pytest.mark.timeout(400)
-@pytest.mark.robustness(23, "cloud metadata addresses", "the VMM's API", "DNS tunnelling")
+@pytest.mark.robustness(23, "metadata", "vmm-api", "dns-tunnel")
 def test_a_challenge_reaches_what_both_sides_allow_and_nothing_else(tmp_path: Path) -> None:
     """Through the proxy by name; not directly, not by address, not what only the challenge asks for."""
     tmp_path.chmod(0o711)
