@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from platform_protocol.session.errors import (
     HandshakeInvalid,
     MessageInvalid,
 )
+from platform_protocol.session.frame_limit import take_messages_of
 from platform_protocol.session.messages import (
     GuestState,
     JobResult,
@@ -300,3 +302,13 @@ def test_bytes_travel_as_standard_base64() -> None:
 def test_malformed_messages_are_refused(frame: bytes) -> None:
     with pytest.raises(MessageInvalid):
         read_validator_message(frame)
+
+
+@pytest.mark.parametrize("name", ["max_message_size", "max_size"])
+def test_the_limit_of_messages_is_raised_under_the_name_of_each_version_of_the_library(name: str) -> None:
+    """Without either it is an error, for a limit that stays small would cut off every large frame."""
+    protocol = SimpleNamespace(**{name: 1})
+    take_messages_of(SimpleNamespace(protocol=protocol), 2)
+    assert vars(protocol) == {name: 2}
+    with pytest.raises(AttributeError):
+        take_messages_of(SimpleNamespace(protocol=SimpleNamespace()), 2)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-from deployed_challenge import DeployedChallenge, hkdf
+from deployed_challenge import DeployedChallenge, HangUp, hkdf
 from session_pair import CHALLENGE, JOB, SECRET, VM, Values
 from structlog.testing import capture_logs
 
@@ -428,7 +428,7 @@ async def test_a_result_is_lost_with_its_connection_and_the_job_given_back() -> 
     peer = DeployedChallenge()
 
     def hang_up(_payload: dict[str, Any]) -> None:
-        raise asyncio.CancelledError
+        raise HangUp
 
     peer.handlers = {"": hang_up}
     async with line_to(peer) as line:

@@ -34,6 +34,7 @@ from platform_protocol.ids import ChallengeId, Hotkey, VmName
 from platform_protocol.session.channel import MAX_FRAME, SealedChannel
 from platform_protocol.session.ends import ChallengeSession
 from platform_protocol.session.errors import AuthRefused, HandshakeInvalid, MessageInvalid, SessionError
+from platform_protocol.session.frame_limit import take_messages_of
 from platform_protocol.session.messages import (
     Configure,
     GuestError,
@@ -216,7 +217,7 @@ class ChallengeServer:
         await connection.send(handshake.respond(quote.quote, quote.event_log, quote.vm_config))
         channel = handshake.receive_verdict(_text(await connection.recv()))
         # It knows the launch secret, and sends nothing more before our hello; then frames may be large.
-        connection.protocol.max_message_size = MAX_FRAME
+        take_messages_of(connection, MAX_FRAME)
         return await self._greet(connection, channel, begin)
 
     async def _greet(

@@ -42,6 +42,10 @@ def development_quote(nonce: bytes, offset: int) -> bytes:
     return bytes(quote)
 
 
+class HangUp(Exception):
+    """A handler raises it: the connection ends in the middle of the job."""
+
+
 @dataclass
 class DeployedChallenge:
     """One of them, and what it saw.
@@ -110,6 +114,8 @@ class DeployedChallenge:
     async def _connected(self, connection: ServerConnection) -> None:
         try:
             await self._converse(connection)
+        except HangUp:
+            connection.transport.abort()
         except ConnectionClosed as closed:
             self.ended.append(f"connection {closed.rcvd.code if closed.rcvd else None}")
 
@@ -156,6 +162,8 @@ class DeployedChallenge:
         try:
             outcome: Any = handler(job["payload"])
             told = {"result": outcome}
+        except HangUp:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is told
             outcome, told = error, {"error": str(error)}
         if self.reports is not None:

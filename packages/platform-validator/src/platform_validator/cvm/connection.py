@@ -13,6 +13,7 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 from platform_protocol.ids import Hotkey, VmName
 from platform_protocol.session.channel import SealedChannel
 from platform_protocol.session.errors import AttestationRejected, HandshakeInvalid, SessionError
+from platform_protocol.session.frame_limit import take_messages_of
 from platform_protocol.session.v1 import MAX_ENVELOPE, EnvelopeChannel
 from platform_protocol.session.v2 import MAX_RESPONSE, Offer, ValidatorHandshake
 from platform_validator.cvm.errors import AttestationRefused, AttestationUnavailable, SessionRefused
@@ -117,11 +118,6 @@ async def dial(
         raise
 
 
-def widen(socket: ClientConnection, most: int) -> None:
-    """Take messages of up to `most` bytes from now on; during the handshake they are small."""
-    socket.protocol.max_message_size = most
-
-
 async def abandon(socket: ClientConnection) -> None:
     """Close without ceremony."""
     socket.transport.abort()
@@ -164,6 +160,6 @@ async def _shake_hands(socket: ClientConnection, callee: Callee, resume: bool, j
     accepted, channel = handshake.accept()
     if isinstance(channel, EnvelopeChannel):
         # Version 1 says nothing before its first message.
-        widen(socket, MAX_ENVELOPE)
+        take_messages_of(socket, MAX_ENVELOPE)
     await socket.send(accepted)
     return channel

@@ -18,6 +18,7 @@ from platform_protocol.ids import VmName
 from platform_protocol.session.channel import MAX_FRAME, MAX_FRAMES, SealedChannel
 from platform_protocol.session.ends import ValidatorSession
 from platform_protocol.session.errors import SessionError
+from platform_protocol.session.frame_limit import take_messages_of
 from platform_protocol.session.messages import (
     GuestHello,
     GuestMessage,
@@ -26,7 +27,7 @@ from platform_protocol.session.messages import (
     ValidatorMessage,
     guest_message,
 )
-from platform_validator.cvm.connection import SessionPace, abandon, bytes_of, widen
+from platform_validator.cvm.connection import SessionPace, abandon, bytes_of
 from platform_validator.cvm.reading import read_message
 
 _UNANSWERED = 3
@@ -86,7 +87,7 @@ class SessionLink:
                 if not isinstance(hello, GuestHello):
                     raise SessionError("expected the SDK's hello first")
                 # The guest sends nothing more before it has this, and whatever it likes at once after it.
-                widen(socket, MAX_FRAME)
+                take_messages_of(socket, MAX_FRAME)
                 await socket.send(self._end.hello())
                 return hello
         except BaseException:
