@@ -128,7 +128,8 @@ async def guest(tmp_path: Path, dialled: list[str]) -> AsyncIterator[Machine]:
     async def nowhere() -> socket.socket:
         raise OSError
 
-    link = Link("t", config={"stage": {}}, dial=dial, targets={"18080": Relay(nowhere)})
+    link = Link("t", dial=dial, targets={"18080": Relay(nowhere)})
+    link.config = {"stage": {}}
     await link.listen(tmp_path / "port.sock")
     reader, writer = await asyncio.open_unix_connection(tmp_path / "port.sock")
     yield Machine(link, reader, writer)

@@ -128,8 +128,9 @@ class QemuDriver:
 
         targets = {str(port): Relay(loopback(port)) for port in recipe.ports}
         targets["agent"] = Relay(partial(_agent, recipe.shared / "dstack.sock"))
-        link = Link(name, config=self._config(recipe), dial=dial, targets=targets)
+        link = Link(name, dial=dial, targets=targets)
         try:
+            link.config = self._config(recipe)
             folder.mkdir(mode=0o700, exist_ok=True)
             await link.listen(folder / "dstack.sock")
             sandbox = await self._sandboxes.start(

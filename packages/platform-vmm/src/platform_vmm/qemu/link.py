@@ -32,13 +32,13 @@ class Link:
         up: Done when the service was started; its exception says why it was not.
         exited: Done with the service's exit code, or None when the port closed without one.
         usage: What the guest told last, in bytes.
+        config: What the guest is told first; set before `listen`.
     """
 
     def __init__(
         self,
         name: str,
         *,
-        config: Mapping[str, Any],
         dial: Callable[[str], Awaitable[socket.socket]],
         targets: Mapping[str, Relay],
     ) -> None:
@@ -46,12 +46,10 @@ class Link:
 
         Args:
             name: Of the virtual machine, for the log.
-            config: What the guest is told first.
             dial: Makes a connection into the machine, which reads the header first.
             targets: What the guest may ask for, by name.
         """
         self._name = name
-        self._config = config
         self._dial = dial
         self._targets = targets
         self._server: asyncio.Server | None = None
@@ -61,6 +59,7 @@ class Link:
         self.up: asyncio.Future[bool] = loop.create_future()
         self.exited: asyncio.Future[int | None] = loop.create_future()
         self.usage: dict[str, int] = {}
+        self.config: Mapping[str, Any] = {}
 
     async def listen(self, path: Path) -> None:
         """Begin to wait.
@@ -116,7 +115,7 @@ class Link:
     def _told(self, message: dict[str, Any]) -> None:
         """One message. What a guest may say twice changes nothing the second time."""
         if "hello" in message:
-            self._send(**self._config)
+            self._send(**self.config)
         elif "up" in message:
             if not self.up.done():
                 self.up.set_result(bool(message.get("walled")))
