@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -121,11 +122,15 @@ class ScriptedGuest:
         Raises:
             OSError: The port is in use.
         """
+        # A socket of our own: one that `serve` makes stays open when we are cancelled while it begins.
+        with socket.create_server((host, port)) as listener:
+            await self._serve_on(listener)
+
+    async def _serve_on(self, listener: socket.socket) -> None:
         async with (
             serve(
                 self._connected,
-                host,
-                port,
+                sock=listener,
                 process_request=self._process_request,
                 max_size=_MAX_FRAME,
                 compression=None,
