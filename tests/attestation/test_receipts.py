@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from securesystemslib.dsse import Envelope
 from tests.attestation import forge
-from tests.attestation.evidence import World
+from tests.attestation.evidence import DATA, World
 from tests.attestation.tampered_receipts import (
     KEYPAIR,
     ReceiptCase,
@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 
 from platform_protocol.canonical import canonical_json, sha256_hex
 from platform_protocol.receipts import PAYLOAD_TYPE, ReceiptInvalid, _HotkeySigner, open_receipt, seal_receipt
-from platform_validator.attestation.os_image import ImagesFile
+from platform_validator.attestation.os_image import ImagesFile, KnownImages, Published
 from platform_validator.attestation.receipt_check import Verdict, check_receipt, summary
 from platform_validator.cli.main import app
 
@@ -177,6 +177,25 @@ def test_the_second_program_tells_and_checks_the_image_too(world: World, tmp_pat
         assert "pinned_first_use 2026-01-01T00:00:00Z first use (measured)" in done.stdout
         ends[name] = "the image is one of those" in done.stdout, "REFUTED: the image" in done.stderr
     assert ends == {"known": (True, False), "other": (False, True)}
+
+
+def test_a_published_image_is_proved_by_the_document_that_the_receipt_carries(world: World) -> None:
+    """A real machine's quote, log and vm_config; under another publisher's hash it is refuted."""
+    lite = json.loads((DATA / "dstack_lite_quote.json").read_text())
+    image_hash = json.loads(lite["vm_config"])["os_image_hash"]
+    said = told(trust="published", memory_mb=2048, vm_config=lite["vm_config"])
+    shown = facts(
+        world,
+        quote=base64.b64encode(bytes.fromhex(lite["quote"])).decode(),
+        event_log=lite["event_log"],
+        os_image=said,
+    )
+    verdicts = {}
+    for name, digest in (("its", image_hash), ("another", "0" * 64)):
+        images = KnownImages((), (Published(said["image"], digest, "its publisher"),))
+        found = check_receipt(seal_receipt(KEYPAIR, shown), given(world, images=images))
+        verdicts[name] = next(one.verdict for one in found if one.name == "os_image")
+    assert verdicts == {"its": Verdict.PROVED, "another": Verdict.REFUTED}
 
 
 def test_a_receipt_from_before_they_named_the_image_is_read_and_says_so(world: World) -> None:
