@@ -27,8 +27,9 @@ from platform_protocol.signing import Keypair
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-_PATIENCE = 300.0
 _SANDBOX, _QEMU = "local-sandbox", "local-qemu"
+_PATIENCE = {_SANDBOX: 240.0, _QEMU: 900.0}
+"""Seconds for all jobs."""
 _FEWER = {"centroid", "crash", "deflate", "spy"}
 """One of each kind, for virtual machines whose processor may be emulated."""
 _FINISHED = ("completed", "failed", "cancelled")
@@ -93,6 +94,7 @@ class Demo:
         self._before = before
         self._output = output
         self._uploads = uploads
+        self._patience = _PATIENCE[_QEMU if stack.validator.level == "Vm" else _SANDBOX]
         self._keep = keep
         self._outage = outage
         self._began = time.monotonic()
@@ -183,8 +185,8 @@ class Demo:
                 screen.update(frame)
                 if finished == len(jobs) and outage_done:
                     return
-                if now - self._began > _PATIENCE:
-                    raise DemoFailed(f"{len(jobs) - finished} jobs did not end within {_PATIENCE:.0f} s")
+                if now - self._began > self._patience:
+                    raise DemoFailed(f"{len(jobs) - finished} jobs did not end within {self._patience:.0f} s")
                 time.sleep(0.25)
 
     def _stop(self) -> tuple[int, dict[str, int]]:
