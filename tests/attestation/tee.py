@@ -107,8 +107,8 @@ class RememberingVmm(MemoryVmm):
         found = await super().facts()
         return VmmFacts(found.version, (*found.images, *self._more))
 
-    def _boot(self, machine: Machine) -> None:
-        super()._boot(machine)
+    def _boot(self, machine: Machine, after: asyncio.Task[None] | None = None) -> None:
+        super()._boot(machine, after)
         if machine.guest is not None:
             self.guests.append(machine.guest)
 

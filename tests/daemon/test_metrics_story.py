@@ -30,9 +30,14 @@ from platform_validator.store.sqlite import SqliteStore
 from platform_validator.telemetry.metrics import Metrics
 
 PREFIX = "platform_validator_"
-ELSEWHERE = {"loop_lag_seconds", "store_failures", "attestations", "challenge_ready_cvms"}
+ELSEWHERE = {"loop_lag_seconds", "store_failures", "attestations", "challenge_ready_cvms"} | {
+    "egress_restarts",
+    "egress_open_connections",
+    "egress_bytes",
+    "egress_connections",
+}
 """Fed by what is around the engine (the loop's clock, the database), or what this world does without: it asks
-for no quotes, and its challenge keeps no ready CVM.
+for no quotes, its challenge keeps no ready CVM, and nothing may go out.
 """
 Scrape = dict[str, dict[tuple[str, ...], float]]
 

@@ -121,7 +121,7 @@ def _begin(original: Any) -> Any:
     return begin
 
 
-def _widen(original: Any) -> Any:
+def _take_messages_of(original: Any) -> Any:
     return lambda socket, most: original(socket, None if widened("size of a frame") else most)
 
 
@@ -153,7 +153,7 @@ if __name__ == "__main__":
         (SessionJobs, "__init__", _counted),
         (SessionJobs, "finish", _finish),
         (SessionJobs, "begin", _begin),
-        (session_link, "widen", _widen),
+        (session_link, "take_messages_of", _take_messages_of),
         (EgressSupervisor, "__init__", _supervised),
         (Fleet, "may_fetch_bundle", _may_fetch_bundle),
         (DynamicValuesManager, "answer", _answer),

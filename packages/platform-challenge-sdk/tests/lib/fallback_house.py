@@ -44,6 +44,7 @@ tcp = socket.create_server(("127.0.0.1", 0))
 folder = Path("/tmp/private/submission")
 folder.parent.mkdir(mode=0o700)
 folder.mkdir()
+KNOWN = set(os.listdir("/tmp"))
 
 def processes():
     return {name for name in os.listdir("/proc") if name.isdigit()}
@@ -76,7 +77,7 @@ for line in sys.stdin:
     threads = [threading.Thread(target=one, args=(number,)) for number in range(len(runs))]
     for thread in threads: thread.start()
     for thread in threads: thread.join()
-    left = sorted(name for name in os.listdir("/tmp") if name not in {"user-config", "victim", "agent0", "agent1", "private"})
+    left = sorted(set(os.listdir("/tmp")) - KNOWN)
     for told_one in told:
         told_one |= {"survivors": len(processes() - before), "left": left}
     info = os.stat("/tmp/victim")

@@ -165,8 +165,9 @@ class MemoryVmm:
     def restart(self, name: VmName) -> None:
         """Its process died and was started again: the guest knows nothing of before."""
         machine = self.machine(name)
+        before = machine.task
         _switch_off(machine)
-        self._boot(machine)
+        self._boot(machine, after=before)
 
     def vanish(self, name: VmName) -> None:
         """Somebody else removed it."""
@@ -283,17 +284,19 @@ class MemoryVmm:
         self._boot(machine)
         return machine
 
-    def _boot(self, machine: Machine) -> None:
+    def _boot(self, machine: Machine, after: asyncio.Task[None] | None = None) -> None:
         machine.state, machine.boots = VmState.RUNNING, machine.boots + 1
         if self._script is None:
             machine.boot_progress = "done"
             return
         config = UserConfig.model_validate_json(machine.spec.user_config)
         machine.guest = ScriptedGuest(config, self._script(machine.spec))
-        machine.task = self._tasks.create_task(self._host(machine, machine.guest))
+        machine.task = self._tasks.create_task(self._host(machine, machine.guest, after))
 
-    async def _host(self, machine: Machine, guest: ScriptedGuest) -> None:
+    async def _host(self, machine: Machine, guest: ScriptedGuest, after: asyncio.Task[None] | None) -> None:
         machine.boot_progress = "done"
+        if after is not None:
+            await asyncio.wait({after})  # the process that died holds the port until then
         try:
             await guest.serve(HOST, machine.spec.host_port)
         except OSError:

@@ -15,7 +15,7 @@ from platform_vmm.driver import Usage
 from platform_vmm.errors import SandboxFailed, VmmError
 from platform_vmm.qemu.accelerator import KVM, Accelerator, find_accelerator
 from platform_vmm.qemu.argv import PROGRAM, VirtualMachine
-from platform_vmm.qemu.guest.exchange import BROKER, SERVICE
+from platform_vmm.qemu.guest.exchange import BROKER, SERVICE, THROUGH
 from platform_vmm.qemu.link import Link
 from platform_vmm.rootfs.image import GuestImage
 from platform_vmm.sandbox.driver import STAGE, Sandbox, SandboxDriver, stage_config
@@ -28,7 +28,7 @@ _GUEST_UID = 300_000
 _SHARED = Path("/run/shared")
 _FILES = (".user-config", "app-compose.json")
 _BOOT_TIMEOUT = 180.0
-_DIAL_TIMEOUT = 5.0
+_DIAL_TIMEOUT = 20.0
 _LAST_LINES = 24
 _LINE = 120
 _EMULATED = (
@@ -213,13 +213,16 @@ async def make_driver(sandboxes: SandboxDriver, image: GuestImage, folder: Path,
 
 
 async def _dial(sandbox: Sandbox, link: Link, header: str) -> socket.socket:
-    """A connection to the exchange inside the machine, which reads the header first."""
+    """A connection to the exchange inside the machine, which reads the header and says that it leads on."""
     if not link.up.done() or link.exited.done():
         raise SandboxFailed("the virtual machine is not up")
     fresh = await sandbox.control.connect((SERVICE, BROKER))
     try:
         async with asyncio.timeout(_DIAL_TIMEOUT):
-            await asyncio.get_running_loop().sock_sendall(fresh, header.encode())
+            loop = asyncio.get_running_loop()
+            await loop.sock_sendall(fresh, header.encode())
+            if await loop.sock_recv(fresh, 1) != THROUGH:
+                raise SandboxFailed("nothing in the virtual machine takes the connection")
     except BaseException:
         fresh.close()
         raise

@@ -173,10 +173,11 @@ class SandboxDriver:
                 await asyncio.to_thread(self._groups.attach, name, sandbox.pid)
                 for listener, port in zip(listeners, recipe.ports, strict=True):
                     await _relay(sandbox, listener, loopback(port))
+                    waiting.remove(listener)
                     sandbox.outward.append(sandbox.relays[-1])
                 for listener, port in forwards:
                     await _relay(sandbox, listener, partial(sandbox.control.connect, (_GUEST, port)))
-            waiting.clear()
+                    waiting.remove(listener)
             sandbox.control.send(b"go")
         except BaseException as error:
             _close(waiting)

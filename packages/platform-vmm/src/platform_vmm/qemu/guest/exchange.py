@@ -23,6 +23,12 @@ SERVICE, VMM = "10.0.2.15", "10.0.2.2"
 """The service's address, and the one from which it sees the VMM call."""
 MOST = 256
 """Connections at once, in each direction."""
+THROUGH = b"+"
+"""What the VMM reads first on a connection that leads somewhere.
+
+Before that it sends nothing but the header: QEMU's user network forgets a connection whose host end is
+closed for writing while its guest end is not made yet.
+"""
 _HEADER = 32
 _WAIT = 15.0
 _CHUNK = 65_536
@@ -97,10 +103,12 @@ class Exchange:
         kind, _, number = header.decode("ascii", "replace").strip().partition(" ")
         if kind == "I":
             with self._dial(int(number)) as inside:
+                fresh.sendall(THROUGH)
                 _join(fresh, inside)
         elif kind == "O" and int(number) in self._waiting:
             waiting, answered = self._waiting.pop(int(number))
             try:
+                fresh.sendall(THROUGH)
                 _join(fresh, waiting)
             finally:
                 answered.set()
