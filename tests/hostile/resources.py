@@ -64,7 +64,7 @@ for place in ("/workspace", "/tmp", "/dev/shm"):
             os.ftruncate(file.fileno(), 1 << 40)
         except OSError as error:
             print(error)
-time.sleep(6)
+time.sleep(3)
 raise SystemExit(1)
 """
 _SMALL = """
