@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from examples.demo.ports import free_ports
 from tests.cycles.census import KINDS, Census, Place, become_the_counter, more, resident, take
 from tests.cycles.vmm import Vmm
 
@@ -52,7 +53,7 @@ class Cycles:
         self._folder = folder
         self._rng = random.Random(seed)  # noqa: S311 - moments, not secrets
         self._say = say
-        self._ports = _free_ports()
+        self._ports = free_ports(_PORTS)
         self._left: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
         self._resident: list[int] = []
         self._took: list[float] = []
@@ -164,11 +165,3 @@ def _knock(port: int) -> None:
     """A connection that the guest refuses has gone the whole way, by a socket of the sandbox's own."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 10) as one:
         one.recv(1)
-
-
-def _free_ports() -> list[int]:
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(_PORTS)]
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    return ports

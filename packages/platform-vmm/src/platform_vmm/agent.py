@@ -67,13 +67,14 @@ class GuestAgent:
             listener.bind(f"/proc/self/fd/{folder}/{path.name}")
             path.chmod(0o666)
             self._server = await asyncio.start_unix_server(
-                self._connected, sock=listener, limit=2 * _MAX_BODY
+                self._connected, sock=listener, limit=2 * _MAX_BODY, start_serving=False
             )
         except BaseException:
             listener.close()
             raise
         finally:
             os.close(folder)
+        await self._server.start_serving()  # may be cancelled: by now `close` knows it
 
     async def close(self) -> None:
         """Stop and drop connections."""

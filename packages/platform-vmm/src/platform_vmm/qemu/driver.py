@@ -140,10 +140,8 @@ class QemuDriver:
             sandbox.relays += targets.values()
             sandbox.outward += [targets[str(port)] for port in recipe.ports]
             for listener, port in forwards:
-                relay = Relay(partial(dial, f"I {port}\n"))
-                await relay.start(listener)
                 waiting.remove(listener)
-                sandbox.relays.append(relay)
+                await sandbox.relay(listener, partial(dial, f"I {port}\n"))
             await self._until_up(sandbox, link)
         except BaseException as error:
             for listener in waiting:

@@ -73,10 +73,13 @@ class Link:
             address = (
                 f"/proc/self/fd/{folder}/{path.name}"  # a socket's path is short, a folder's need not be
             )
-            self._server = await asyncio.start_unix_server(self._connected, address, limit=_LINE)
+            self._server = await asyncio.start_unix_server(
+                self._connected, address, limit=_LINE, start_serving=False
+            )
         finally:
             os.close(folder)
         path.chmod(0o666)
+        await self._server.start_serving()  # may be cancelled: by now `close` knows it
 
     def terminate(self) -> None:
         """Ask the guest to end its service with SIGTERM."""

@@ -83,6 +83,13 @@ class Sandbox:
             tx_bytes=carried - received,
         )
 
+    async def relay(self, listener: socket.socket, connect: Connect) -> Relay:
+        """Join what connects to a listener, ours from now on, with what `connect` makes."""
+        relay = Relay(connect)
+        self.relays.append(relay)
+        await relay.start(listener)
+        return relay
+
     async def destroy(self) -> None:
         """Kill the whole tree and free everything. Safe to call again.
 
@@ -172,12 +179,11 @@ class SandboxDriver:
                 sandbox.pid, sandbox.walled = int(told["pid"]), bool(told["walled"])
                 await asyncio.to_thread(self._groups.attach, name, sandbox.pid)
                 for listener, port in zip(listeners, recipe.ports, strict=True):
-                    await _relay(sandbox, listener, loopback(port))
                     waiting.remove(listener)
-                    sandbox.outward.append(sandbox.relays[-1])
+                    sandbox.outward.append(await sandbox.relay(listener, loopback(port)))
                 for listener, port in forwards:
-                    await _relay(sandbox, listener, partial(sandbox.control.connect, (_GUEST, port)))
                     waiting.remove(listener)
+                    await sandbox.relay(listener, partial(sandbox.control.connect, (_GUEST, port)))
             sandbox.control.send(b"go")
         except BaseException as error:
             _close(waiting)
@@ -252,12 +258,6 @@ def stage_config(recipe: Recipe, *, uid: int, system_filter: bytes | None, root:
         "namespaces": NAMESPACES,
         "oom_score": _OOM_SCORE,
     }
-
-
-async def _relay(sandbox: Sandbox, listener: socket.socket, connect: Connect) -> None:
-    relay = Relay(connect)
-    await relay.start(listener)
-    sandbox.relays.append(relay)
 
 
 def _of_processes(stage: int) -> dict[str, int]:

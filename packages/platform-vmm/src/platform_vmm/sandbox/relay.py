@@ -38,8 +38,15 @@ class Relay:
         self._pairs = 0
 
     async def start(self, listener: socket.socket) -> None:
-        """Begin to accept."""
-        self._server = await asyncio.start_server(self.carry, sock=listener, limit=_CHUNK)
+        """Begin to accept on a socket that is the relay's from now on.
+
+        Closed by anyone but its server, a socket stays known to the event loop, which then never looks at
+        the next one of that number. So the server is kept before it begins, which may be cancelled.
+        """
+        self._server = await asyncio.start_server(
+            self.carry, sock=listener, limit=_CHUNK, start_serving=False
+        )
+        await self._server.start_serving()
 
     async def close(self) -> None:
         """Stop accepting and drop every connection."""
