@@ -19,6 +19,7 @@ from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
+from examples.demo.interrupts import run_command
 from examples.demo.processes import DemoFailed, end_all
 from examples.demo.repositories import make_repository
 from examples.demo.stack import Stack, make_stack
@@ -140,4 +141,4 @@ def _until(what: str, holds: Callable[[], bool]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
-import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import psutil
 from examples.demo import display
 from examples.demo.guest_image import offer_guest_image
+from examples.demo.interrupts import run_command
 from examples.demo.leftovers import Machine, left, look
 from examples.demo.miners import Upload, find_uploads, upload
 from examples.demo.processes import DemoFailed
@@ -66,7 +65,7 @@ def main() -> int:
         uploads = [one for one in find_uploads(EXAMPLES) if not virtual or one.name in _FEWER]
         demo = Demo(stack, console, before, output, uploads, keep=arguments.keep, outage=arguments.outage)
         return demo.run()
-    except DemoFailed as error:
+    except (DemoFailed, psutil.Error) as error:
         console.print(f"[red]demo: {error}[/]", soft_wrap=True, highlight=False)
         return 1
     finally:
@@ -259,17 +258,5 @@ class Demo:
         print(json.dumps(report))
 
 
-def _terminated(number: int, _: object) -> NoReturn:
-    """SIGTERM ends the demo like Ctrl-C: what it started is ended."""
-    raise SystemExit(128 + number)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminated)
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except psutil.Error as error:
-        print(f"demo: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_command(main)

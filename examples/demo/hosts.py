@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from examples.demo.interrupts import run_command
 from examples.demo.leftovers import left, look
 from examples.demo.processes import DemoFailed
 from examples.demo.repositories import make_repository
@@ -233,10 +232,5 @@ def main() -> int:
     return int(bool(faults))
 
 
-def _terminated(number: int, _: object) -> NoReturn:
-    raise SystemExit(128 + number)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminated)
-    sys.exit(main())
+    run_command(main)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from examples.demo.interrupts import run_command
 from examples.demo.processes import DemoFailed, marked
 from examples.demo.repositories import make_repository
 from examples.demo.run_folder import RunFolder
@@ -173,4 +173,4 @@ def _planted(canaries: list[Canary], folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

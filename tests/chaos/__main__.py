@@ -9,13 +9,13 @@ import argparse
 import json
 import random
 import shutil
-import signal
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from examples.demo.interrupts import run_command
 from examples.demo.processes import DemoFailed
 from examples.demo.run_folder import RunFolder
 from examples.demo.stack import Stack, make_stack
@@ -146,14 +146,5 @@ def _keep(stack: Stack, output: Path) -> None:
             shutil.copy(path, kept / f"{path.parent.name}-{path.name}")
 
 
-def _terminated(number: int, _: object) -> NoReturn:
-    """SIGTERM ends chaos like Ctrl-C: what it started is ended."""
-    raise SystemExit(128 + number)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminated)
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

@@ -11,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
+from examples.demo.interrupts import run_command
 from examples.demo.run_folder import RunFolder
 from rich.console import Console
 from rich.progress import (
@@ -81,4 +82,4 @@ def _progress(console: Console) -> Progress:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from examples.demo.interrupts import run_command
 from examples.demo.leftovers import left, look
 from examples.demo.processes import DemoFailed, end_all
 from examples.demo.repositories import commit_all, make_repository
@@ -203,4 +204,4 @@ class Drill:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

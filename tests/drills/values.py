@@ -18,6 +18,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from examples.demo.interrupts import run_command
 from examples.demo.leftovers import left, look
 from examples.demo.processes import DemoFailed, end_all
 from examples.demo.repositories import make_repository
@@ -137,4 +138,4 @@ class Drill:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

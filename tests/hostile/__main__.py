@@ -10,15 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from examples.demo.guest_image import offer_guest_image
+from examples.demo.interrupts import run_command
 from examples.demo.processes import DemoFailed
 from examples.demo.run_folder import RunFolder
 from rich.console import Console
@@ -145,14 +145,5 @@ def _keep(state: Path, output: Path) -> None:
         shutil.copytree(state / "logs", kept)
 
 
-def _terminated(number: int, _: object) -> NoReturn:
-    """SIGTERM ends it like Ctrl-C: what it started is ended."""
-    raise SystemExit(128 + number)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminated)
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)
