@@ -186,6 +186,34 @@ async def test_a_connection_is_made_to_what_the_machine_may_reach_and_to_nothing
     assert dialled == ["O 2\n"]
 
 
+async def test_a_machine_is_told_its_configuration_once(guest: Machine) -> None:
+    """It is long, and hello is short: a thousand of them are no way to the VMM's memory."""
+    guest.writer.write(b'{"hello": 1}\n' * 1000)
+    await guest.say(b'{"open": 1, "to": "22"}')
+    assert await guest.heard() == {"stage": {}}
+    assert await guest.heard() == {"refused": 1}
+
+
+@pytest.mark.slow(reason="fills the port until it takes no more")
+async def test_a_machine_that_asks_and_reads_no_answer_has_to_wait(
+    guest: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is answered lies in the port, not in the VMM's memory."""
+    monkeypatch.setattr("platform_vmm.qemu.link._PACE", 0)
+    asked = 0
+    with contextlib.suppress(TimeoutError):
+        while asked < 64 * MIB:
+            guest.writer.write(b'{"open": 1, "to": "22"}\n' * 4096)
+            asked += 24 * 4096
+            async with asyncio.timeout(1):
+                await guest.writer.drain()
+    assert asked < 64 * MIB
+    async with asyncio.timeout(10):
+        while asked > 24 * 4096 * 2:  # it goes on where it reads
+            assert await guest.heard() == {"refused": 1}
+            asked -= 24
+
+
 async def test_a_second_connection_to_the_port_is_hung_up_on(guest: Machine, tmp_path: Path) -> None:
     """QEMU makes one, at its start."""
     reader, writer = await asyncio.open_unix_connection(tmp_path / "port.sock")
