@@ -53,7 +53,7 @@ class TestVerdicts:
     def test_what_it_names_is_allowed_with_arguments_that_are_zero_or_ordinary(self, machine: str) -> None:
         program = submission_filter(machine=machine)
         for name, number in numbers(machine).items():
-            arguments = (1, 1, 0) if name == "socket" else ()
+            arguments = (1, 1, 0) if name in {"socket", "socketpair"} else ()
             assert verdict(program, number, *arguments, audit=AUDIT[machine]) == ALLOW, name
 
     def test_another_machines_calls_and_x32s_kill(self, machine: str) -> None:
@@ -81,6 +81,12 @@ class TestVerdicts:
         for family, protocol, allowed in ((2, 0, True), (16, 0, True), (16, 12, False), (40, 0, False)):
             wanted = ALLOW if allowed else REFUSE | errno.EAFNOSUPPORT
             assert verdict(program, known["socket"], family, 3, protocol, audit=audit) == wanted
+        for walls in (OPEN, CLOSED):
+            pairs = submission_filter(walls, machine)
+            for family in (2, 10, 16, 30, 40):
+                found = verdict(pairs, known["socketpair"], family, 1, audit=audit)
+                assert found == REFUSE | errno.EAFNOSUPPORT, family
+            assert verdict(pairs, known["socketpair"], 1, 1, audit=audit) == ALLOW
         assert verdict(program, known["ioctl"], 0, 0x5412, audit=audit) == REFUSE | errno.EPERM
 
     def test_the_limit_of_core_files_can_be_read_and_not_set(self, machine: str) -> None:

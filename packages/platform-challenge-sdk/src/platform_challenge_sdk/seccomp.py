@@ -122,15 +122,21 @@ def _checked(walls: Walls) -> dict[str, list[bytes]]:
         "ioctl": [*ioctl, _give(_ALLOW)],
         "setrlimit": [_load(_argument(0)), *_when(_EQUAL, _RLIMIT_CORE, _DONE), _give(_ALLOW)],
         "prlimit64": [*([] if walls.identity else _own_process()), *_no_core_limit()],
+        "socketpair": [_load(_argument(0)), _jump(_EQUAL, _UNIX, yes=1), no_family, *_pairs(walls)],
     }
-    if not walls.network:
-        # Pairs of datagram sockets could still send to a name; these two kinds only to each other.
-        pairs = [_load(_argument(1)), struct.pack("=HBBI", _MASK, 0, 0, _TYPE_BITS)]
-        pairs += [*_when(_EQUAL, _STREAM, _ALLOW), *_when(_EQUAL, _SEQPACKET, _ALLOW)]
-        checked["socketpair"] = [*pairs, _give(_ERRNO | errno.EACCES)]
     if not walls.identity:
         checked |= {name: [*_own_process(), _give(_ALLOW)] for name in _OF_A_PROCESS}
     return checked
+
+
+def _pairs(walls: Walls) -> list[bytes]:
+    """Unix alone: of another family the kernel makes two sockets, or loads its module, before it says no."""
+    if walls.network:
+        return [_give(_ALLOW)]
+    # Pairs of datagram sockets could still send to a name; these two kinds only to each other.
+    kinds = [_load(_argument(1)), struct.pack("=HBBI", _MASK, 0, 0, _TYPE_BITS)]
+    kinds += [*_when(_EQUAL, _STREAM, _ALLOW), *_when(_EQUAL, _SEQPACKET, _ALLOW)]
+    return [*kinds, _give(_ERRNO | errno.EACCES)]
 
 
 def _own_process() -> list[bytes]:

@@ -16,8 +16,7 @@ fadvise64:221:223 fallocate:285:47 fchdir:81:50 fchmod:91:52 fchmodat:268:53 fch
 fchown:93:55 fchownat:260:54 fcntl:72:25 fdatasync:75:83 fgetxattr:193:10 flistxattr:196:13 flock:73:32
 fremovexattr:199:16 fsetxattr:190:7 fstat:5:80 fstatfs:138:44 fsync:74:82 ftruncate:77:46 futimesat:261:-
 getcwd:79:17 getdents:78:- getdents64:217:61 getxattr:191:8 getxattrat:464:464 inotify_add_watch:254:27
-inotify_init:253:- inotify_init1:294:26 inotify_rm_watch:255:28 io_cancel:210:3 io_destroy:207:1
-io_getevents:208:4 io_pgetevents:333:292 io_setup:206:0 io_submit:209:2 ioctl:16:29 lchown:94:-
+inotify_init:253:- inotify_init1:294:26 inotify_rm_watch:255:28 ioctl:16:29 lchown:94:-
 lgetxattr:192:9 link:86:- linkat:265:37 listxattr:194:11 listxattrat:465:465 llistxattr:195:12
 lremovexattr:198:15 lseek:8:62 lsetxattr:189:6 lstat:6:- mkdir:83:- mkdirat:258:34 mknod:133:-
 mknodat:259:33 newfstatat:262:79 open:2:- openat:257:56 openat2:437:437 pread64:17:67 preadv:295:69

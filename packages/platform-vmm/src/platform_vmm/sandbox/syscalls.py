@@ -41,7 +41,13 @@ def guest_filter(machine: str | None = None) -> bytes | None:
     calls = allowed(machine)
     program = [_step(_LOAD, _ARCHITECTURE), _step(_EQUAL, AUDIT[machine], yes=1), _give(_KILL)]
     program += [_step(_LOAD, _NUMBER), *_when(_AT_LEAST, _X32, _KILL)]
-    checked = {"socket": _socket(), "ioctl": _ioctl(), "setrlimit": _core(0), "prlimit64": _core(1, 2)}
+    checked = {
+        "socket": _socket(),
+        "socketpair": _socketpair(),
+        "ioctl": _ioctl(),
+        "setrlimit": _core(0),
+        "prlimit64": _core(1, 2),
+    }
     for name, block in checked.items():
         program += [_step(_EQUAL, calls.pop(name), no=len(block)), *block]
     for number in refused(machine).values():
@@ -60,6 +66,12 @@ def _socket() -> list[bytes]:
         block += _when(_EQUAL, family, _ALLOW)
     block += [_step(_EQUAL, _NETLINK, yes=1), _give(_REFUSE | errno.EAFNOSUPPORT), _step(_LOAD, _argument(2))]
     return [*block, *_when(_EQUAL, 0, _ALLOW), _give(_REFUSE | errno.EAFNOSUPPORT)]
+
+
+def _socketpair() -> list[bytes]:
+    """Unix alone: of another family the kernel makes two sockets, or loads its module, before it says no."""
+    block = [_step(_LOAD, _argument(0)), *_when(_EQUAL, _FAMILIES[0], _ALLOW)]
+    return [*block, _give(_REFUSE | errno.EAFNOSUPPORT)]
 
 
 def _ioctl() -> list[bytes]:
