@@ -33,6 +33,23 @@ async def test_a_running_vm_is_removed_in_the_background(vmm: Vmm) -> None:
     await vmm.until(machine.id, found=False)
 
 
+@pytest.mark.parametrize("running", [True, False])
+async def test_a_vm_whose_record_cannot_be_written_changes_nothing_but_can_be_removed(
+    vmm: Vmm, running: bool
+) -> None:
+    """As on a full disk: start and stop are refused with the reason; what is removed makes room."""
+    machine = vmm.create(stopped=not running)
+    await vmm.until(machine.id, **({"boot_progress": "done"} if running else {"status": "stopped"}))
+    (machine.folder / "vm.json.new").mkdir()  # where the new record is written first
+    call = "StopVm" if running else "StartVm"
+    with pytest.raises(VmmError, match="Failed to write the VM's record"):
+        vmm.prpc.call(call, {"id": machine.id})
+    assert vmm.info(machine.id)["info"]["status"] == ("running" if running else "stopped")
+    vmm.prpc.call("RemoveVm", {"id": machine.id})
+    await vmm.until(machine.id, found=False)
+    assert not machine.folder.exists()
+
+
 async def test_a_guest_that_exits_is_exited_and_started_again(vmm: Vmm) -> None:
     machine = vmm.create(["sh", "-c", "echo crashed; exit 3"])
     await vmm.until(machine.id, status="exited")

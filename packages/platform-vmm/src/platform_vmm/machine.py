@@ -82,14 +82,18 @@ class Machine:
         """Ask for a running guest. Does nothing when it runs already.
 
         Raises:
-            VmmError: It is being removed.
+            VmmError: It is being removed, or its record cannot be written.
         """
         if self.record.removing:
             raise VmmError("VM is being removed")
         self._want(started=True, graceful=False)
 
     def stop(self) -> None:
-        """Ask for its end, at once."""
+        """Ask for its end, at once.
+
+        Raises:
+            VmmError: Its record cannot be written.
+        """
         if not self.record.removing:
             self._want(started=False, graceful=False)
 
@@ -97,7 +101,7 @@ class Machine:
         """Ask the guest to end by itself; it has GRACE seconds.
 
         Raises:
-            VmmError: No guest is running.
+            VmmError: No guest is running, or its record cannot be written.
         """
         if self.guest is None or self.record.removing:
             raise VmmError("guest agent is unreachable: VM is not running")
@@ -106,10 +110,18 @@ class Machine:
         self._want(started=False, graceful=True)
 
     def remove(self) -> None:
-        """Ask for its end: stopped, then deleted, in the background."""
-        if not self.record.removing:
-            self.record.removing = True
-            self._want(started=False, graceful=False)
+        """Ask for its end: stopped, then deleted, in the background.
+
+        Also where that cannot be written, on a full disk: what is removed makes room.
+        """
+        if self.record.removing:
+            return
+        self.record.removing, self.record.started, self._graceful = True, False, False
+        try:
+            self.record.save(self.folder)
+        except OSError as error:
+            log.warning("vm_record_not_written", vm=self.id, reason=str(error))
+        self._changed.set()
 
     def usage(self) -> Usage:
         """What its guest uses.
@@ -150,9 +162,19 @@ class Machine:
         self.events.append({"event": event, "body": body[:4096], "timestamp": int(time.time() * 1000)})
 
     def _want(self, *, started: bool, graceful: bool) -> None:
+        """Write it down, then want it. What could not be written was not asked for.
+
+        Raises:
+            VmmError: The record cannot be written.
+        """
+        before = self.record.started
         self.record.started = started
+        try:
+            self.record.save(self.folder)
+        except OSError as error:
+            self.record.started = before
+            raise VmmError(f"Failed to write the VM's record: {error.strerror or error}") from error
         self._graceful = graceful
-        self.record.save(self.folder)
         self._changed.set()
 
     def _progress(self, text: str) -> None:
@@ -277,7 +299,8 @@ class Machine:
             self.note("vm.lifetime", f"hard_lifetime_s {lifetime} reached")
             log.warning("vm_lifetime_reached", vm=self.id, lifetime_s=lifetime)
             self.record.started = False
-            self.record.save(self.folder)
+            with contextlib.suppress(OSError):  # it is as old after a restart, and ends again
+                self.record.save(self.folder)
 
 
 def _hard_lifetime(user_config: str) -> float | None:
