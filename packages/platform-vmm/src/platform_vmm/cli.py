@@ -214,7 +214,7 @@ def _listen(address: Path | tuple[str, int]) -> socket.socket:
 
 
 def _raise_file_limit() -> None:
-    """Each VM takes a dozen descriptors."""
+    """Each VM takes a dozen descriptors, and two for each connection that its relays carry."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

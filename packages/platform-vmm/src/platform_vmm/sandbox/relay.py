@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import socket
 from collections.abc import Awaitable, Callable
 
@@ -61,7 +62,7 @@ class Relay:
 
     async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Join one connection with one made by `connect`, until both have ended."""
-        if self._pairs >= self._maximum:
+        if self._pairs >= self._maximum or _crowded(writer):
             self.refused += 1
             writer.transport.abort()
             return
@@ -95,6 +96,16 @@ class Relay:
             await writer.drain()
         if writer.can_write_eof():
             writer.write_eof()
+
+
+def _crowded(writer: asyncio.StreamWriter) -> bool:
+    """Whether guests' connections would take the last quarter of the VMM's descriptors, which it works with.
+
+    The kernel gives the lowest that is free: a high number says how many there are.
+    """
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    descriptor: int = writer.get_extra_info("socket").fileno()
+    return descriptor >= most * 3 // 4
 
 
 async def _flush(*writers: asyncio.StreamWriter) -> None:
