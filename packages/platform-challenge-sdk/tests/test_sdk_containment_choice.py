@@ -11,11 +11,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from platform_challenge_sdk import landlock
+from platform_challenge_sdk import contained, landlock
+from platform_challenge_sdk.contained import MIB, Order, run_contained
 from platform_challenge_sdk.containment import LOST, Containment, Facts, choose
 from platform_challenge_sdk.errors import ContainmentUnavailable
 
@@ -129,3 +131,35 @@ def test_what_a_run_left_ends_with_whoever_is_killed(tmp_path: Path, killed: str
         told, _ = sdk.communicate()
     shutil.rmtree(rooms)
     assert (b"the stage died" in told) == (killed == "the stage")
+
+
+def test_a_stage_that_is_killed_while_bubblewrap_starts_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before bubblewrap could ask for its parent's death: what it would run would run for ever."""
+    tmp_path.chmod(0o755)
+    with tempfile.TemporaryDirectory() as made, ThreadPoolExecutor(1) as pool:
+        told, slow = Path(made, "told"), Path(made, "bwrap")
+        Path(made).chmod(0o777)
+        slow.write_text(f"#!/bin/sh\necho $PPID $$ > {told}; exec sleep 50\n")
+        slow.chmod(0o755)
+        monkeypatch.setattr(contained, "_program", lambda _: str(slow))
+        running = pool.submit(run_contained, Order(["true"], tmp_path, b"", 50.0, 64 * MIB, {}, MIB))
+        deadline = time.monotonic() + 50
+        while not (told.exists() and told.read_text().endswith("\n")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        stage, started = (int(word) for word in told.read_text().split())
+        os.kill(stage, signal.SIGKILL)
+        with pytest.raises(ContainmentUnavailable, match="the stage died"):
+            running.result(50)
+        while _lives(started):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -87,6 +87,7 @@ except OSError as error: tell(made=made, why=name(error))
 async def test_denied_paths_show_nothing_whatever_way_they_are_reached(guests: Guests) -> None:
     """Folders and files, links to them, a path that the guest could make; also in a nested sandbox."""
     hidden = ["/usr/share", "/usr/bin/env", "/data", "/etc/passwd", "/srv/models", "/usr/no/such", "/bin/sh"]
+    hidden += ["/usr/share/doc", "/data/below"]  # where there is nothing any more
     found = await guests.run(
         PROBE
         + """

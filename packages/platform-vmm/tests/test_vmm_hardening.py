@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +231,23 @@ async def test_a_vmm_that_stops_reading_does_not_keep_its_guests_alive(bench: Be
         async with asyncio.timeout(20):
             await sandbox.stage.wait()
         assert not Path(f"/proc/{sandbox.pid}").exists()
+
+
+@pytest.mark.usefixtures("as_root")
+async def test_a_stage_that_is_killed_while_bubblewrap_starts_leaves_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before bubblewrap could ask for its parent's death, and where no control group knows of it."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        folder.chmod(0o755)
+        slow = folder / "bwrap"
+        slow.write_text("#!/bin/sh\necho starting\nexec sleep 600\n")
+        slow.chmod(0o755)
+        monkeypatch.setattr(driver, "_program", lambda name: str(slow) if name == "bwrap" else None)
+        monkeypatch.setattr(bench.groups, "_hierarchies", [])
+        async with bench.running("") as sandbox:
+            await until(lambda: "starting" in bench.log.read_text())
+            assert len(_of(UID)) == 2
+            sandbox.stage.kill()
+            await until(lambda: _of(UID) == [])

@@ -160,6 +160,8 @@ class Stage:
             Path("/proc/self/oom_score_adj").write_bytes(b"1000")
             if self._confined is not None:
                 self._become_confined(self._confined, status)
+            # Bubblewrap asks for the same, but only once it has begun.
+            _checked(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "parent's death")
             self._limit(0)
             command = [self._config["bwrap"], "--json-status-fd", str(status)]
             for descriptor in self._config["inherit"]:

@@ -26,7 +26,7 @@ from typing import Any
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
-PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 4, 36, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
 SIOCSIFADDR, SIOCSIFFLAGS, SIOCSIFNETMASK = 0x8916, 0x8914, 0x891C
 IP_BIND_ADDRESS_NO_PORT = 24
 OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442
@@ -119,6 +119,7 @@ def mapping(uid: int) -> int:
     ready, begun = os.pipe()
     child = os.fork()
     if child == 0:
+        end_with_parent()
         os.write(begun, b"x" if libc.unshare(CLONE_NEWUSER) == 0 else b"-")
         signal.pause()
         os._exit(0)
@@ -198,7 +199,8 @@ def copy(source: str, target: str) -> None:
 
 def covers(denied: list[str]) -> list[str]:
     """Bubblewrap's arguments that put nothing over each path, or over what it leads to in the system."""
-    words = []
+    words: list[str] = []
+    covered: list[str] = []
     for path in denied:
         real, folder = path, True
         if path.split("/")[1] in SYSTEM:
@@ -212,6 +214,9 @@ def covers(denied: list[str]) -> list[str]:
             if path.split("/")[2] not in ETC or not os.path.exists(source):
                 continue
             folder = os.path.isdir(source)
+        if any(f"{real}/".startswith(f"{one}/") for one in covered):
+            continue  # there is no such place any more
+        covered.append(real)
         if folder:
             words += ["--perms", "0000", "--tmpfs", real, "--remount-ro", real]
         else:
@@ -285,6 +290,7 @@ def spawn(config: dict[str, Any], log: int, go: int, other: int) -> int:
         return child
     try:
         os.close(other)
+        end_with_parent()  # bubblewrap asks for the same, but only once it has begun
         if os.read(go, 1) != b"g":
             os._exit(125)
         write("/proc/self/oom_score_adj", str(config["oom_score"]))
@@ -306,6 +312,11 @@ def spawn(config: dict[str, Any], log: int, go: int, other: int) -> int:
     except BaseException as error:  # noqa: BLE001 - a forked child must never return into the parent's code
         os.write(log, f"stage: {error}\n".encode())
     os._exit(126)
+
+
+def end_with_parent() -> None:
+    """In a child: SIGKILL as soon as this stage is gone, however it went."""
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def memory_file(name: str, data: bytes) -> int:
