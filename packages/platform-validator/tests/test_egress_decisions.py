@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from platform_protocol.ids import VmName
-from platform_validator.egress.accounts import Account, Accounts, EgressLimits
+from platform_validator.egress.accounts import Account, Accounts, EgressLimits, has_room
 from platform_validator.egress.addresses import dialable, is_public
 from platform_validator.egress.client_hello import MAX_HELLO, Hello, HelloReader
 from platform_validator.egress.control import RefusedRequest
@@ -452,7 +452,40 @@ def test_what_a_cvm_used_counts_on_when_it_is_told_again() -> None:
     accounts.forget(VmName("a"))
     assert accounts.look() == [second]
     assert accounts.look() == []
-    assert accounts.open == 0
+
+
+@pytest.mark.parametrize(
+    ("held", "others", "room"),
+    [
+        (0, [], True),
+        (63, [], True),
+        (64, [], False),
+        (0, [64], False),
+        (8, [0, 30, 0], True),  # 26 are free, 16 of them are the others'
+        (8, [0, 40, 0], False),
+        (7, [0, 40, 0], True),
+        (7, [0, 40, 16], True),
+        (0, [1] * 62, True),
+        (1, [1] * 62, True),
+        (1, [1] * 63, False),
+    ],
+)
+def test_of_all_connections_half_are_kept_in_equal_shares(held: int, others: list[int], room: bool) -> None:
+    """Of 64: whoever takes many, as several CVMs, takes no other's last."""
+    assert has_room(held, others, 64) is room
+
+
+@given(st.lists(st.integers(0, 9), max_size=200))
+def test_however_many_others_want_each_cvm_gets_its_share(wants: list[int]) -> None:
+    """Ten CVMs ask in any order; then each of them can still have a twentieth of all."""
+    held = [0] * 10
+    for each in wants:
+        held[each] += has_room(held[each], [*held[:each], *held[each + 1 :]], 100)
+    for each in range(10):
+        while held[each] < 5:
+            assert has_room(held[each], [*held[:each], *held[each + 1 :]], 100)
+            held[each] += 1
+    assert sum(held) <= 100
 
 
 def test_a_rate_is_kept_after_a_second_of_grace() -> None:

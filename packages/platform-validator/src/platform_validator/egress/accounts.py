@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from platform_protocol.ids import VmName
@@ -123,7 +124,22 @@ class Accounts:
         ended, self._ended = self._ended, []
         return [*ended, *self._all.values()]
 
-    @property
-    def open(self) -> int:
-        """Connections now."""
-        return sum(len(account.tasks) for account in self._all.values())
+    def check_room(self, account: Account) -> None:
+        """Whether the connections of all CVMs leave room for one more of this one.
+
+        Raises:
+            Refused: TOO_MANY_CONNECTIONS.
+        """
+        others = [len(each.tasks) for each in self._all.values() if each is not account]
+        if not has_room(len(account.tasks), others, account.limits.all_connections):
+            raise Refused(Reason.TOO_MANY_CONNECTIONS, "too many connections of all CVMs are open")
+
+
+def has_room(held: int, others: Sequence[int], most: int) -> bool:
+    """Whether a CVM that has `held` of `most` connections may have one more.
+
+    Half of them are kept in equal shares, so that whoever takes many, as several CVMs, takes no other's last.
+    """
+    share = most // (2 * (1 + len(others)))
+    kept = 0 if held < share else sum(max(0, share - other) for other in others)
+    return most - held - sum(others) > kept

@@ -102,7 +102,6 @@ class EgressProcess:
             self._accounts,
             resolver=Resolver(start.dns_servers),
             denied=[ipaddress.ip_network(each) for each in start.denied],
-            most=start.all_connections,
             tell=self._telling.tell,
         )
         drop_privileges(descriptors=2 * start.all_connections + _SPARE_DESCRIPTORS)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import islice
 
 import dns.asyncresolver
 import dns.exception
@@ -14,12 +16,13 @@ import dns.rdataclass
 import dns.rdatatype
 import dns.resolver
 
-from platform_validator.egress.addresses import Address
+from platform_validator.egress.addresses import MOST, Address
 from platform_validator.egress.refusals import Reason, Refused
 
 WITHIN = 5.0
 """Seconds for a name, however many servers there are."""
 _CACHED = 1000
+"""Answers. Of each only the first MOST addresses are kept: whoever owns a name can answer with 64 KiB."""
 _KINDS = (dns.rdatatype.A, dns.rdatatype.AAAA)
 _Failure = dns.exception.DNSException | OSError | EOFError | ValueError
 
@@ -44,7 +47,7 @@ class Resolver:
             except (OSError, dns.resolver.NoResolverConfiguration):
                 self._resolver.nameservers = []
         self._resolver.lifetime = WITHIN
-        self._resolver.cache = dns.resolver.LRUCache(_CACHED)
+        self._known: OrderedDict[tuple[str, int], tuple[float, list[Address]]] = OrderedDict()
 
     async def resolve(self, host: str) -> list[Address]:
         """All addresses of a name, IPv4 first. Empty: it has none.
@@ -65,16 +68,25 @@ class Resolver:
                 found += got
             else:
                 failed = got
+        if found or failed is None:
+            return found
         if isinstance(failed, dns.resolver.NXDOMAIN):
             raise Refused(Reason.NAME_UNKNOWN, "the name does not exist") from failed
-        if failed is not None and not found:
-            raise Refused(Reason.NAME_UNANSWERED, "no DNS server answered for the name") from failed
-        return found
+        raise Refused(Reason.NAME_UNANSWERED, "no DNS server answered for the name") from failed
 
     async def _ask(self, name: str, kind: dns.rdatatype.RdataType) -> list[Address] | _Failure:
+        now = asyncio.get_running_loop().time()
+        until, known = self._known.get((name, kind), (now, []))
+        if now < until:
+            return known
         try:
             async with asyncio.timeout(WITHIN + 1):
                 answer = await self._resolver.resolve(name, kind, search=False, raise_on_no_answer=False)
         except (dns.exception.DNSException, OSError, EOFError, ValueError) as error:
             return error
-        return [ipaddress.ip_address(record.address) for record in answer.rrset or ()]
+        found = [ipaddress.ip_address(record.address) for record in islice(answer.rrset or (), MOST)]
+        self._known[name, kind] = now + answer.chaining_result.minimum_ttl, found
+        self._known.move_to_end((name, kind))
+        if len(self._known) > _CACHED:
+            self._known.popitem(last=False)
+        return found

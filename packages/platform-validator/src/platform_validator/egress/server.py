@@ -55,17 +55,15 @@ class EgressServer:
         accounts: Who may reach what.
         resolver: Asked for the names that may be reached.
         denied: The operator's networks that nothing is connected to.
-        most: Connections of all CVMs at once.
         tell: Told of each refusal: the CVM ("" unknown), why, and what it wanted, as it wrote it.
     """
 
     def __init__(
-        self, accounts: Accounts, *, resolver: Resolver, denied: Sequence[Network], most: int, tell: Tell
+        self, accounts: Accounts, *, resolver: Resolver, denied: Sequence[Network], tell: Tell
     ) -> None:
         self._accounts = accounts
         self._resolver = resolver
         self._denied = tuple(denied)
-        self._most = most
         self._tell = tell
         self._unknown: dict[asyncio.Task[None], None] = {}
 
@@ -106,8 +104,7 @@ class EgressServer:
             if account is None:
                 raise Refused(Reason.UNAUTHENTICATED, "expected a Proxy-Authorization")
             wanted = request.target.decode("latin-1")
-            if self._accounts.open >= self._most:
-                raise Refused(Reason.TOO_MANY_CONNECTIONS, "too many connections of all CVMs are open")
+            self._accounts.check_room(account)
             account.enter()
             account.tasks.add(task)
             # Those that are refused for their number stay among the unknown, which are few.
