@@ -108,6 +108,10 @@ class Run:
                 each.attack.control.apart is None and each.live for each in self.verdicts
             ),
             "trapped": sum(bool(each.facts.trapped) for each in self.verdicts),
+            "unexpected_timeouts": sum(
+                each.facts.outcome == "timeout" and "timeout" not in each.attack.outcomes
+                for each in self.verdicts
+            ),
             "validator_grew_mb": max((each.facts.validator_bytes for each in self.verdicts), default=0) >> 20,
             "validator_answered_within_s": round(
                 max((each.facts.answers_s for each in self.verdicts), default=0.0), 2
