@@ -47,7 +47,7 @@ hosts-demo: setup system ## two VMMs of different size, one killed in the middle
 	@$(BIN)/python -m examples.demo.hosts $(ARGS)
 
 test: setup system $(WS16)/.stamp ## all tests; ARGS="-k lease" narrows them
-	@bash scripts/system.sh squashfs-tools qemu-system-x86 skopeo
+	@bash scripts/system.sh squashfs-tools qemu-system-x86 skopeo nodejs libseccomp2
 	@$(BIN)/platform-vmm image build --prune --state-dir .cache/platform-vmm
 	@$(BIN)/python -m pytest -n 2 --ignore tests/e2e/test_demo.py $(ARGS)
 	@echo "test: the whole system, one run at a time"

@@ -1,12 +1,19 @@
-"""`pytest --robustness 12`: the tests of a case of the catalogue of failures (docs/testing.md)."""
+"""For all tests: what one needs of the machine, and `pytest --robustness 12`, the tests of a case of failures."""
 
 from __future__ import annotations
+
+import ctypes
+import os
+import shutil
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 # The first draw of text builds tables of all characters, and others may use the machine: no fault of a test.
-settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Where CI is set Hypothesis would try the same examples every time: it draws new ones there too.
+settings.register_profile(
+    "shared", deadline=None, derandomize=False, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("shared")
 
 
@@ -31,3 +38,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = [item for item in items if any(mark.args[0] in cases for mark in item.iter_markers("robustness"))]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test without what it needs is skipped on somebody's own machine, and fails where CI is set."""
+    for mark in item.iter_markers("needs"):
+        missing = [need for need in mark.args if not _is_here(need)]
+        if not missing:
+            continue
+        why = f" ({mark.kwargs['why']})" if "why" in mark.kwargs else ""
+        told = f"needs {', '.join(missing)}{why}: 'make test', run as root, has all that tests need"
+        if os.environ.get("CI"):
+            pytest.fail(f"{told}; nothing is skipped for it where CI is set", pytrace=False)
+        pytest.skip(told)
+
+
+def _is_here(need: str) -> bool:
+    """`root`, the name of a shared library, or of a program."""
+    if need == "root":
+        return os.getuid() == 0
+    if ".so" in need:
+        try:
+            ctypes.CDLL(need)
+        except OSError:
+            return False
+        return True
+    return shutil.which(need, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin") is not None

@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
 # Installs the system packages that a make target needs, or says exactly what is missing.
 set -euo pipefail
-declare -A program=([bubblewrap]=bwrap [nftables]=nft [git]=git [iptables]=iptables [iproute2]=ip [jq]=jq [qemu-system-x86]=qemu-system-x86_64 [squashfs-tools]=mksquashfs [skopeo]=skopeo [postgresql]=psql [chromium]=chromium)
+declare -A program=([bubblewrap]=bwrap [nftables]=nft [git]=git [iptables]=iptables [iproute2]=ip [jq]=jq [qemu-system-x86]=qemu-system-x86_64 [squashfs-tools]=mksquashfs [skopeo]=skopeo [nodejs]=node [libseccomp2]=libseccomp.so.2 [postgresql]=psql [chromium]=chromium)
 export PATH="$PATH:/usr/sbin:/sbin"
+is_here() {
+  case "$1" in
+    *.so.*) ldconfig -p | grep -F "$1 " >/dev/null ;;
+    *) command -v "$1" >/dev/null ;;
+  esac
+}
 missing=()
 for package in "$@"; do
-  command -v "${program[$package]}" >/dev/null || missing+=("$package")
+  is_here "${program[$package]}" || missing+=("$package")
 done
 [ ${#missing[@]} -eq 0 ] && exit 0
 if ! command -v apt-get >/dev/null; then

@@ -56,12 +56,10 @@ def test_real_quotes_verify_replay_and_are_computed() -> None:
 
 
 @pytest.mark.slow(reason="a process of its own, with every case once more")
-@pytest.mark.skipif(
-    subprocess.run([*OFFLINE, "true"], capture_output=True, check=False).returncode != 0,
-    reason="no network namespace can be made here",
-)
 def test_the_matrix_says_how_much_was_tried_and_needs_no_network() -> None:
     """The last line of stdout has the figures, which are counted; it runs without even a loopback."""
+    if subprocess.run([*OFFLINE, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("this kernel or container lets us make no network namespace")
     command = [*OFFLINE, sys.executable, "-m", "tests.attestation"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     figures = json.loads(done.stdout.splitlines()[-1])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +24,12 @@ _GUEST_IMAGES = Path(__file__).resolve().parents[2] / ".cache" / "platform-vmm"
 DOUBLES = {"head" if version == VERSIONS[-1] else f"v{version}": version for version in VERSIONS}
 SERVERS = (*LOCAL, *DOUBLES)
 TOKEN = "double-token"
+
+
+def needs_of(name: str) -> list[pytest.MarkDecorator]:
+    """What a server of this name needs of the machine: the double nothing."""
+    programs = {"local": ("bwrap",), "local-qemu": ("bwrap", "qemu-system-x86_64")}
+    return [pytest.mark.needs("root", *programs[name])] if name in programs else []
 
 
 class Server(NamedTuple):
@@ -65,8 +69,6 @@ def double(name: str, folder: Path) -> Iterator[Server]:
 @contextlib.contextmanager
 def local_vmm(image: str) -> Iterator[Server]:
     """`platform-vmm serve`, and one of its images."""
-    if os.getuid() != 0 or shutil.which("bwrap") is None:
-        pytest.skip("needs root and bubblewrap")
     with tempfile.TemporaryDirectory(prefix="pvmm-") as folder:
         state, path = Path(folder, "state"), Path(folder, "vmm.sock")
         if image == "local-qemu":

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 import pytest
-from tests.conformance.conftest import SERVERS, Server
+from tests.conformance.conftest import SERVERS, Server, needs_of
 
 from platform_validator.cvm.conformance import Case
 from platform_validator.cvm.dstack.bench import Skipped, bench_of
@@ -22,7 +22,7 @@ _FIRST_PORT = 16_000 + os.getpid() % 19 * 200
     reason="with the local VMM: it builds its runtime, and starts sandboxes and virtual machines"
 )
 @pytest.mark.parametrize("check", all_checks(), ids=lambda check: check.__name__)
-@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_of(name)) for name in SERVERS])
 async def test_vmm_conformance(name: str, check: Check | Case, server_of: Callable[[str], Server]) -> None:
     """The server does what its version is documented to do, and nothing that the check made is left."""
     server = server_of(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from tests.cycles.leaky_vmm import LEAKS
 ROOT = Path(__file__).resolve().parents[2]
 LEAKY = Path(__file__).with_name("leaky_vmm.py")
 
-pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="guests' uids and groups need root; CI runs as root")
+pytestmark = pytest.mark.needs("root", why="guests' uids and groups are counted")
 
 
 def run(folder: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,6 @@ MODULES = ("__init__", "errors", "state", "sandbox/__init__", "sandbox/cgroups",
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All that the program in the machine found."""
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("QEMU is not installed: make system")
     state = Path(__file__).resolve().parents[2] / ".cache" / "platform-vmm"
     state.mkdir(parents=True, exist_ok=True)
     modules = {f"platform_vmm/{name}.py": SOURCES / f"{name}.py" for name in MODULES}
@@ -32,8 +29,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return told
 
 
-@pytest.mark.slow(reason="boots a virtual machine on an emulated processor")
-@pytest.mark.timeout(500)
+pytestmark = [
+    pytest.mark.needs("qemu-system-x86_64"),
+    pytest.mark.slow(reason="boots a virtual machine on an emulated processor"),
+    pytest.mark.timeout(500),
+]
+
+
 @pytest.mark.parametrize("who", ["root", "user"])
 class TestVersion2:
     def test_the_vmm_moves_into_a_leaf_and_back(self, found: dict[str, Any], who: str) -> None:
@@ -60,8 +62,6 @@ class TestVersion2:
         assert found[who]["reclaimed"] == ["left"]
 
 
-@pytest.mark.slow(reason="as above")
-@pytest.mark.timeout(500)
 def test_a_handler_of_core_dumps_is_fed_at_limit_0_and_not_at_1(found: dict[str, Any]) -> None:
     """Why a guest's RLIMIT_CORE is 1: the control shows that 0 does not keep a piped core_pattern away."""
     assert found["core"] == {"0": True, "1": False}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow(reason="two whole systems, a CVM for each attack and one for its control")
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(os.getuid() != 0, reason="only root sees from outside what an attack does in its sandbox")
+@pytest.mark.needs("root", why="what an attack does in its sandbox is seen from outside")
 @pytest.mark.robustness(22, "sparse-file", "double-fork", "ptrace")
 @pytest.mark.robustness(23, "metadata", "validator-listener")
 @pytest.mark.robustness(24, "secret-in-pieces", "forged-line")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -54,7 +52,7 @@ from platform_vmm.simulation.pki import load_pki
 
 pytestmark = [
     pytest.mark.slow,  # builds the runtime image and starts sandboxes
-    pytest.mark.skipif(os.getuid() != 0 or shutil.which("bwrap") is None, reason="needs root and bubblewrap"),
+    pytest.mark.needs("root", "bwrap"),
 ]
 
 IMAGE = "local-sandbox"

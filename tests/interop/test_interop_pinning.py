@@ -6,8 +6,6 @@ There is no TDX here: what is pinned is what the local VMM simulates, and the fi
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +20,7 @@ from tests.daemon.process import Daemon, until
 
 pytestmark = [
     pytest.mark.slow(reason="builds the runtime image, starts the daemon and a sandbox"),
-    pytest.mark.skipif(os.getuid() != 0 or shutil.which("bwrap") is None, reason="needs root and bubblewrap"),
+    pytest.mark.needs("root", "bwrap"),
 ]
 
 

@@ -303,7 +303,7 @@ class TestMalice:
         )
         assert outcome.text.split() == ["1000", "0" * 16, "0" * 16, "1", "2"]
 
-    @pytest.mark.skipif(os.getuid() != 0, reason="only root's number is left behind")
+    @pytest.mark.needs("root", why="only root's number is left behind")
     def test_it_is_not_the_kernels_uid_0_even_when_we_are(self, run: Run) -> None:
         seen = run("import os; print(os.stat('/usr').st_uid)").text
         assert seen == "65534\n"
@@ -327,7 +327,7 @@ print(json.dumps(told))
 
 
 @pytest.mark.slow  # three processes deep, three times
-@pytest.mark.skipif(os.getuid() != 0, reason="the outer sandbox is made as root")
+@pytest.mark.needs("root", why="it makes the outer sandbox")
 class TestNested:
     def test_it_works_as_uid_1000_without_capabilities_inside_the_vmms_sandbox(self) -> None:
         programs = [

@@ -98,7 +98,7 @@ except ContainmentUnavailable as error:
 
 
 @pytest.mark.slow(reason="starts Python with the SDK in it")
-@pytest.mark.skipif(os.getuid() != 0, reason="only root gives runs a uid of their own")
+@pytest.mark.needs("root", why="it gives runs a uid of their own")
 @pytest.mark.parametrize("killed", ["the SDK", "the stage"])
 def test_what_a_run_left_ends_with_whoever_is_killed(tmp_path: Path, killed: str) -> None:
     """`kill -9` of the SDK or of the stage in the middle of a run: a helper or the next in line ends it."""

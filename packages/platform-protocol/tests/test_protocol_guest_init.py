@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import uuid
@@ -23,12 +22,9 @@ import pytest
 from platform_protocol.guest_init import INIT_SCRIPT
 
 _PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-_TOOLS = ("ip", "iptables", "ip6tables", "jq", "bwrap")
-_missing = [tool for tool in _TOOLS if shutil.which(tool, path=_PATH) is None]
 pytestmark = [
     pytest.mark.slow(reason="makes network namespaces, and waits for what is dropped"),
-    pytest.mark.skipif(os.getuid() != 0, reason="network namespaces and packet filters need root"),
-    pytest.mark.skipif(bool(_missing), reason=f"needs {', '.join(_missing)}: make system"),
+    pytest.mark.needs("root", "ip", "iptables", "jq", "bwrap"),
 ]
 
 SERVERS = r"""

@@ -32,7 +32,7 @@ def started(code: str, folder: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("guarded", [True, False])
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root to be another user twice")
+@pytest.mark.needs("root", why="another user is played, twice")
 def test_another_process_of_the_same_user_reads_no_environment(tmp_path: Path, guarded: bool) -> None:
     """Without the guard it would."""
     guard = "guard_memory()\n" if guarded else ""

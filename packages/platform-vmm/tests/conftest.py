@@ -115,10 +115,3 @@ def free_port() -> int:
     """A TCP port that was free a moment ago."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
-
-
-@pytest.fixture
-def as_root() -> None:
-    """Only as root are uids of their own and control groups given."""
-    if os.getuid() != 0:
-        pytest.skip("needs root")

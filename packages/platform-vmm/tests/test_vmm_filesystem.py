@@ -118,7 +118,7 @@ tell(read=[read(p) for p in ('/usr/share', '/usr/share/doc', '/usr/bin/env', '/d
     assert found["kept"] == [True, True]
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.needs("root")
 async def test_a_writable_root_takes_changes_on_the_one_capped_disk(guests: Guests) -> None:
     """New entries, removed and replaced ones, in /usr, /etc and the runtime; the host's stay as they are.
 

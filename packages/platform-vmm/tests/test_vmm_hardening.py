@@ -138,7 +138,8 @@ print(json.dumps({'limits': limits, 'raised': [raised(name) for name in ('NOFILE
     assert found["raised"] == ["", "", ""]
 
 
-async def test_memory_that_is_no_file_counts_too(guests: Guests, as_root: None) -> None:
+@pytest.mark.needs("root")
+async def test_memory_that_is_no_file_counts_too(guests: Guests) -> None:
     """Shared segments and memfds are charged to the guest, like its tmpfs: none is a way around the limit."""
     script = """
 import mmap, os
@@ -190,7 +191,7 @@ WAYS = {
 }
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.needs("root")
 @pytest.mark.parametrize("way", WAYS)
 async def test_a_whole_tree_dies_by_each_way_alone(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, way: str
@@ -221,7 +222,7 @@ async def test_a_whole_tree_dies_by_each_way_alone(
     assert any(killed[0]) == bool(kinds)
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.needs("root")
 async def test_a_vmm_that_stops_reading_does_not_keep_its_guests_alive(bench: Bench) -> None:
     """The stage ends everything below it once its control socket closes, whoever closes it."""
     async with bench.running(STUBBORN) as sandbox:

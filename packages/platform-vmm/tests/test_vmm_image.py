@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -37,10 +36,9 @@ def test_the_digest_is_the_layouts_manifest_and_every_blob_is_what_its_name_says
 
 
 @pytest.mark.slow(reason="another program reads 34 MB")
+@pytest.mark.needs("skopeo")
 def test_a_registry_client_reads_the_layout(guest_image: GuestImage, tmp_path: Path) -> None:
     """skopeo, which operators push it with, finds the same digest, and copies it as it is."""
-    if shutil.which("skopeo") is None:
-        pytest.skip("skopeo is not installed: make test installs it")
     command = ["skopeo", "inspect", f"oci:{guest_image.layout}"]
     told = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=100).stdout)
     assert told["Digest"] == guest_image.digest

@@ -203,7 +203,8 @@ print(json.dumps({
     assert found["writable"] == ["written"] * 6
 
 
-async def test_each_guest_has_a_uid_of_its_own_that_is_not_roots(guests: Guests, as_root: None) -> None:
+@pytest.mark.needs("root")
+async def test_each_guest_has_a_uid_of_its_own_that_is_not_roots(guests: Guests) -> None:
     """As root, two guests run under two uids from 300000 on, and neither under 0."""
     one, other = guests.create(["sleep", "60"]), guests.create(["sleep", "60"])
     await until(lambda: one.boot_progress == other.boot_progress == "done", one)

@@ -169,7 +169,7 @@ async def test_removal_works_at_every_moment_of_a_boot(guests: Guests) -> None:
         assert not machine.folder.exists()
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.needs("root")
 async def test_twenty_vms_come_and_go_and_leave_nothing(guests: Guests, free_port: int) -> None:
     """No process, mount, control group, file or descriptor; every fourth is removed while booting."""
     ports = [{"protocol": "tcp", "host_port": free_port, "vm_port": 10000}]

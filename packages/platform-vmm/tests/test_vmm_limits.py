@@ -16,7 +16,7 @@ from platform_vmm.sandbox.cgroups import ControlGroups
 from platform_vmm.sandbox.console import boots
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.needs("root")
 async def test_a_guest_that_outgrows_its_memory_is_killed_and_the_event_says_so(guests: Guests) -> None:
     """RAM and disk share one limit, for a page of tmpfs is memory; mem_limit lowers the RAM's part."""
     hog = (
@@ -29,7 +29,7 @@ async def test_a_guest_that_outgrows_its_memory_is_killed_and_the_event_says_so(
     assert "exit code 137, 1 killed for memory" in str(machine.events)
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.needs("root")
 async def test_one_process_killed_for_memory_is_told_and_the_guest_goes_on(
     guests: Guests, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,7 +50,7 @@ time.sleep(600)
     assert machine.state == "running"
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.needs("root")
 async def test_a_guest_gets_the_cpu_it_asked_for_and_no_more(guests: Guests) -> None:
     """Two burners on one virtual CPU use one CPU's time."""
     burn = """
@@ -131,7 +131,7 @@ def _next_boot_over(machine: Machine, earlier: int) -> bool:
     return machine.state == "exited" and machine.console.stat().st_ino != earlier
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.needs("root")
 async def test_groups_made_from_another_place_are_found_again(tmp_path: Path) -> None:
     """A VMM started from another control group still finds and removes what it left, by its ledger."""
     ledger, name = tmp_path / "cgroups.json", f"platform-vmm-test-{os.getpid()}"

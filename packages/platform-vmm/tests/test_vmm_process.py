@@ -31,7 +31,7 @@ from platform_vmm.simulation.pki import load_pki
 from platform_vmm.simulation.quote import Measurements, make_quote
 
 pytestmark = [
-    pytest.mark.usefixtures("as_root"),
+    pytest.mark.needs("root"),
     pytest.mark.slow,  # each starts real VMM processes, some of them several times
 ]
 

@@ -156,7 +156,8 @@ async def _call(port: int, text: str) -> str:
     return answer.decode()
 
 
-async def test_two_machines_at_once_end_apart(virtual: Guests, as_root: None) -> None:
+@pytest.mark.needs("root")
+async def test_two_machines_at_once_end_apart(virtual: Guests) -> None:
     """Each QEMU is a user of its own. One is killed from outside and is `exited`; the other goes on."""
     sleeper = [virtual.runtime.boot[0], "-I", "-c", "import time; print('up', flush=True); time.sleep(600)"]
     killed, other = virtual.create(sleeper), virtual.create(sleeper)

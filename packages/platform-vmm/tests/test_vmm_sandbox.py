@@ -18,7 +18,7 @@ from platform_vmm.sandbox.cgroups import ControlGroups
 from platform_vmm.sandbox.driver import SandboxDriver
 from platform_vmm.sandbox.recipe import MIB, Recipe
 
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="uids of their own need root; CI runs as root")
+needs_root = pytest.mark.needs("root", why="guests have uids of their own")
 
 
 async def test_the_guest_is_uid_1000_without_capabilities(bench: Bench) -> None:
