@@ -1,4 +1,4 @@
-"""One running server a kind and run: the real local VMM, and the double as each version."""
+"""One running server a kind and run (the real local VMM, the double as each version); houses for a test."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from tests.conformance.house import House, MakeHouse, house
 from tests.dstack_double import VERSIONS, DstackDouble, Running
 from tests.dstack_double.server import IMAGE
 
@@ -91,3 +92,23 @@ def local_vmm(image: str) -> Iterator[Server]:
             finally:
                 process.send_signal(signal.SIGTERM)
                 process.wait(20)
+
+
+@pytest.fixture
+def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deadlines of minutes pass in tenths of a second."""
+    monkeypatch.setattr("platform_validator.cvm.dstack.client._CREATE", 0.4)
+    monkeypatch.setattr("platform_validator.cvm.dstack.wire.CALL", 5.0)
+    monkeypatch.setattr("platform_validator.cvm.destroyer._PATIENCE", 0.4)
+
+
+@pytest.fixture
+def make(tmp_path: Path, short_patience: None) -> MakeHouse:
+    """Makes a house with the double as a version."""
+
+    @contextlib.asynccontextmanager
+    async def made(version: str, **rules: Any) -> AsyncIterator[House]:
+        async with house(tmp_path, version, **rules) as one:
+            yield one
+
+    return made

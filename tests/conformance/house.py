@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -56,6 +56,8 @@ _QUICK = SessionPace(dial=2, handshake=5, send=2, resume_for=0.5, retry=0.01, re
 _PORTS = 8, (10_000, 19_900)
 """How many, of the double's range."""
 PATIENCE = 30
+VERSIONS = ("0.5.6", "0.5.7", "0.6.0")
+"""Levels below Tee need v0.5.6, which still removes at once; v0.5.7 no more; the head refuses taken ports."""
 
 
 class HastyClock(SystemClock):
@@ -194,3 +196,13 @@ async def house(folder: Path, version: str, **rules: Any) -> AsyncIterator[House
         await made.down()
         await vmm.close()
         await store.close()
+
+
+MakeHouse = Callable[..., contextlib.AbstractAsyncContextManager[House]]
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait for it; what it waits for happens in another task."""
+    async with asyncio.timeout(PATIENCE):
+        while not holds():
+            await asyncio.sleep(0.01)
