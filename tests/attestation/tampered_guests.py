@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from tests.attestation import evidence as ev
@@ -201,7 +202,7 @@ def _compose() -> Iterator[Case]:
             "compose",
             f"MRCONFIGID form {form} of another app",
             refused,
-            bound(lambda app, form=form: mr_config_id(form, replace(app, compose_hash=other))),  # type: ignore[misc] # the loop's own value
+            bound(partial(_of_another_app, form, other)),
         )
     yield Case(
         "compose",
@@ -259,3 +260,7 @@ def _other_shape(world: World) -> Evidence:
 def _faulty(world: World) -> Evidence:
     good = world.evidence()
     return replace(good, images=replace(good.images, fault="not TOML"))
+
+
+def _of_another_app(form: int, compose_hash: str, app: BoundApp) -> bytes:
+    return mr_config_id(form, replace(app, compose_hash=compose_hash))

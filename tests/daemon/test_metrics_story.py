@@ -98,9 +98,9 @@ async def first_life(world: World) -> tuple[Watcher, World]:
     assert getattr(world.platform.jobs[job_id].result, "resource_usage", None) == USAGE.reported()
     # A loop dies; the WebSocket breaks.
     world.platform.close_connections()
-    outbox, world.store.outbox = world.store.outbox, None  # type: ignore[assignment,method-assign]  # a fault of ours
-    await asyncio.sleep(90)
-    world.store.outbox = outbox  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as fault:
+        fault.setattr(world.store, "outbox", None)
+        await asyncio.sleep(90)
     # Removing fails for a while; a CreateVm comes late; somebody restored a backup.
     world.vmm.fail("remove", VmmRefused("busy"), times=3)
     world.vmm.fail("create", VmmUnavailable("no answer"))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import platform_protocol
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/challenges.md").read_text()
 
@@ -26,8 +28,6 @@ def test_the_schema_file_and_the_table_are_what_the_models_say() -> None:
 
 def test_the_schema_is_shipped_with_the_package() -> None:
     """Editors find it beside the module that reads the file."""
-    import platform_protocol  # noqa: PLC0415 - the installed package is the subject
-
     schema = json.loads((Path(platform_protocol.__file__).parent / "platform-toml.schema.json").read_text())
     assert set(schema["properties"]) == {
         *("name", "version", "entry"),

@@ -73,7 +73,7 @@ async def test_a_cvm_that_is_gone_takes_its_submissions_way_out_along(tmp_path: 
     """The relay's credentials are the CVM's: forgotten, they open nothing."""
     async with world(tmp_path, NAMES, hosts=("api.test.example",)) as made:
         made.supervisor.forget(VM)
-        await made.until(lambda: made.supervisor.use(VM).open == 0)  # type: ignore[union-attr]
+        await made.until(lambda: made.use().open == 0)
         outcome = await run(made, tmp_path)
         assert outcome.text.splitlines()[0] == "(407, 'unauthenticated')"
         assert made.dialled() == []

@@ -291,15 +291,15 @@ def test_as_a_program_it_obeys_its_input(echo: Echo) -> None:
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
     ) as program:
-        assert program.stdin is not None
-        assert program.stdout is not None
+        orders, answers = program.stdin, program.stdout
+        assert orders is not None
+        assert answers is not None
 
         def told(order: str) -> str:
-            program.stdin.write(order + "\n")  # type: ignore[union-attr] # asserted above
-            program.stdin.flush()  # type: ignore[union-attr] # as above
-            return program.stdout.readline().strip()  # type: ignore[union-attr] # as above
+            print(order, file=orders, flush=True)
+            return answers.readline().strip()
 
-        port = int(program.stdout.readline().rpartition(":")[2])
+        port = int(answers.readline().rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
             client.sendall(b"ping")
             assert received(client, 4) == b"ping"
@@ -307,5 +307,5 @@ def test_as_a_program_it_obeys_its_input(echo: Echo) -> None:
         assert told("down") == "done"
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port), timeout=20)
-        program.stdin.close()
+        orders.close()
         assert program.wait(20) == 0

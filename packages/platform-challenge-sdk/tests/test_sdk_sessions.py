@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import sys
 import threading
 from collections.abc import Awaitable, Callable
@@ -63,8 +64,6 @@ class TestHandlers:
 
         @challenge.on_startup
         def startup() -> None:
-            import os  # noqa: PLC0415 - as a challenge would
-
             called.append(f"startup {os.environ['SDK_TEST_TOKEN']}")
 
         @challenge.on_ready

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -105,8 +106,6 @@ async def test_without_a_daemon_the_journal_is_read(environment: dict[str, str],
         )
         return [json.loads(invoke(*words, "--json").stdout) for words in commands]
 
-    import asyncio  # noqa: PLC0415 - the commands run loops of their own
-
     status, jobs, cvms, challenges, hosts, top = await asyncio.to_thread(read)
     assert top == cvms
     assert isinstance(status, dict)
@@ -141,8 +140,6 @@ async def test_a_challenge_is_shown_with_its_reason_and_history(
             invoke("challenges", "show", *words)
             for words in (("challenge", "--json"), ("name",), ("another", "--json"))
         ]
-
-    import asyncio  # noqa: PLC0415 - the commands run loops of their own
 
     as_json, for_people, missing = await asyncio.to_thread(read)
     history = json.loads(as_json.stdout)["history"]

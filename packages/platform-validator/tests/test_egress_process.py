@@ -83,7 +83,7 @@ async def test_what_is_not_on_the_list_is_refused_and_never_resolved(tmp_path: P
             assert refusal(await made.ask(f"GET {address} HTTP/1.1\nHost: x"))[1] == reason, wanted
         assert made.dns.asked == []
         assert made.dialled() == []
-        await made.until(lambda: sum(made.supervisor.use(VM).refused.values()) == 30)  # type: ignore[union-attr]
+        await made.until(lambda: sum(made.use().refused.values()) == 30)
 
 
 async def test_who_does_not_say_who_it_is_is_told_nothing(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ async def test_who_does_not_say_who_it_is_is_told_nothing(tmp_path: Path) -> Non
         }
         assert [refusal(answer) for answer in answers] == [(407, "unauthenticated")]
         made.supervisor.forget(VM)
-        await made.until(lambda: made.supervisor.use(VM).open == 0)  # type: ignore[union-attr]
+        await made.until(lambda: made.use().open == 0)
         assert refusal(await made.ask(request)) == (407, "unauthenticated")
 
 
@@ -173,9 +173,7 @@ async def test_the_server_name_must_be_the_tunnels(tmp_path: Path) -> None:
         made.trust.verify_mode = ssl.CERT_NONE
         with pytest.raises(ssl.SSLError, match="ACCESS_DENIED"):
             await echoed(made, "api.test.example:443", server_name="127.0.0.1")
-        await made.until(
-            lambda: made.supervisor.use(VM).refused == {"sni_mismatch": 1, "no_sni": 1}  # type: ignore[union-attr]
-        )
+        await made.until(lambda: made.use().refused == {"sni_mismatch": 1, "no_sni": 1})
 
 
 async def test_a_hello_in_the_smallest_pieces_goes_through(tmp_path: Path) -> None:
@@ -367,7 +365,7 @@ async def test_a_proxy_that_is_killed_comes_back_and_knows_its_cvms(tmp_path: Pa
     async with world(tmp_path, NAMES) as made:
         supervisor = made.supervisor
         assert await echoed(made, "api.test.example:443") == b"hello"
-        await made.until(lambda: supervisor.use(VM).connections == 1)  # type: ignore[union-attr]
+        await made.until(lambda: made.use().connections == 1)
         assert supervisor.pid is not None
         os.kill(supervisor.pid, signal.SIGKILL)
         await made.until(lambda: supervisor.listen is None)
@@ -375,7 +373,7 @@ async def test_a_proxy_that_is_killed_comes_back_and_knows_its_cvms(tmp_path: Pa
         await made.until(lambda: supervisor.listen is not None)
         assert supervisor.restarts == 1
         assert await echoed(made, "api.test.example:443") == b"hello"
-        await made.until(lambda: supervisor.use(VM).connections == 2)  # type: ignore[union-attr]
+        await made.until(lambda: made.use().connections == 2)
 
 
 async def test_the_proxy_ends_with_its_daemon(tmp_path: Path) -> None:

@@ -74,10 +74,10 @@ def _destroy(original: Any) -> Any:
 
 def _read_report(name: str) -> None:
     """As a careless VMM would: open what a guest wrote, by its path."""
-    for pid in os.listdir("/proc"):  # noqa: PTH208 - numbers only
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if pid.isdigit() and name in Path("/proc", pid, "cgroup").read_text():
-                Path("/proc", pid, "root/data/report").read_bytes()
+            if name in (process / "cgroup").read_text():
+                (process / "root/data/report").read_bytes()
 
 
 def _bwrap_arguments(original: Any) -> Any:

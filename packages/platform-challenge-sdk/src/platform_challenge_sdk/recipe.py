@@ -21,6 +21,7 @@ _LINKS = {"bin": "usr/bin", "lib": "usr/lib", "lib64": "usr/lib64", "sbin": "usr
 _DEVICES = {"null": True, "zero": True, "full": True, "random": False, "urandom": False}
 """What of /dev a run without namespaces may read, and whether it may write there."""
 _FACTS = ("/etc/ld.so.cache", "/proc/cpuinfo", "/proc/meminfo", "/sys/devices/system/cpu")
+_WORKSPACE, _SUBMISSION, _SCRATCH, _SHARED = "/workspace", "/submission", "/tmp", "/dev/shm"  # noqa: S108 - the run's own
 _SAFE_PATH = f"{sys.prefix}/bin:{sys.base_prefix}/bin:/usr/local/bin:/usr/bin:/bin"
 
 
@@ -82,7 +83,7 @@ class Order:
         words += [] if self.egress is None else ["--share-net"]
         words += ["--disable-userns", "--cap-drop", "ALL", "--die-with-parent", "--new-session"]
         words += ["--hostname", "submission", "--clearenv", "--seccomp", str(seccomp)]
-        environment = _environment("/workspace", "/tmp")  # noqa: S108 - the run's own
+        environment = _environment(_WORKSPACE, _SCRATCH)
         environment |= {} if self.egress is None else proxy_environment()
         for name, value in environment.items():
             words += ["--setenv", name, value]
@@ -95,12 +96,12 @@ class Order:
         words += ["--dir", "/etc", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
         for index, prefix in enumerate(_prefixes()):
             words += ["--ro-bind", f"{room}/python{index}", prefix]
-        words += ["--proc", "/proc", "--dev", "/dev", "--bind", f"{room}/disk/shm", "/dev/shm"]  # noqa: S108 - as above
-        words += ["--remount-ro", "/dev", "--bind", f"{room}/disk/workspace", "/workspace"]
-        words += ["--bind", f"{room}/disk/tmp", "/tmp", "--ro-bind", f"{room}/submission", "/submission"]  # noqa: S108 - as above
+        words += ["--proc", "/proc", "--dev", "/dev", "--bind", f"{room}/disk/shm", _SHARED]
+        words += ["--remount-ro", "/dev", "--bind", f"{room}/disk/workspace", _WORKSPACE]
+        words += ["--bind", f"{room}/disk/tmp", _SCRATCH, "--ro-bind", f"{room}/submission", _SUBMISSION]
         for name, descriptor in files.items():
-            words += ["--file", str(descriptor), f"/workspace/{name}"]
-        return [*words, "--remount-ro", "/", "--chdir", "/submission"]
+            words += ["--file", str(descriptor), f"{_WORKSPACE}/{name}"]
+        return [*words, "--remount-ro", "/", "--chdir", _SUBMISSION]
 
     def confined(
         self, room: Path, submission: Path, containment: Containment, uid: int | None
@@ -117,7 +118,7 @@ class Order:
         for name, writable in _DEVICES.items():
             paths.append((f"/dev/{name}", landlock.USE if writable else landlock.READ))
         fence = landlock.signal_fence().hex() if known >= landlock.SIGNALS else None
-        folders = {"/workspace": workspace, "/tmp": scratch, "/submission": str(submission)}  # noqa: S108 - as above
+        folders = {_WORKSPACE: workspace, _SCRATCH: scratch, _SUBMISSION: str(submission)}
         return {
             "arguments": [_moved(word, folders) for word in self.argv],
             "confined": {

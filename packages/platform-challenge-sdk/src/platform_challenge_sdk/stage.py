@@ -334,11 +334,10 @@ class Stage:
 def _family() -> list[int]:
     """The pids of all our descendants."""
     parents: dict[int, int] = {}
-    for name in os.listdir("/proc"):  # noqa: PTH208 - names only, often
-        if name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                found = Path("/proc", name, "stat").read_bytes()
-                parents[int(name)] = int(found.rpartition(b")")[2].split()[1])
+    for pid in _numbered("/proc"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            found = Path("/proc", pid, "stat").read_bytes()
+            parents[int(pid)] = int(found.rpartition(b")")[2].split()[1])
     ours = {os.getpid()}
     family: list[int] = []
     while more := [pid for pid, parent in parents.items() if parent in ours and pid not in ours]:
@@ -368,11 +367,17 @@ def _proportional(pid: int) -> int:
 def _threads_of(uid: int) -> int:
     """How many threads of all processes here this uid has."""
     count = 0
-    for name in os.listdir("/proc"):  # noqa: PTH208 - names only
+    for pid in _numbered("/proc"):
         with contextlib.suppress(OSError):
-            if name.isdigit() and Path("/proc", name).stat().st_uid == uid:
-                count += len(os.listdir(f"/proc/{name}/task"))  # noqa: PTH208 - as above
+            if Path("/proc", pid).stat().st_uid == uid:
+                count += len(_numbered(f"/proc/{pid}/task"))
     return count
+
+
+def _numbered(folder: str) -> list[str]:
+    """The processes or threads that a folder of /proc lists."""
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries if entry.name.isdigit()]
 
 
 def _free(folder: Path) -> int:
@@ -395,9 +400,8 @@ def _restrict(ruleset: bytes, paths: list[tuple[str, int]]) -> None:
             target = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except FileNotFoundError:
             continue
-        if not stat.S_ISDIR(os.fstat(target).st_mode):
-            rights &= _RIGHTS_OF_A_FILE  # noqa: PLW2901 - the same rights, as far as a file has them
-        rule = struct.pack("=Qi", rights, target)
+        possible = rights if stat.S_ISDIR(os.fstat(target).st_mode) else rights & _RIGHTS_OF_A_FILE
+        rule = struct.pack("=Qi", possible, target)
         _checked(_libc.syscall(ctypes.c_long(_ADD_RULE), rules, _PATH_BENEATH, rule, 0), f"Landlock {path}")
         os.close(target)
     _checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no new privileges")

@@ -24,12 +24,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from ports import free_port
 
 from platform_protocol.ids import VmName
 from platform_protocol.spec import NetworkSpec
 from platform_protocol.tokens import proxy_password
 from platform_validator.clock import SystemClock
 from platform_validator.egress.accounts import EgressLimits
+from platform_validator.egress.gate import EgressUse
 from platform_validator.egress.supervisor import EgressSettings, EgressSupervisor
 from platform_validator.network_policy import NetworkPolicy
 
@@ -126,6 +128,12 @@ class World:
         assert answer.startswith(b"HTTP/1.1 200 "), answer
         return reader, writer
 
+    def use(self) -> EgressUse:
+        """What VM reached."""
+        used = self.supervisor.use(VM)
+        assert used is not None
+        return used
+
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for the proxy's next words."""
         async with asyncio.timeout(30):
@@ -182,16 +190,6 @@ async def world(
         transport.close()
         secure.close()
         plain.close()
-
-
-def free_port() -> int:
-    """A port of the loopback that was free a moment ago."""
-    import socket  # noqa: PLC0415
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def make_tls(folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:

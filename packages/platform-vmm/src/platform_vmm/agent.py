@@ -18,6 +18,7 @@ from platform_vmm.simulation.quote import Measurements
 
 _MAX_BODY = 64 * 1024
 _REPORT_DATA = 64
+_MOST_CONNECTIONS = 16
 _IDLE = 30.0
 _PACE = 0.005
 """Between two answers: a guest that asks without end costs the VMM little."""
@@ -84,7 +85,7 @@ class GuestAgent:
             writer.transport.abort()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._connections) >= 16:  # noqa: PLR2004 - documented in the class
+        if len(self._connections) >= _MOST_CONNECTIONS:
             writer.transport.abort()
             return
         self._connections.add(writer)

@@ -7,6 +7,7 @@ import errno
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -201,7 +202,7 @@ async def check_open_vmm(url: str) -> list[Check]:
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as http,
             http.post(f"{url}/prpc/Version?json", json={}) as response,
         ):
-            is_open = response.status == 200  # noqa: PLR2004 - HTTP: OK
+            is_open = response.status == HTTPStatus.OK
     except (aiohttp.ClientError, TimeoutError, OSError):
         return []
     if not is_open:

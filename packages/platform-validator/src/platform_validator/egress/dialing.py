@@ -6,6 +6,7 @@ import asyncio
 import errno
 import socket
 from collections.abc import Sequence
+from ipaddress import IPv4Address
 
 from platform_validator.egress.addresses import Address
 from platform_validator.egress.refusals import Reason, Refused
@@ -23,7 +24,7 @@ def is_own(address: Address) -> bool:
 
     Where the kernel lets any address be bound (ip_nonlocal_bind), all are taken for ours: nothing goes out.
     """
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6  # noqa: PLR2004 - IPv4
+    family = socket.AF_INET if isinstance(address, IPv4Address) else socket.AF_INET6
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.bind((str(address), 0))

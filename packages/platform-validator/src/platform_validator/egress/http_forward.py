@@ -10,6 +10,7 @@ import base64
 import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 
 import h11
 
@@ -105,7 +106,7 @@ def answer(status: int, reason: Reason, message: str) -> bytes:
         "Connection: close",
         f"X-Egress-Refused: {reason.value}",
     ]
-    if status == 407:  # noqa: PLR2004 - RFC 9110 15.5.8: it names the scheme
+    if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:  # RFC 9110 15.5.8: it names the scheme
         lines.append('Proxy-Authenticate: Basic realm="egress"')
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 

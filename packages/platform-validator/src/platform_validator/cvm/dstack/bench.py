@@ -19,7 +19,7 @@ from platform_protocol.spec import parse_platform_toml
 from platform_protocol.user_config import UserConfig
 from platform_validator.cvm.dstack.capabilities import Capabilities, capabilities
 from platform_validator.cvm.dstack.client import DstackVmm
-from platform_validator.cvm.dstack.wire import OK, Wire
+from platform_validator.cvm.dstack.wire import OK, REFUSED, Wire
 from platform_validator.cvm.vmm import VmmClient, VmmImage, VmSpec
 
 PREFIX = "conformance-"
@@ -158,7 +158,7 @@ class Bench:
     async def refuses(self, method: str, message: Mapping[str, Any] | bytes) -> str:
         """The text of a refusal: 400 and `{"error"}`. Raises Deviation for anything else."""
         status, value = await self.call(method, message)
-        require(status == 400, f"{method}: expected 400, got {status}")  # noqa: PLR2004 - HTTP
+        require(status == REFUSED, f"{method}: expected {REFUSED}, got {status}")
         text = value.get("error") if isinstance(value, dict) else None
         require(isinstance(text, str) and bool(text), f"{method}: a 400 without a text in `error`")
         return str(text)
