@@ -243,7 +243,7 @@ class TeeHouse:
         for runner in self.engine.parts.challenges._runners.values():
             runner._retry_at = 0.0
             runner.wake()
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.5)  # time in which it could try, whether or not it does
 
     def submit(self) -> MemoryJob:
         """A job with a submission."""

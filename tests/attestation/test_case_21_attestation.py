@@ -14,6 +14,7 @@ import pytest
 from tests.attestation import forge
 from tests.attestation.evidence import runtime
 from tests.attestation.tee import SUBMISSION, Boot, TeeHouse
+from waiting import until
 
 from platform_protocol.platform_messages import ReleaseReason
 from platform_validator.store.records import InstanceState
@@ -75,8 +76,7 @@ async def test_case_21_an_honest_cvm_runs_the_job(tmp_path: Path) -> None:
     async with house.open():
         await house.state(InstanceState.ACTIVE)
         job = house.submit()
-        while not job.finished:
-            await asyncio.sleep(0.005)
+        await until(lambda: job.finished)
         assert (job.outcome, job.attempt) == ("succeeded", 1)
         assert job.result is not None
         assert job.result.attestation is not None
@@ -100,8 +100,7 @@ async def test_case_21_a_lying_cvm_gets_no_submission_and_no_secret(
         job = house.submit()
         reason = await house.state(InstanceState.FAILED)
         assert str(reason).startswith(f"attestation_refused: {check}: ")
-        while house.vmm.machines() or not job.releases:
-            await asyncio.sleep(0.005)
+        await until(lambda: not house.vmm.machines() and job.releases)
         liars = house.vmm.guests[honest:]
         assert len(liars) == 1
         assert house.were_sent(liars) == []
@@ -126,8 +125,7 @@ async def test_case_21_an_old_tcb_gets_nothing(tmp_path: Path) -> None:
         job = house.submit()
         reason = await house.state(InstanceState.FAILED)
         assert str(reason).startswith("attestation_refused: tcb_status: the platform's TCB is OutOfDate")
-        while not job.releases:
-            await asyncio.sleep(0.005)
+        await until(lambda: job.releases)
         assert house.were_sent(house.vmm.guests[honest:]) == []
 
 
@@ -151,8 +149,7 @@ async def test_case_21_without_the_collateral_service_nothing_is_sent_and_nothin
         house.lie = expires
         house.allow(timedelta(seconds=1))
         job = house.submit()
-        while not job.releases:
-            await asyncio.sleep(0.005)
+        await until(lambda: job.releases)
         house.engine.parts.jobs.wake("local")
         assert job.releases == [ReleaseReason.ATTESTATION_UNAVAILABLE]
         assert house.were_sent(house.vmm.guests[honest:]) == []
@@ -180,8 +177,7 @@ async def test_case_21_cached_collateral_serves_while_the_service_is_down(tmp_pa
         house.advance(forge.NOW + timedelta(days=20))
         await house.collateral.refresh_due()
         job = house.submit()
-        while not job.finished:
-            await asyncio.sleep(0.005)
+        await until(lambda: job.finished)
         assert job.outcome == "succeeded"
         assert "serves until" in str(house.collateral.stale())
 
@@ -200,8 +196,7 @@ async def test_case_21_no_quote_at_tee_stops_the_claiming_for_a_while(tmp_path: 
         house.lie = none
         house.allow(timedelta(seconds=0.3))
         job = house.submit()
-        while not job.releases:
-            await asyncio.sleep(0.005)
+        await until(lambda: job.releases)
         assert job.releases == [ReleaseReason.ATTESTATION_UNAVAILABLE]
         assert house.were_sent(house.vmm.guests[honest:]) == []
         assert not house.policy.can_attest()
@@ -235,7 +230,7 @@ async def test_what_was_refused_is_not_booted_again(tmp_path: Path) -> None:
                 runner._retry_at = 0.0
                 runner.wake()
             house.engine.parts.jobs.wake()
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # time in which it could boot, which is what must not happen
         assert len(house.vmm.asked) == made
         assert job.attempt == 0
         assert SUBMISSION not in house.were_sent(house.vmm.guests)

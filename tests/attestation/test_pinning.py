@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 
 import pytest
 from tests.attestation.tee import CHALLENGE, SHAPE, Boot, TeeHouse
+from waiting import until
 
 from platform_protocol.receipts import open_receipt
 from platform_validator.attestation.os_image import Shape
@@ -20,8 +20,7 @@ from platform_validator.web.control import PinBusy
 async def measured(house: TeeHouse, image: str = IMAGE, shape: Shape = SHAPE) -> Pinning:
     """Ask, and wait for the end of it."""
     house.pinner.ask(image, shape)
-    while house.pinner.now.state is PinState.BOOTING:
-        await asyncio.sleep(0.005)
+    await until(lambda: house.pinner.now.state is not PinState.BOOTING)
     return house.pinner.now
 
 
@@ -37,8 +36,7 @@ async def test_what_an_unknown_image_measures_is_found_and_makes_it_known(tmp_pa
         assert found.pinned.origin.startswith("first use (measured 2026-06-01T12:00:00Z on unix:/vmm.sock")
         assert (found.pinned.mrtd, found.pinned.rtmr2) == (house.pinned.mrtd, house.pinned.rtmr2)
         assert len(house.vmm.asked) == before + 1
-        while house.vmm.machines():
-            await asyncio.sleep(0.005)
+        await until(lambda: not house.vmm.machines())
         house.images.add(found.pinned)
         for runner in house.engine.parts.challenges._runners.values():
             runner._retry_at = 0.0
@@ -46,8 +44,7 @@ async def test_what_an_unknown_image_measures_is_found_and_makes_it_known(tmp_pa
         await house.state(InstanceState.ACTIVE)
         # And its receipts say so from then on; the journal had it before anything went in.
         job = house.submit()
-        while not job.finished:
-            await asyncio.sleep(0.005)
+        await until(lambda: job.finished)
         assert job.result is not None
         facts = open_receipt(job.result.receipt or {}).facts
         expected = {

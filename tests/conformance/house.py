@@ -199,10 +199,3 @@ async def house(folder: Path, version: str, **rules: Any) -> AsyncIterator[House
 
 
 MakeHouse = Callable[..., contextlib.AbstractAsyncContextManager[House]]
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    """Wait for it; what it waits for happens in another task."""
-    async with asyncio.timeout(PATIENCE):
-        while not holds():
-            await asyncio.sleep(0.01)

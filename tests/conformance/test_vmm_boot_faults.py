@@ -8,8 +8,9 @@ import time
 from datetime import timedelta
 
 import pytest
-from tests.conformance.house import PATIENCE, VERSIONS, House, MakeHouse, until
+from tests.conformance.house import PATIENCE, VERSIONS, House, MakeHouse
 from tests.dstack_double import Boot, Fault, behaviour
+from waiting import until
 
 from platform_validator.cvm import errors
 from platform_validator.cvm.vmm import VmmUnavailable

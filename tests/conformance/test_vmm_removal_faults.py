@@ -6,8 +6,9 @@ import asyncio
 from uuid import uuid4
 
 import pytest
-from tests.conformance.house import STATE_ID, VERSIONS, House, MakeHouse, until
+from tests.conformance.house import STATE_ID, VERSIONS, House, MakeHouse
 from tests.dstack_double import Fault
+from waiting import until
 
 from platform_protocol.ids import VmName
 from platform_validator.cvm import errors

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from tests.hostile.attack import ANY, FAILED, Attack, Control, Facts
+from collections.abc import Callable
+
+from tests.hostile.attack import ANY, FAILED, SUCCEEDED, Attack, Control, Facts
+
+Won = Callable[[Facts], bool]
 
 MIB = 1024 * 1024
 _RUN_S = 5.0
-_PROCESSES, _MOST_PROCESSES = 200, 128
+_PROCESSES = 200
+_TIMED_OUT = frozenset({"timeout"})
+_ENDED = FAILED | _TIMED_OUT
 
 _FORK = """
 import os, time
@@ -172,129 +178,64 @@ def _many(facts: Facts) -> bool:
     return facts.guest.processes > _PROCESSES
 
 
+def _holds(mib: int) -> Won:
+    return lambda facts: facts.guest.memory > mib * MIB
+
+
+def _many_files(facts: Facts) -> bool:
+    return facts.guest.inodes > 21_000
+
+
 def _runs_on(facts: Facts) -> bool:
     return facts.guest.submission_s > 2 * _RUN_S
 
 
+def _run(
+    name: str, clause: str, program: str, control: Control, won: Won, outcomes: frozenset[str] = _ENDED
+) -> Attack:
+    """By a submission: what it uses is seen from outside."""
+    return Attack(name, 22, clause, "submission", program, control, won, outcomes, watched=True)
+
+
+def _vm(name: str, clause: str, program: str, control: Control, won: Won) -> Attack:
+    """By a challenge, in its whole VM."""
+    return Attack(name, 22, clause, "challenge", program, control, won, ANY, watched=True)
+
+
+_OF_PROCESSES = Control(
+    "processes of a run", "450 processes and threads to a run instead of 128; the VM still has 512"
+)
+_OF_MEMORY = Control(
+    "memory of a run", "1 GiB to a run instead of 128 MiB; the VM's control group still has its own"
+)
+_OF_DISK = Control(
+    "disk of a run", "700 MiB to a run instead of 32 MiB; the VM's control group still has its own"
+)
+_OF_FILES = Control("files of a run", "4,000,000 inodes instead of 20,000; the run's time still ends it")
+_OF_TIME = Control("time of a run", "15 s to a run instead of 5; the job still has its own time")
+_OF_KILLS = Control(
+    "a kill that cannot be ignored", "SIGTERM at the end of its time; 8 s later the stage is killed"
+)
+_SPARSELY = Control("size of a file", "no RLIMIT_FSIZE; the tmpfs still holds 32 MiB")
+
 RESOURCES = [
-    Attack(
-        "fork bomb",
-        22,
-        "fork-bomb",
-        "submission",
-        _FORK,
-        Control("processes of a run", "450 processes to a run instead of 128; the VM still has 512"),
-        _many,
-        outcomes=frozenset({"timeout"}),
-        watched=True,
-    ),
-    Attack(
-        "thread bomb",
-        22,
-        "thread-bomb",
-        "submission",
-        _THREADS,
-        Control("processes of a run", "450 threads to a run instead of 128; the VM still has 512"),
-        _many,
-        outcomes=frozenset({"timeout"}),
-        watched=True,
-    ),
-    Attack(
-        "memory hog",
-        22,
-        "memory-hog",
-        "submission",
-        _HOG,
-        Control(
-            "memory of a run", "1 GiB to a run instead of 128 MiB; the VM's control group still has its own"
-        ),
-        lambda facts: facts.guest.memory > 360 * MIB,
-        outcomes=frozenset({"failed", "timeout"}),
-        watched=True,
-    ),
-    Attack(
-        "memory hog of many processes",
-        22,
-        "memory-hog",
-        "submission",
-        _HOGS,
-        Control(
-            "memory of a run", "1 GiB to a run instead of 128 MiB; the VM's control group still has its own"
-        ),
-        lambda facts: facts.guest.memory > 480 * MIB,
-        outcomes=frozenset({"failed", "timeout"}),
-        watched=True,
-    ),
-    Attack(
-        "tmpfs filler",
-        22,
-        "tmpfs-filler",
-        "submission",
-        _FILLER,
-        Control(
-            "disk of a run", "700 MiB to a run instead of 32 MiB; the VM's control group still has its own"
-        ),
-        lambda facts: facts.guest.memory > 360 * MIB,
-        outcomes=FAILED,
-        watched=True,
-    ),
-    Attack(
+    _run("fork bomb", "fork-bomb", _FORK, _OF_PROCESSES, _many, _TIMED_OUT),
+    _run("thread bomb", "thread-bomb", _THREADS, _OF_PROCESSES, _many, _TIMED_OUT),
+    _run("memory hog", "memory-hog", _HOG, _OF_MEMORY, _holds(360)),
+    _run("memory hog of many processes", "memory-hog", _HOGS, _OF_MEMORY, _holds(480)),
+    _run("tmpfs filler", "tmpfs-filler", _FILLER, _OF_DISK, _holds(360), FAILED),
+    _run(
         "1 TB sparse file",
-        22,
         "sparse-file",
-        "submission",
         _SPARSE,
-        Control("size of a file", "no RLIMIT_FSIZE; the tmpfs still holds 32 MiB"),
+        _SPARSELY,
         lambda facts: facts.guest.largest_file >= 1 << 40,
-        outcomes=FAILED,
-        watched=True,
+        FAILED,
     ),
-    Attack(
-        "10^6 small files",
-        22,
-        "small-files",
-        "submission",
-        _SMALL,
-        Control("files of a run", "4,000,000 inodes instead of 20,000; the run's time still ends it"),
-        lambda facts: facts.guest.inodes > 21_000,
-        outcomes=frozenset({"failed", "timeout"}),
-        watched=True,
-    ),
-    Attack(
-        "deep directories",
-        22,
-        "deep-directories",
-        "submission",
-        _DEEP,
-        Control("files of a run", "4,000,000 inodes instead of 20,000; the run's time still ends it"),
-        lambda facts: facts.guest.inodes > 21_000,
-        outcomes=frozenset({"failed", "timeout"}),
-        watched=True,
-    ),
-    Attack(
-        "CPU spin",
-        22,
-        "cpu-spin",
-        "submission",
-        _SPIN,
-        Control("time of a run", "15 s to a run instead of 5; the job still has its own time"),
-        _runs_on,
-        outcomes=frozenset({"timeout"}),
-        watched=True,
-    ),
-    Attack(
-        "ignored SIGTERM",
-        22,
-        "ignored-sigterm",
-        "submission",
-        _DEAF,
-        Control(
-            "a kill that cannot be ignored", "SIGTERM at the end of its time; 8 s later the stage is killed"
-        ),
-        _runs_on,
-        outcomes=frozenset({"timeout"}),
-        watched=True,
-    ),
+    _run("10^6 small files", "small-files", _SMALL, _OF_FILES, _many_files),
+    _run("deep directories", "deep-directories", _DEEP, _OF_FILES, _many_files),
+    _run("CPU spin", "cpu-spin", _SPIN, _OF_TIME, _runs_on, _TIMED_OUT),
+    _run("ignored SIGTERM", "ignored-sigterm", _DEAF, _OF_KILLS, _runs_on, _TIMED_OUT),
     Attack(
         "double fork and setsid",
         22,
@@ -306,7 +247,7 @@ RESOURCES = [
             "no pid namespace of its own and nobody who reaps; each alone would end it; the VM still does",
         ),
         lambda facts: facts.number("left") > 0,
-        outcomes=frozenset({"succeeded"}),
+        outcomes=SUCCEEDED,
     ),
     Attack(
         "ptrace of the SDK",
@@ -321,28 +262,20 @@ RESOURCES = [
         lambda facts: bool(facts.found),
         outcomes=FAILED,
     ),
-    Attack(
+    _vm(
         "fork bomb of a challenge",
-        22,
         "fork-bomb",
-        "challenge",
         _FORK_IN_VM,
         Control("processes of a VM", "900 processes to a VM instead of 512; they end after 20 s"),
         lambda facts: facts.guest.processes > 600,
-        outcomes=ANY,
-        watched=True,
     ),
-    Attack(
+    _vm(
         "memory hog of a challenge",
-        22,
         "memory-hog",
-        "challenge",
         _HOG_IN_VM,
         Control(
             "memory of a VM", "1 GiB more to a VM than its 512 MiB and its disk; it takes 1.9 GiB at most"
         ),
-        lambda facts: facts.guest.memory > 1650 * MIB,
-        outcomes=ANY,
-        watched=True,
+        _holds(1650),
     ),
 ]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 from platform_challenge_sdk import Challenge, Context
 from platform_challenge_sdk.health import Health
@@ -98,8 +99,7 @@ class Guest:
 
     async def running(self, jobs: int) -> None:
         """Wait until so many run."""
-        while self.server.jobs.running != jobs:
-            await asyncio.sleep(0.005)
+        await until(lambda: self.server.jobs.running == jobs)
 
 
 @pytest.fixture
@@ -189,11 +189,10 @@ async def test_jobs_at_once_keep_apart_across_a_dropped_connection(guest: Guest,
             for number in seen
         }
         while not any(guest.server.jobs.state(configured=True).jobs or ()):
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # seen at the first turn of the loop, while submissions are on their way
         await guest.drop()
         await guest.running(3)
-        while not all(f"job {number}" in seen[number] for number in seen):
-            await asyncio.sleep(0.005)
+        await until(lambda: all(f"job {number}" in seen[number] for number in seen))
         await guest.drop()
         for number in (3, 1, 2):
             guest.event(number).set()

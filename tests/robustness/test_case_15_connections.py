@@ -17,6 +17,7 @@ from aiohttp import web
 from heard import Heard
 from job_house import CHALLENGE, TOML, House, new_commit, tick
 from platform_server import Scripted, client_of, scripted
+from waiting import until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
@@ -65,8 +66,7 @@ async def test_a_closed_connection_is_opened_again_ever_less_often(
     async with client_of(server.url) as client, asyncio.TaskGroup() as group:
         loop = NotificationLoop(client=client, listener=heard, clock=clock, rng=random.Random(3))  # noqa: S311 - jitter
         running = group.create_task(loop.run())
-        while len(clock.slept) < 10:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(clock.slept) >= 10)
         running.cancel()
     assert heard.told == ["poll"], "the same stream again is no news"
     bounds = [min(2.0**number, 60.0) for number in range(10)]

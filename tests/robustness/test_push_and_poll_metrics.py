@@ -58,8 +58,7 @@ def test_the_metrics_show_whether_pushes_or_the_poll_bring_jobs(tmp_path: Path) 
         for _ in range(5):
             world.platform.fail_next("notifications", PlatformUnavailable("refused"))
         world.platform.close_connections(PlatformUnavailable("closed with 1012"))
-        await asyncio.sleep(0.1)
-        assert measured(board, "notifications_connected") == 0
+        await until(lambda: measured(board, "notifications_connected") == 0)
         assert measured(board, 'degraded{component="notifications"}') == 1
         await done_by("poll", within=6)
         await until(lambda: engine.notifications.view().connected)

@@ -13,6 +13,7 @@ from tests.conformance.test_vmm_client import spec
 from tests.dstack_double import DstackDouble
 from tests.network.real_api import KEYS, running_real_api
 from tests.security.tap import Tap
+from waiting import until
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
@@ -113,5 +114,4 @@ async def test_what_answers_in_a_cvm_s_place_is_read_for_2_mib_before_it_has_sho
             await dial(callee, resume=False, judge=judge, pace=SessionPace())
         assert closed.value.sent is not None
         assert closed.value.sent.code == 1009
-        while not codes:
-            await asyncio.sleep(0.001)
+        await until(lambda: codes)

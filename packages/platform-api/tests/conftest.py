@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 import uvicorn
 from running_api import Api, Server
+from waiting import until
 
 from platform_api.app import make_app, make_token
 from platform_api.config import ApiSettings
@@ -34,8 +35,7 @@ async def api(tmp_path: Path, lease_term: float) -> AsyncIterator[Api]:
     server = Server(config)
     async with aiohttp.ClientSession() as http, asyncio.TaskGroup() as tasks:
         tasks.create_task(server.serve(sockets=[listener]))
-        while not server.started:
-            await asyncio.sleep(0.01)
+        await until(lambda: server.started)
         database = await Database.open(url)
         async with database.write() as connection:
             token = await make_token(connection, "test")

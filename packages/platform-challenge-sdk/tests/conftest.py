@@ -65,7 +65,7 @@ async def serve(port: int, user_config: UserConfig, tmp_path: Path) -> AsyncIter
                 try:
                     _, writer = await asyncio.open_connection("127.0.0.1", port)
                 except ConnectionRefusedError:
-                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)  # it begins to listen in some turn of this loop
                 else:
                     writer.close()
                     break

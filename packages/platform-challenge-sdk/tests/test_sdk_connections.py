@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from waiting import until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from platform_challenge_sdk import Challenge, Context
@@ -198,17 +199,17 @@ class TestConnections:
         self, serve: Serve, challenge: Challenge
     ) -> None:
         """By the next line, or at the latest before the result; the result itself is never among them."""
-        began, said, finish = threading.Event(), threading.Event(), threading.Event()
+        began, away, said, finish = (threading.Event() for _ in range(4))
 
         @challenge.on_job()
         def job(ctx: Context, payload: dict[str, Any]) -> int:
             del payload
             began.set()
-            said.wait(20)
+            away.wait(20)
             for line in "abcde":
                 ctx.log.info(line)
             ctx.progress(50, "nor here")
-            said.clear()
+            said.set()
             finish.wait(20)
             ctx.log.info("somebody is there again")
             return 1
@@ -217,19 +218,15 @@ class TestConnections:
         await validator.start()
         job_id = await validator.execute()
         await validator.expect(JobProgress)
-        while not began.is_set():
-            await asyncio.sleep(0.001)
+        assert await asyncio.to_thread(began.wait, 20)
         await validator.send(Ping(n=1))
         await validator.expect(Pong)
         await validator.drop()
-        while server._live is not None:
-            await asyncio.sleep(0)
-        said.set()
-        while said.is_set():
-            await asyncio.sleep(0.001)
+        await until(lambda: server._live is None)
+        away.set()
+        assert await asyncio.to_thread(said.wait, 20)
         await validator.connect(resume=True)
-        while server._live is None:
-            await asyncio.sleep(0)
+        await until(lambda: server._live is not None)
         finish.set()
         told = await validator.expect(Log)
         assert (told.level, told.job_id) == ("warning", job_id)
@@ -241,34 +238,30 @@ class TestConnections:
         self, serve: Serve, challenge: Challenge
     ) -> None:
         """No line comes after them: the gap shows all the same."""
-        began, said, finish = threading.Event(), threading.Event(), threading.Event()
+        began, away, said, finish = (threading.Event() for _ in range(4))
 
         @challenge.on_job()
         def job(ctx: Context, payload: dict[str, Any]) -> int:
             del payload
             began.set()
-            said.wait(20)
+            away.wait(20)
             ctx.log.info("the last line")
-            said.clear()
+            said.set()
             return finish.wait(20) * 1
 
         server, validator = await serve(challenge)
         await validator.start()
         await validator.execute()
         await validator.expect(JobProgress)
-        while not began.is_set():
-            await asyncio.sleep(0.001)
+        assert await asyncio.to_thread(began.wait, 20)
         await validator.send(Ping(n=1))
         await validator.expect(Pong)
         await validator.drop()
-        while server._live is not None:
-            await asyncio.sleep(0)
-        said.set()
-        while said.is_set():
-            await asyncio.sleep(0.001)
+        await until(lambda: server._live is None)
+        away.set()
+        assert await asyncio.to_thread(said.wait, 20)
         await validator.connect(resume=True)
-        while server._live is None:
-            await asyncio.sleep(0)
+        await until(lambda: server._live is not None)
         finish.set()
         assert (await validator.expect(Log)).message == "log and progress lines lost: 1"
         await validator.expect(JobResult)
@@ -392,8 +385,7 @@ class TestConnections:
             await socket.recv()
         await asyncio.wait({sending})
         assert sending.exception() is None or size > MAX_BEGIN
-        while server._handshaking:
-            await asyncio.sleep(0)
+        await until(lambda: not server._handshaking)
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == code
         await validator.start()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 import platform_challenge_sdk
 import platform_protocol
@@ -142,8 +143,7 @@ class TestRuns:
     async def test_cancelling_a_run_kills_it(self, folder: Path) -> None:
         before = children()
         running = asyncio.ensure_future(Submission(folder, "0" * 64).run(["sleep", "50"]))
-        while children() == before:
-            await asyncio.sleep(0)
+        await until(lambda: children() != before)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             async with asyncio.timeout(60):

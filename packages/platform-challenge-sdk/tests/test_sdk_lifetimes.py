@@ -103,7 +103,7 @@ async def live(
                     _, writer = await asyncio.open_connection("127.0.0.1", port)
                     writer.close()
                     return life
-                await asyncio.sleep(0)
+                await asyncio.sleep(0)  # it begins to listen in some turn of this loop
 
         yield begin
         for life in made:
@@ -235,7 +235,7 @@ config = UserConfig(vm="pv-0123456789-7d1f5a52-6c1c-4d6e-9a57-0d9f3c1b2a44", pro
 async def main():
     server = ChallengeServer(Challenge(), config, Health("ready"), scratch=Path("/tmp"))
     serving = asyncio.ensure_future(server.serve("127.0.0.1", 0))
-    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # the server's turn, in which its last resort begins
     time.sleep(600)  # a handler that never gives the event loop back
 
 asyncio.run(main())

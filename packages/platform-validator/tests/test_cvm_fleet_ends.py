@@ -16,6 +16,7 @@ from fleet_world import (
     fleet_worlds,
 )
 from ports import free_range
+from waiting import until
 
 from platform_protocol.ids import VmName
 from platform_protocol.user_config import UserConfig
@@ -87,9 +88,7 @@ async def test_destruction_is_tried_for_ever_and_holds_the_share_until_the_vm_is
     world.vmm.removes_at_once = False
     world.fleet.destroy(cvm.name)
     world.fleet.destroy(cvm.name)
-    async with asyncio.timeout(5):
-        while not any(machine.state is VmState.REMOVING for machine in world.vmm.machines()):
-            await asyncio.sleep(0.01)
+    await until(lambda: any(machine.state is VmState.REMOVING for machine in world.vmm.machines()))
     [view] = world.fleet.views()
     assert (view.stage, view.tries) == ("destroying", 5)
     assert "stop it first" in str(view.last_error)
@@ -155,9 +154,7 @@ async def test_destruction_that_was_interrupted_goes_on(make_world: MakeWorld) -
     destroyer.give(cvm.name)
     async with asyncio.TaskGroup() as group:
         first = group.create_task(destroyer.run())
-        async with asyncio.timeout(5):
-            while world.vmm.machines()[0].state is not VmState.REMOVING:
-                await asyncio.sleep(0.01)
+        await until(lambda: world.vmm.machines()[0].state is VmState.REMOVING)
         first.cancel()
     world.vmm.finish_removals()
     async with asyncio.TaskGroup() as group:

@@ -16,6 +16,7 @@ from fleet_world import (
     caught,
     fleet_worlds,
 )
+from waiting import until
 
 from platform_protocol.ids import ClaimId, VmName
 from platform_validator.cvm import errors, probe
@@ -39,9 +40,7 @@ async def test_a_store_that_cannot_write_leaves_nothing_running(make_world: Make
     world.store.broken = {write}
     with pytest.raises(StoreUnavailable):
         await world.boot()
-    async with asyncio.timeout(5):
-        while world.vmm.machines():
-            await asyncio.sleep(0.01)
+    await until(lambda: not world.vmm.machines())
     world.store.broken = set()
     await world.nothing_is_left()
 

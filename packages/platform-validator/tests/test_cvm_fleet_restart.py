@@ -16,6 +16,7 @@ from fleet_world import (
     fleet_worlds,
     restarted,
 )
+from waiting import until
 
 from platform_protocol.ids import JobId, VmName
 from platform_protocol.session.messages import JobExecute
@@ -63,8 +64,7 @@ async def carried_on(fleet: Fleet, name: VmName) -> GuestResult | errors.CvmErro
     await fleet.restore()
     async with asyncio.TaskGroup() as group:
         running = group.create_task(fleet.run())
-        while fleet._tasks is None:
-            await asyncio.sleep(0)
+        await until(lambda: fleet._tasks is not None)
         try:
             cvm = await fleet.adopt(name, PLAN)
             return await cvm.session.execute(
@@ -119,8 +119,7 @@ async def test_what_receipts_tell_of_the_os_image_outlives_the_process(make_worl
     await fleet.restore()
     async with asyncio.TaskGroup() as group:
         running = group.create_task(fleet.run())
-        while fleet._tasks is None:
-            await asyncio.sleep(0)
+        await until(lambda: fleet._tasks is not None)
         assert (await fleet.adopt(cvm.name, PLAN)).os_image == told
         running.cancel()
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 import pytest
 from no_values import NoValues
 from ports import free_range
+from waiting import until
 
 from platform_protocol.canonical import sha256_hex
 from platform_protocol.ids import ChallengeId, ClaimId, Hotkey, JobId, VmName
@@ -117,9 +118,7 @@ class World:
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Wait for it."""
-        async with asyncio.timeout(20):
-            while not holds():
-                await asyncio.sleep(0.005)
+        await until(holds)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import until
 
 from platform_protocol.ids import JobId, LeaseToken
 from platform_protocol.session.errors import MessageInvalid
@@ -115,9 +116,7 @@ async def test_the_process_goes_with_whoever_waited_for_it() -> None:
     """The process goes with whoever waited for it."""
     before = children()
     reading = asyncio.ensure_future(read_message(message(more=[{}] * 5_000_000)))
-    async with asyncio.timeout(20):
-        while children() == before:
-            await asyncio.sleep(0.01)
+    await until(lambda: children() != before)
     reading.cancel()
     await asyncio.wait({reading})
     assert reading.cancelled()

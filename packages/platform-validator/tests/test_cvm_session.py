@@ -15,6 +15,7 @@ from session_pair import (
     lost,
     session_pairs,
 )
+from waiting import until
 
 from platform_protocol.ids import Hotkey
 from platform_protocol.session.messages import (
@@ -74,9 +75,7 @@ async def test_collateral_that_is_away_for_a_moment_loses_no_running_job(make_pa
         await pair.guest.until(lambda guest: len(guest.orders) == 1)
         pair.verdict = AttestationUnavailable("the collateral service is down")
         pair.guest.drop()
-        async with asyncio.timeout(5):
-            while len(pair.judged) < 3:
-                await asyncio.sleep(0)
+        await until(lambda: len(pair.judged) >= 3)
         pair.verdict = None
         gate.set()
     assert job.result().error is None

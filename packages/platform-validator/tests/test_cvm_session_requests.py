@@ -10,6 +10,7 @@ from session_pair import (
     MakePair,
     session_pairs,
 )
+from waiting import until
 
 from platform_protocol.session.messages import (
     JobExecute,
@@ -39,9 +40,7 @@ async def test_a_values_request_is_answered_though_its_connection_broke(make_pai
     pair.values.gate.clear()
     async with asyncio.TaskGroup() as group:
         group.create_task(pair.execute())
-        async with asyncio.timeout(5):
-            while not pair.values.asked:
-                await asyncio.sleep(0)
+        await until(lambda: pair.values.asked)
         pair.guest.drop()
         await pair.guest.until(lambda guest: guest.connections == 2)
         pair.values.gate.set()
@@ -70,11 +69,9 @@ async def test_a_guest_that_asks_faster_than_it_is_answered_has_to_wait(make_pai
         asyncio.create_task(pair.guest.ask(ValuesGet(seq=0, request_id=f"r{number}", key="k")))
         for number in range(200)
     ]
-    async with asyncio.timeout(10):
-        while len(pair.values.asked) < 64:
-            await asyncio.sleep(0)
+    await until(lambda: len(pair.values.asked) >= 64)
     for _ in range(500):
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # a turn of the loop, in which it could take more
     held = len(pair.values.asked)
     pair.values.gate.set()
     async with asyncio.timeout(20):

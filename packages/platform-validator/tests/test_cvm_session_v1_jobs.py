@@ -15,6 +15,7 @@ from deployed_challenge import DeployedChallenge, HangUp
 from old_line import PACE, line_to
 from session_pair import JOB
 from structlog.testing import capture_logs
+from waiting import until
 
 from platform_protocol.ids import JobId
 from platform_protocol.platform_messages import ReleaseReason
@@ -123,8 +124,7 @@ async def test_a_handler_that_blocks_them_for_long_costs_nothing() -> None:
         await line.ready()
         async with asyncio.timeout(50), asyncio.TaskGroup() as group:
             job = group.create_task(line.run())
-            while not any(one["type"] == "job_execute" for one in peer.heard):
-                await asyncio.sleep(0.001)
+            await until(lambda: any(one["type"] == "job_execute" for one in peer.heard))
             # A VMM that is silent meanwhile is no reason to give it up either.
             await line.session.confirm()
         assert job.result().result == {"score": 1.0}
@@ -139,8 +139,7 @@ async def test_there_is_one_job_at_a_time() -> None:
     async with line_to(peer) as line:
         await line.ready()
         first = asyncio.ensure_future(line.run())
-        while len(peer.heard) < 2:
-            await asyncio.sleep(0.001)
+        await until(lambda: len(peer.heard) >= 2)
         with pytest.raises(SessionRefused, match="beside another"):
             await line.run(job=JobId("second"))
         first.cancel()

@@ -174,7 +174,7 @@ class Bench:
         while not (running.done() or (self.clock.now_s >= 5 * count and self.clock.turn.locked())):
             await asyncio.sleep(0)
         for _ in range(20):
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # a turn of the loop: a look takes a few of them
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await running

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from fleet_world import LIMITS, PLAN, MakeWorld, fleet_worlds, restarted
+from waiting import until
 
 from platform_protocol.ids import VmName
 from platform_protocol.platform_messages import IsolationLevel
@@ -87,8 +88,7 @@ async def test_a_cvm_that_is_adopted_is_let_out_again_by_the_policy_of_now(make_
     assert gate.journal == []
     async with asyncio.TaskGroup() as group:
         running = group.create_task(fleet.run())
-        while not fleet.running:
-            await asyncio.sleep(0)
+        await until(lambda: fleet.running)
         await fleet.adopt(cvm.name, replace(PLAN, network=HOSTS))
         running.cancel()
     assert gate.journal == ["allow:api.example.com"]

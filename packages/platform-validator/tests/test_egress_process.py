@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from egress_world import PUBLIC, SECRET, VM, World, authorization, world
+from waiting import until
 
 from platform_protocol.ids import VmName
 from platform_protocol.spec import NetworkSpec
@@ -401,11 +402,9 @@ async def test_a_port_that_is_taken_is_said_and_waited_for(tmp_path: Path) -> No
     supervisor = EgressSupervisor(settings, clock=SystemClock())
     running = asyncio.ensure_future(supervisor.run())
     async with asyncio.timeout(60):
-        while f"127.0.0.1:{port}" not in (supervisor.error or ""):
-            await asyncio.sleep(0.02)
+        await until(lambda: f"127.0.0.1:{port}" in (supervisor.error or ""))
         taken.close()
-        while supervisor.listen is None:
-            await asyncio.sleep(0.02)
+        await until(lambda: supervisor.listen is not None)
     running.cancel()
     await asyncio.wait({running})
 

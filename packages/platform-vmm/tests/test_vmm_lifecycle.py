@@ -81,7 +81,7 @@ async def test_while_it_boots_a_vm_is_running_never_exited(guests: Guests) -> No
     machine = guests.create(["sleep", "60"])
     seen = {machine.state}
     while machine.boot_progress != "done":
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # each turn of the loop is looked at
         seen.add(machine.state)
     assert seen == {"running"}
     words = [event["body"] for event in machine.events if event["event"] == "boot.progress"]
@@ -164,7 +164,7 @@ async def test_removal_works_at_every_moment_of_a_boot(guests: Guests) -> None:
     for word in ("booting", "initializing data disk", "setting up docker", "starting containers", "done"):
         machine = guests.create(["sleep", "60"])
         while word not in [event["body"] for event in machine.events]:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # each turn of the loop: the moment itself, and not one after it
         await guests.remove(machine)
         assert not machine.folder.exists()
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
 import pytest
 from running_vmm import Vmm, compose
+from waiting import until
 
 from platform_vmm.errors import VmmError
 
@@ -81,9 +81,7 @@ async def test_outside_the_compose_subset_is_a_boot_error_that_names_the_key(
         if "image" not in service and "command" not in service
         else _with(vmm, service)
     )
-    async with asyncio.timeout(10):
-        while key not in vmm.info(machine.id)["info"]["boot_error"]:
-            await asyncio.sleep(0.02)
+    await until(lambda: key in vmm.info(machine.id)["info"]["boot_error"])
 
 
 def _with(vmm: Vmm, service: dict[str, Any]) -> str:

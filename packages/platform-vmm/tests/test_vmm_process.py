@@ -323,7 +323,7 @@ async def test_after_kill_9_in_the_middle_of_boots_nothing_lives(serve: Any) -> 
     for wait in range(6):
         async with serve() as vmm:
             made = [await vmm.create("sleep", "600") for _ in range(3)]
-            await asyncio.sleep(wait * 0.02)
+            await asyncio.sleep(wait * 0.02)  # no event marks these moments
             await vmm.end(signal.SIGKILL)
             await until(lambda: not _processes(vmm.state))
             for identity in made:

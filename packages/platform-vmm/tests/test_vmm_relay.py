@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+from waiting import until
 
 from platform_vmm.sandbox.relay import Relay
 
@@ -34,8 +35,7 @@ async def test_a_guest_holds_so_many_connections_and_no_more() -> None:
         stack.push_async_callback(relay.close)
         held = [await asyncio.open_connection(*address) for _ in range(2)]
         async with asyncio.timeout(20):
-            while len(reached) < 2:
-                await asyncio.sleep(0)
+            await until(lambda: len(reached) >= 2)
             reader, writer = await asyncio.open_connection(*address)
             with contextlib.suppress(ConnectionError):
                 assert await reader.read() == b""

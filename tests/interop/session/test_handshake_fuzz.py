@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
+from waiting import until
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed, WebSocketException
@@ -179,8 +180,7 @@ class ServedSdk:
 
     async def free(self) -> None:
         """Wait until no handshake is pending: one that was cut off is noticed a moment later."""
-        while self.server._handshaking:
-            await asyncio.sleep(0)
+        await until(lambda: not self.server._handshaking)
 
     def _connect(self) -> connect:
         return connect(

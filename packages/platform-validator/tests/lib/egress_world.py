@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from ports import free_port
+from waiting import until
 
 from platform_protocol.ids import VmName
 from platform_protocol.spec import NetworkSpec
@@ -136,9 +137,7 @@ class World:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for the proxy's next words."""
-        async with asyncio.timeout(30):
-            while not condition():
-                await asyncio.sleep(0.02)
+        await until(condition)
 
 
 def authorization(vm: str = VM, secret: bytes = SECRET) -> str:
@@ -180,9 +179,7 @@ async def world(
     made = World(supervisor, nameserver, trust, tried, requests)
     made.proxy_url = supervisor.allow(VM, SECRET, NetworkSpec(hosts=list(hosts)))
     try:
-        async with asyncio.timeout(60):
-            while supervisor.listen is None:
-                await asyncio.sleep(0.02)
+        await until(lambda: supervisor.listen is not None)
         yield made
     finally:
         running.cancel()

@@ -1,0 +1,21 @@
+"""Waiting for what another task, thread or process makes true and tells nobody of."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+_LOOK_S = 0.005
+
+
+async def until(holds: Callable[[], object], within: float = 30.0) -> None:
+    """Look until it is so. This is where tests sleep: nothing of what they wait for is an event of theirs.
+
+    Raises:
+        AssertionError: It was not so within so many seconds, which are many, since machines can be busy.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + within
+    while not holds():
+        assert loop.time() < deadline, f"it was not so within {within:g} s"
+        await asyncio.sleep(_LOOK_S)
