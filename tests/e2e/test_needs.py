@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = [*ROOT.glob("packages/*/tests/**/*.py"), *ROOT.glob("tests/**/*.py")]
-NODE = (
-    "packages/platform-challenge-sdk/tests/test_sdk_syscalls.py"
-    "::TestOrdinaryPrograms::test_node_with_workers_children_and_sockets"
-)
+TESTS = {*ROOT.glob("packages/*/tests/**/*.py"), *ROOT.glob("tests/**/*.py")} - {Path(__file__)}
+TEST = """
+import pathlib, pytest
+@pytest.mark.needs("{need}", why="it is run")
+def test_it():
+    pathlib.Path("{begun}").touch()
+"""
 
 
 def needed() -> set[str]:
@@ -41,18 +43,25 @@ def test_no_test_skips_itself_for_a_program() -> None:
 
 
 @pytest.mark.slow(reason="starts pytest")
-@pytest.mark.parametrize(("environment", "code"), [({}, 0), ({"CI": "true"}, 1)], ids=["somebody's own", "CI"])
-def test_a_need_that_is_not_met_skips_or_fails(tmp_path: Path, environment: dict[str, str], code: int) -> None:
-    """A test of submissions in JavaScript, where there is no Node.js."""
+@pytest.mark.parametrize(
+    ("environment", "code"), [({}, 0), ({"CI": "true"}, 1)], ids=["one's own machine", "CI"]
+)
+@pytest.mark.parametrize("need", ["no-such-program", "libnosuch.so.1"])
+def test_a_need_that_is_not_met_skips_or_fails(
+    tmp_path: Path, environment: dict[str, str], code: int, need: str
+) -> None:
+    """It says what is missing, and that `make test` has it; the test itself is never begun."""
+    (tmp_path / "test_it.py").write_text(TEST.format(need=need, begun=tmp_path / "begun"))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", NODE],
+        [sys.executable, "-m", "pytest", "-q", "-c", "pyproject.toml", "-p", "conftest", tmp_path],
         cwd=ROOT,
-        env={"PATH": str(tmp_path), **environment},
+        env={"PATH": "/usr/bin", **environment},
         capture_output=True,
         text=True,
         timeout=100,
         check=False,
     )
     assert done.returncode == code, done.stdout + done.stderr
-    assert "needs node: 'make test', run as root, has all that tests need" in done.stdout
+    assert f"needs {need} (it is run): 'make test', run as root, has all that tests need" in done.stdout
     assert ("1 skipped" in done.stdout, "1 error" in done.stdout) == (code == 0, code == 1)
+    assert not (tmp_path / "begun").exists()
