@@ -1,4 +1,4 @@
-"""For all tests: what one needs of the machine, and `pytest --robustness 12`, the tests of a case of failures."""
+"""What a test needs of the machine; and `pytest --robustness 12`: the tests of a case of failures."""
 
 from __future__ import annotations
 

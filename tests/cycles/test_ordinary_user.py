@@ -55,7 +55,7 @@ def user() -> Iterator[User]:
             if subprocess.run(check, env=environment, capture_output=True, check=False).returncode == 0:
                 yield User(command, environment, folder)
                 return
-        pytest.skip("no Python of this version that another user could run")
+        pytest.skip("this Python, or the checkout, lies where no other user may look")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,6 @@ from fallback_house import House
 from platform_challenge_sdk import landlock
 from platform_challenge_sdk.containment import Facts, choose
 from platform_challenge_sdk.errors import ContainmentUnavailable
-
 
 DOCKER = pytest.param("docker", marks=pytest.mark.needs("root", why="root in a container is played by root"))
 

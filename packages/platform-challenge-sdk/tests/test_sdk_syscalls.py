@@ -217,7 +217,7 @@ class TestOrdinaryPrograms:
         assert outcome.text.splitlines() == ["[0, 1, 4]", "9", "TCP", "child 16", "wal", "25"]
 
     def test_a_static_binary_of_glibcs(self, folder: Path) -> None:
-        """ldconfig is one, so that it can mend a system whose libraries are broken."""
+        """Such as ldconfig, which must work where libraries are broken."""
         outcome = self.run(folder, "/sbin/ldconfig", "--version")
         assert outcome.exit == 0
         assert outcome.text.startswith("ldconfig (")

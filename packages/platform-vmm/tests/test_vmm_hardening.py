@@ -234,7 +234,7 @@ async def test_a_vmm_that_stops_reading_does_not_keep_its_guests_alive(bench: Be
         assert not Path(f"/proc/{sandbox.pid}").exists()
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.needs("root")
 async def test_a_stage_that_is_killed_while_bubblewrap_starts_leaves_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,7 +41,7 @@ thread:
 
 
 def two_threads() -> bytes:
-    """An x86-64 ELF whose thread, made by clone as Go's runtime makes its own, says `thread` before `main`."""
+    """An x86-64 ELF: its thread, made by clone as in Go's runtime, says `thread`, and then it says `main`."""
     size = len(_assembled(0))
     code = _assembled(_BASE + _HEADERS + size)
     body = code + _TEXT + b"\0"
