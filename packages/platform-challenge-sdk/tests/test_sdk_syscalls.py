@@ -88,6 +88,7 @@ class TestVerdicts:
                 assert found == REFUSE | errno.EAFNOSUPPORT, family
             assert verdict(pairs, known["socketpair"], 1, 1, audit=audit) == ALLOW
         assert verdict(program, known["ioctl"], 0, 0x5412, audit=audit) == REFUSE | errno.EPERM
+        assert verdict(program, known["fcntl"], 3, 1024, 1, audit=audit) == REFUSE | errno.EPERM
 
     def test_the_limit_of_core_files_can_be_read_and_not_set(self, machine: str) -> None:
         known, audit = numbers(machine), AUDIT[machine]

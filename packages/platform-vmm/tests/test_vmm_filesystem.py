@@ -92,7 +92,7 @@ async def test_denied_paths_show_nothing_whatever_way_they_are_reached(guests: G
         PROBE
         + """
 import subprocess
-inner = ['bwrap', '--unshare-all', '--ro-bind', '/usr', '/usr', '--symlink', 'usr/lib', '/lib', '--symlink',
+inner = ['bwrap', '--unshare-user', '--ro-bind', '/usr', '/usr', '--symlink', 'usr/lib', '/lib', '--symlink',
          'usr/lib64', '/lib64', '--proc', '/proc', '/usr/bin/ls', '/usr/share', '/usr/bin/env']
 nested = subprocess.run(inner, capture_output=True, text=True)
 libc = ctypes.CDLL(None, use_errno=True)
@@ -166,7 +166,7 @@ async def test_a_writable_root_still_nests_and_still_hides(guests: Guests) -> No
         PROBE
         + """
 import subprocess
-inner = ['bwrap', '--unshare-all', '--ro-bind', '/usr', '/usr', '--symlink', 'usr/lib', '/lib', '--symlink',
+inner = ['bwrap', '--unshare-user', '--ro-bind', '/usr', '/usr', '--symlink', 'usr/lib', '/lib', '--symlink',
          'usr/lib64', '/lib64', '/usr/bin/true']
 tell(nested=subprocess.run(inner).returncode,
      hidden=[read('/usr/share'), write('/usr/share/x'), read('/etc/group')])

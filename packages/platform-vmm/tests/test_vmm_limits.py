@@ -100,6 +100,24 @@ os.kill(-1, 9)
     assert 50 < made <= 128
 
 
+async def test_the_control_groups_that_limit_a_guest_cannot_be_mounted_in_it(guests: Guests) -> None:
+    """Where the VMM is an ordinary user their files would be the guest's own: it could lift its limits."""
+    found = await guests.run("""
+import ctypes, errno, json, os
+libc = ctypes.CDLL(None, use_errno=True)
+def outcome(result): return 'done' if result == 0 else errno.errorcode[ctypes.get_errno()]
+found = {'own': outcome(libc.unshare(0x12020000))}
+libc.unshare(0x10020000)
+for kind, options in ((b'cgroup2', b''), (b'cgroup', b'memory'), (b'cgroup', b'pids')):
+    found[(kind + options).decode()] = outcome(libc.mount(b'none', b'/tmp', kind, 0, options))
+print(json.dumps(found | {'tmpfs': outcome(libc.mount(b'none', b'/tmp', b'tmpfs', 0, b''))}))
+""")
+    assert found.pop("own") == "ENOSPC"
+    assert found.pop("tmpfs") == "done"
+    assert found["cgroup2"] == "EPERM"
+    assert "done" not in found.values()
+
+
 async def test_tmpfs_of_the_compose_file_is_a_writable_place_on_the_same_disk(guests: Guests) -> None:
     """`tmpfs: [/scratch]` adds a place, not a disk."""
     found = await guests.run(

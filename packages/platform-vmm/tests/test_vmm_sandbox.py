@@ -88,7 +88,7 @@ for name, family, kind, proto in (('ipv6', socket.AF_INET6, socket.SOCK_STREAM, 
 async def test_a_second_sandbox_nests_inside_with_its_own_view(bench: Bench) -> None:
     script = """
 import subprocess
-args = ['bwrap', '--unshare-all', '--unshare-user', '--uid', '0', '--gid', '0', '--disable-userns', '--die-with-parent',
+args = ['bwrap', '--unshare-user', '--unshare-pid', '--unshare-ipc', '--unshare-net', '--uid', '0', '--gid', '0', '--disable-userns', '--die-with-parent',
  '--cap-drop', 'ALL', '--ro-bind', '/usr', '/usr', '--symlink', 'usr/bin', '/bin', '--symlink', 'usr/lib', '/lib',
  '--symlink', 'usr/lib64', '/lib64', '--proc', '/proc', '--dev', '/dev', '/bin/sh', '-c', 'echo $(ls -d /proc/[0-9]*); ls /dstack /opt 2>&1']
 done = subprocess.run(args, capture_output=True, text=True); print(done.stdout, done.stderr)

@@ -85,6 +85,11 @@ class TestVerdicts:
         for request in (0x5412, 0x541C, 0x5412 | 1 << 32):
             assert verdict(program, call, 0, request, audit=audit) == REFUSE | errno.EPERM
 
+    def test_no_lease_keeps_others_from_opening_a_file(self, machine: str) -> None:
+        program, audit, call = guest_filter(machine) or b"", AUDIT[machine], allowed(machine)["fcntl"]
+        assert verdict(program, call, 3, 1024, 1, audit=audit) == REFUSE | errno.EPERM
+        assert {verdict(program, call, 3, known, audit=audit) for known in (0, 6, 1025, 1030)} == {ALLOW}
+
     def test_the_limit_of_core_dumps_can_be_asked_for_and_not_changed(self, machine: str) -> None:
         """Said to be done, so that a program that sets it to 0 goes on; another limit is really set."""
         program, audit, calls = guest_filter(machine) or b"", AUDIT[machine], allowed(machine)
@@ -138,6 +143,7 @@ def gate():
 print(json.dumps({{
     'refused': sorted({{call(number, -1, -1, -1, -1, -1) for number in {numbers}}}),
     'absent': [call(number, 0, 0, 0, 0, 0) for number in (206, 425, 428, 430, 432, 435, 467, 999)],
+    'lease': [call(72, os.open('/tmp/own', os.O_CREAT | os.O_RDONLY), 1024, kind) for kind in (0, 1)],
     'pairs': [call(53, family, 1, 0, 0) for family in (2, 16, 30, 40)],
     'gate': dies(gate),
     'tty': [call(16, 0, 0x5412, 0), call(16, 0, 0x541C, 0)],
@@ -148,6 +154,7 @@ print(json.dumps({{
     assert found == {
         "refused": ["EPERM"],
         "absent": ["ENOSYS"] * 8,
+        "lease": ["EPERM"] * 2,
         "pairs": ["EAFNOSUPPORT"] * 4,
         "gate": -31,
         "tty": ["EPERM", "EPERM"],

@@ -26,8 +26,6 @@ MIB = 1024 * 1024
 STAGE: Path = contained._STAGE
 RUN = submission.run_contained
 ARGUMENTS, RLIMITS = recipe.Order.arguments, recipe.Order.rlimits
-NO_PIDS = ["--unshare-ipc", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
-NO_NET = ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
 
 
 def edited(*changes: tuple[str, str]) -> Path:
@@ -47,14 +45,9 @@ def arguments(change: Callable[[list[str]], list[str]]) -> None:
     recipe.Order.arguments = lambda self, *given: change(ARGUMENTS(self, *given))
 
 
-def swapped(word: str, instead: list[str]) -> Callable[[list[str]], list[str]]:
-    """Without one argument, and with others in its place."""
-
-    def change(words: list[str]) -> list[str]:
-        at = words.index(word)
-        return words[:at] + instead + words[at + 1 :]
-
-    return change
+def without(word: str) -> Callable[[list[str]], list[str]]:
+    """Without one argument."""
+    return lambda words: [one for one in words if one != word]
 
 
 def capable(words: list[str]) -> list[str]:
@@ -99,9 +92,9 @@ def widen(guard: str, order: Any) -> Any:  # noqa: PLR0912 - a case for each gua
                 ('_checked(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "subreaper")', "pass"),
                 ("        self._reap_all()\n", ""),
             )
-            arguments(swapped("--unshare-all", NO_PIDS))
+            arguments(without("--unshare-pid"))
         case "network of its own":
-            arguments(swapped("--unshare-all", NO_NET))
+            arguments(without("--unshare-net"))
         case "output of a run":
             return replace(order, output=200 * MIB)
         case "text that is no UTF-8":

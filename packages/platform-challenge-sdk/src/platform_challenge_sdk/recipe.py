@@ -78,9 +78,10 @@ class Order:
 
     def arguments(self, room: str, files: Mapping[str, int], seccomp: int) -> list[str]:
         """bubblewrap's, up to the command."""
-        words = ["--unshare-all", "--unshare-user", "--uid", str(_UID), "--gid", str(_UID)]
+        words = ["--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts"]
         # With an egress proxy the network namespace is the stage's, where the relay listens.
-        words += [] if self.egress is None else ["--share-net"]
+        words += ["--unshare-net"] if self.egress is None else []
+        words += ["--uid", str(_UID), "--gid", str(_UID)]
         words += ["--disable-userns", "--cap-drop", "ALL", "--die-with-parent", "--new-session"]
         words += ["--hostname", "submission", "--clearenv", "--seccomp", str(seccomp)]
         environment = _environment(_WORKSPACE, _SCRATCH)

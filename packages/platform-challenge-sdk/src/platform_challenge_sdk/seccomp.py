@@ -25,6 +25,7 @@ _NEW_NAMESPACES = 0x7E020000
 _UNIX, _INET, _INET6, _NETLINK = 1, 2, 10, 16
 _STREAM, _SEQPACKET, _TYPE_BITS = 1, 5, 0xF
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
+_F_SETLEASE = 1024
 _RLIMIT_CORE = 4
 _DONE = _ERRNO
 """The call is not made, and answers 0."""
@@ -112,14 +113,17 @@ def _checked(walls: Walls) -> dict[str, list[bytes]]:
         socket += _when(_EQUAL, family, _ALLOW)
     socket += [_jump(_EQUAL, _NETLINK, yes=1), no_family, _load(_argument(2))]
     socket += [*_when(_EQUAL, 0, _ALLOW), no_family]
-    ioctl = [_load(_argument(1))]
+    ioctl, fcntl = [_load(_argument(1))], [_load(_argument(1))]
     for request in (_TIOCSTI, _TIOCLINUX):
         ioctl += _when(_EQUAL, request, _ERRNO | errno.EPERM)
+    # A lease on a file that is shared keeps others from opening it.
+    fcntl += _when(_EQUAL, _F_SETLEASE, _ERRNO | errno.EPERM)
     new_namespaces = _when(_ANY_BIT, _NEW_NAMESPACES, _ERRNO | errno.EPERM)
     checked = {
         "clone": [_load(_argument(0)), *new_namespaces, _give(_ALLOW)],
         "socket": socket,
         "ioctl": [*ioctl, _give(_ALLOW)],
+        "fcntl": [*fcntl, _give(_ALLOW)],
         "setrlimit": [_load(_argument(0)), *_when(_EQUAL, _RLIMIT_CORE, _DONE), _give(_ALLOW)],
         "prlimit64": [*([] if walls.identity else _own_process()), *_no_core_limit()],
         "socketpair": [_load(_argument(0)), _jump(_EQUAL, _UNIX, yes=1), no_family, *_pairs(walls)],

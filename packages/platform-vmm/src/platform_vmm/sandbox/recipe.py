@@ -24,11 +24,15 @@ NAMESPACES = {
     "pid": 128,
     "ipc": 128,
     "uts": 128,
-    "cgroup": 128,
+    "cgroup": 1,
     "net": 64,
     "time": 8,
 }
-"""How many namespaces a guest may hold at once: enough for nested sandboxes, not for a flood of them."""
+"""How many namespaces a guest may hold at once: enough for nested sandboxes, not for a flood of them.
+
+Of cgroup namespaces only the one it begins in: in a second one it could mount the control groups, and where
+the VMM is an ordinary user their files, limits included, would be its own.
+"""
 _INODES = 65_536
 _INODE_BYTES = 4096
 """A disk has one inode for so many bytes, up to _INODES: a file of its own takes a page of the kernel's."""

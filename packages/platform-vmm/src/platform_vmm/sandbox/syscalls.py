@@ -26,6 +26,8 @@ _FAMILIES = (1, 2, 10)
 _RLIMIT_CORE = 4
 _TERMINAL_INPUT = (0x5412, 0x541C)
 """TIOCSTI and TIOCLINUX put words into a terminal that somebody else reads."""
+_SET_LEASE = 1024
+"""F_SETLEASE lets the owner of a file keep others from opening it, for 45 s each time. Guests share files."""
 
 
 def guest_filter(machine: str | None = None) -> bytes | None:
@@ -44,7 +46,8 @@ def guest_filter(machine: str | None = None) -> bytes | None:
     checked = {
         "socket": _socket(),
         "socketpair": _socketpair(),
-        "ioctl": _ioctl(),
+        "ioctl": _without(_TERMINAL_INPUT),
+        "fcntl": _without((_SET_LEASE,)),
         "setrlimit": _core(0),
         "prlimit64": _core(1, 2),
     }
@@ -74,9 +77,10 @@ def _socketpair() -> list[bytes]:
     return [*block, _give(_REFUSE | errno.EAFNOSUPPORT)]
 
 
-def _ioctl() -> list[bytes]:
+def _without(requests: tuple[int, ...]) -> list[bytes]:
+    """All that the second argument can ask for but these."""
     block = [_step(_LOAD, _argument(1))]
-    for request in _TERMINAL_INPUT:
+    for request in requests:
         block += _when(_EQUAL, request, _REFUSE | errno.EPERM)
     return [*block, _give(_ALLOW)]
 
