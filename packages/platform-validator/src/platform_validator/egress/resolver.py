@@ -7,10 +7,13 @@ import ipaddress
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import islice
+from typing import Any
 
 import dns.asyncresolver
 import dns.exception
+import dns.message
 import dns.nameserver
+import dns.query
 import dns.rdata
 import dns.rdataclass
 import dns.rdatatype
@@ -23,6 +26,8 @@ WITHIN = 5.0
 """Seconds for a name, however many servers there are."""
 _CACHED = 1000
 """Answers. Of each only the first MOST addresses are kept: whoever owns a name can answer with 64 KiB."""
+_MAX_ANSWER = 4096
+"""Bytes of an answer over TCP: reading 64 KiB would keep this process, and every CVM's bytes, for a while."""
 _KINDS = (dns.rdatatype.A, dns.rdatatype.AAAA)
 _Failure = dns.exception.DNSException | OSError | EOFError | ValueError
 
@@ -40,10 +45,11 @@ class Resolver:
             dns.rdata.get_rdata_class(dns.rdataclass.IN, kind)  # type: ignore[no-untyped-call]  # theirs
         self._resolver = dns.asyncresolver.Resolver(configure=False)
         if servers:
-            self._resolver.nameservers = [dns.nameserver.Do53Nameserver(*server) for server in servers]
+            self._resolver.nameservers = [_Nameserver(*server) for server in servers]
         else:
             try:
                 self._resolver.read_resolv_conf("/etc/resolv.conf")
+                self._resolver.nameservers = [_Nameserver(str(each)) for each in self._resolver.nameservers]
             except (OSError, dns.resolver.NoResolverConfiguration):
                 self._resolver.nameservers = []
         self._resolver.lifetime = WITHIN
@@ -90,3 +96,36 @@ class Resolver:
         if len(self._known) > _CACHED:
             self._known.popitem(last=False)
         return found
+
+
+class _Nameserver(dns.nameserver.Do53Nameserver):
+    """One whose answers are short. An answer that did not fit into a datagram is asked for over TCP."""
+
+    async def async_query(
+        self,
+        request: dns.message.QueryMessage,
+        timeout: float,
+        source: str | None,
+        source_port: int,
+        max_size: bool,
+        backend: Any,
+        one_rr_per_rrset: bool = False,
+        ignore_trailing: bool = False,
+    ) -> dns.message.Message:
+        if not max_size:
+            return await super().async_query(
+                request, timeout, source, source_port, max_size, backend, one_rr_per_rrset, ignore_trailing
+            )
+        async with asyncio.timeout(timeout):
+            reader, writer = await asyncio.open_connection(self.address, self.port)
+            try:
+                writer.write(request.to_wire(prepend_length=True))
+                size = int.from_bytes(await reader.readexactly(2))
+                if size > _MAX_ANSWER:
+                    raise EOFError(f"expected an answer of at most {_MAX_ANSWER} bytes")
+                answer = dns.message.from_wire(await reader.readexactly(size))
+            finally:
+                writer.close()
+        if not request.is_response(answer):
+            raise dns.query.BadResponse
+        return answer
