@@ -40,7 +40,7 @@ _DESCRIPTORS = 1 << 20
 _RESERVE = 16 * 1024 * 1024  # of a disk without a cap of its own, this stays free
 _SAMPLE = 0.05
 _HELPER_MS = 3000
-_NOT_FOUND = 127
+_NOT_FOUND, _SIGNALLED = 127, 128
 _OF_THE_COMMAND = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ENOEXEC, errno.ELOOP, errno.ENAMETOOLONG}
 _OF_THE_COMMAND |= {errno.EISDIR, errno.E2BIG}
 _SHARE = 20  # looking takes at most a twentieth of one core
@@ -144,6 +144,8 @@ class Stage:
         if told.startswith(b"failed"):
             raise Failed(told.decode("utf-8", "replace"))
         ended = not told if self._confined is not None else b"exit-code" in told
+        # Where small processes fill the kernel's memory it may kill bubblewrap, and the run ends with it.
+        ended = ended or (code > _SIGNALLED and b"child-pid" in told)
         return {
             "code": code,
             "killed_by": killed_by,
@@ -246,7 +248,7 @@ class Stage:
         _, status = os.waitpid(child, 0)
         os.close(pidfd)
         code = os.waitstatus_to_exitcode(status)
-        return killed_by, code if code >= 0 else 128 - code
+        return killed_by, code if code >= 0 else _SIGNALLED - code
 
     def _memory(self) -> int:
         """Bytes of the whole tree: anonymous and shared pages, counted once where the kernel tells (PSS)."""
