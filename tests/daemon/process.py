@@ -8,10 +8,9 @@ import os
 import secrets
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,11 +95,3 @@ class Daemon:
             timeout=50,
             check=False,
         )
-
-
-def until(what: str, holds: Callable[[], bool], seconds: float = 30) -> None:
-    """Wait for a condition; fail when it does not come to hold."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"not {what} within {seconds} s"
-        time.sleep(0.05)

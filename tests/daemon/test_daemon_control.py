@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.daemon.process import BIN, Daemon, until
+from tests.daemon.process import BIN, Daemon
+from waiting import wait_until
 
 from platform_protocol.signing import Keypair
 from platform_validator.daemon.run import Exit
@@ -54,7 +55,7 @@ def daemon(tmp_path: Path) -> Daemon:
 
 def up(daemon: Daemon) -> None:
     """It runs, whether or not anything answers."""
-    until("up", lambda: daemon.health().get("status") in ("ok", "degraded"))
+    wait_until("up", lambda: daemon.health().get("status") in ("ok", "degraded"))
 
 
 @pytest.mark.slow(reason="starts the daemon")
@@ -64,13 +65,13 @@ def test_the_service_manager_hears_of_start_reload_and_end_whatever_the_network_
     """Ready once recovered and listening, though neither Platform API nor VMM answers; fed meanwhile."""
     daemon.more = {"NOTIFY_SOCKET": str(manager.path), "WATCHDOG_USEC": "1000000"}
     with daemon.running(daemon.folder / "log") as process:
-        until("ready", lambda: manager.heard("READY=1") == 1)
+        wait_until("ready", lambda: manager.heard("READY=1") == 1)
         assert daemon.health()["status"] == "degraded"
-        until("fed", lambda: manager.heard("WATCHDOG=1") >= 3)
+        wait_until("fed", lambda: manager.heard("WATCHDOG=1") >= 3)
         why = "STATUS=degraded, 0 jobs: notifications, platform_api, vmm failing"
-        until("told why", lambda: manager.heard(why) > 0)
+        wait_until("told why", lambda: manager.heard(why) > 0)
         process.send_signal(signal.SIGHUP)
-        until("reloaded", lambda: manager.heard("READY=1") == 2)
+        wait_until("reloaded", lambda: manager.heard("READY=1") == 2)
         assert manager.told.index("RELOADING=1") < len(manager.told) - manager.told[::-1].index("READY=1")
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == Exit.DRAINED
@@ -101,11 +102,11 @@ def test_a_reload_applies_what_can_be_and_nothing_of_a_wrong_file(daemon: Daemon
         assert slots() == 2
         config.write_text("[jobs]\nmax_concurrent = 1\n[resource_limits]\nmax_cvms = 5\n")
         process.send_signal(signal.SIGHUP)
-        until("reloaded", lambda: slots() == 1)
+        wait_until("reloaded", lambda: slots() == 1)
         assert json.loads(daemon.command("status", "--json").stdout)["quota"]["cvms"]["limit"] == 5
         config.write_text("[jobs]\nmax_concurrent = 4\nmax_concurent = 4\n")
         process.send_signal(signal.SIGHUP)
-        until("refused", lambda: "reload_refused" in (daemon.folder / "log").read_text())
+        wait_until("refused", lambda: "reload_refused" in (daemon.folder / "log").read_text())
         config.write_text("")
         refused = subprocess.run(
             [str(BIN / "validator"), "reload"],
@@ -194,17 +195,17 @@ def test_a_hotkey_that_another_instance_uses_ends_the_older_with_exit_code_5(tmp
         return bool(daemon.health().get("components", {}).get("notifications") == "ok")
 
     with platform_api(older, tmp_path), older.running(tmp_path / "older.log") as first:
-        until("notified", lambda: notified(older))
+        wait_until("notified", lambda: notified(older))
         with newer.running(tmp_path / "newer.log") as second:
-            until(
+            wait_until(
                 "ended by the newer one, which runs",
                 lambda: first.poll() is not None or second.poll() is not None,
-                seconds=50,
+                within=50,
             )
             assert second.poll() is None, (tmp_path / "newer.log").read_text()[-2000:]
             assert first.poll() == Exit.HOTKEY_IN_USE
             assert "hotkey_in_use" in (tmp_path / "older.log").read_text()
-            until("notified", lambda: notified(newer))
+            wait_until("notified", lambda: notified(newer))
             second.terminate()
             assert second.wait(30) == Exit.DRAINED
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import structlog
-from tests.daemon.process import Daemon, until
+from tests.daemon.process import Daemon
+from waiting import wait_until
 
 from platform_protocol.signing import Keypair
 from platform_validator.config import Settings, load_settings
@@ -63,7 +64,7 @@ def test_drained_is_0(daemon: Daemon, log: io.StringIO) -> None:
     """SIGTERM as soon as the daemon listens to it, in the middle of its start."""
 
     def stop() -> None:
-        until("up", lambda: daemon.health() != {})
+        wait_until("up", lambda: daemon.health() != {})
         os.kill(os.getpid(), signal.SIGTERM)
 
     stopping = threading.Thread(target=stop)

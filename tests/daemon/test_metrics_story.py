@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.daemon.process import BIN, until
+from tests.daemon.process import BIN
 from tests.daemon.process import Daemon as Process
 from tests.daemon.world import CHALLENGE, World, play
 from tests.daemon.world import until as until_virtually
+from waiting import wait_until
 
 from platform_protocol.ids import JobId, VmName
 from platform_protocol.resources import Resources
@@ -258,8 +259,8 @@ def test_a_real_daemon_tells_of_its_contact_and_its_loop(tmp_path: Path) -> None
         daemon.running(tmp_path / "log"),
     ):
         try:
-            until("it is up", lambda: daemon.health() != {}, 60)
-            until("connected", lambda: scraped()["notifications_connected"].get(()) == 1, 60)
+            wait_until("it is up", lambda: daemon.health() != {}, 60)
+            wait_until("connected", lambda: scraped()["notifications_connected"].get(()) == 1, 60)
             now = scraped()
         finally:
             server.terminate()

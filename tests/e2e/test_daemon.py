@@ -9,7 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.daemon.process import BIN, Daemon, until
+from tests.daemon.process import BIN, Daemon
+from waiting import wait_until
 
 from platform_protocol.signing import Keypair
 
@@ -51,8 +52,8 @@ def test_all_wrong_settings_are_told_at_once_with_exit_code_2(tmp_path: Path) ->
 def test_unreachable_platform_and_vmm_leave_the_daemon_up_and_degraded_with_reasons(daemon: Daemon) -> None:
     log = daemon.folder / "log"
     with daemon.running(log) as process:
-        until("degraded", lambda: daemon.health().get("status") == "degraded")
-        until(
+        wait_until("degraded", lambda: daemon.health().get("status") == "degraded")
+        wait_until(
             "both failing",
             lambda: [daemon.health()["components"][n] for n in ("platform_api", "vmm")] == ["fails"] * 2,
         )
@@ -84,7 +85,7 @@ def test_a_platform_api_that_appears_is_found_without_a_restart(daemon: Daemon, 
     )
     assert registered.returncode == 0, registered.stderr
     with daemon.running(daemon.folder / "log"):
-        until("degraded", lambda: daemon.health().get("components", {}).get("platform_api") == "fails")
+        wait_until("degraded", lambda: daemon.health().get("components", {}).get("platform_api") == "fails")
         command = [str(BIN / "platform-api"), "serve", "--database-url", url]
         listen = [
             "--listen",
@@ -96,8 +97,8 @@ def test_a_platform_api_that_appears_is_found_without_a_restart(daemon: Daemon, 
             [*command, *listen], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as api:
             try:
-                until("found", lambda: daemon.health().get("components", {}).get("platform_api") == "ok")
-                until("notified", lambda: daemon.health()["components"]["notifications"] == "ok", 40)
+                wait_until("found", lambda: daemon.health().get("components", {}).get("platform_api") == "ok")
+                wait_until("notified", lambda: daemon.health()["components"]["notifications"] == "ok", 40)
             finally:
                 api.terminate()
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 from examples.demo.ports import free_ports
-from tests.daemon.process import Daemon, until
+from tests.daemon.process import Daemon
+from waiting import wait_until
 
 pytestmark = [
     pytest.mark.slow(reason="builds the runtime image, starts the daemon and a sandbox"),
@@ -35,7 +36,7 @@ def local_vmm(folder: Path, guest_port: int) -> Iterator[tuple[Path, Path]]:
         stderr=subprocess.DEVNULL,
     ) as process:
         try:
-            until("listening", path.exists, 50)
+            wait_until("listening", path.exists, 50)
             yield path, state
         finally:
             process.send_signal(signal.SIGTERM)
@@ -60,7 +61,7 @@ def test_an_image_is_pinned_while_the_daemon_runs(tmp_path: Path) -> None:
         }
         log = tmp_path / "log"
         with daemon.running(log) as process:
-            until("up", lambda: daemon.health().get("status") in ("running", "degraded"))
+            wait_until("up", lambda: daemon.health().get("status") in ("running", "degraded"))
             asked = ["attestation", "pin", "--image", "local-sandbox", "--cpu", "1", "--memory", "256"]
             done = daemon.command(*asked, "--yes", "--json")
             assert done.returncode == 0, done.stderr + log.read_text()[-3000:]
@@ -80,7 +81,7 @@ def test_an_image_is_pinned_while_the_daemon_runs(tmp_path: Path) -> None:
             wrong = daemon.command(*asked[:2], "--image", "nothing", *asked[4:], "--yes")
             assert wrong.returncode == 1
             assert "the VMM has no image 'nothing'" in wrong.stderr
-            until("gone", lambda: json.loads(daemon.command("cvms", "list", "--json").stdout) == [])
+            wait_until("gone", lambda: json.loads(daemon.command("cvms", "list", "--json").stdout) == [])
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) == 0
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from tests.network.toxics import (
     Reset,
     Slicer,
 )
+from waiting import wait_until
 
 UP, DOWN = [Direction.UPSTREAM], [Direction.DOWNSTREAM]
 
@@ -93,13 +94,6 @@ def received(client: socket.socket, count: int) -> bytes:
     return data
 
 
-def until(what: str, holds: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"not {what} within {seconds} s"
-        time.sleep(0.005)
-
-
 def test_without_a_toxic_bytes_and_the_end_pass_both_ways(proxy: TcpProxy, echo: Echo) -> None:
     """Also more than any buffer holds; half-closed is passed on."""
     sent = random.Random(1).randbytes(3_000_000)  # noqa: S311 - any bytes
@@ -111,7 +105,7 @@ def test_without_a_toxic_bytes_and_the_end_pass_both_ways(proxy: TcpProxy, echo:
 
         threading.Thread(target=send).start()
         assert received(client, len(sent) + 1) == sent
-    until("closed", lambda: proxy.open == 0 and echo.ends == ["closed"])
+    wait_until("closed", lambda: proxy.open == 0 and echo.ends == ["closed"])
     assert (proxy.accepted, proxy.passed[Direction.UPSTREAM]) == (1, len(sent))
 
 
@@ -147,7 +141,7 @@ def test_what_a_latency_holds_passes_when_it_ends(proxy: TcpProxy) -> None:
     proxy.set(Latency(3600), directions=DOWN)
     with dial(proxy) as client:
         client.sendall(b"ping")
-        until("answered", lambda: proxy.passed[Direction.UPSTREAM] == 4)
+        wait_until("answered", lambda: proxy.passed[Direction.UPSTREAM] == 4)
         proxy.set()
         assert received(client, 4) == b"ping"
 
@@ -176,14 +170,14 @@ def test_a_black_hole_accepts_and_swallows_and_ends_with_a_reset(proxy: TcpProxy
         with dial(proxy) as late:
             late.sendall(b"lost too")
             client.sendall(b"lost")
-            until("swallowed", lambda: proxy.swallowed[Direction.UPSTREAM] == 12)
+            wait_until("swallowed", lambda: proxy.swallowed[Direction.UPSTREAM] == 12)
             client.settimeout(0.05)
             with pytest.raises(TimeoutError):
                 client.recv(10)
             gone = dial(proxy)
-            until("accepted", lambda: proxy.accepted == 4)
+            wait_until("accepted", lambda: proxy.accepted == 4)
             gone.close()
-            until("four open", lambda: proxy.open == 4)
+            wait_until("four open", lambda: proxy.open == 4)
             assert (bytes(echo.got), echo.ends) == (b"ping", [])
             client.settimeout(20)
             proxy.set()
@@ -199,7 +193,7 @@ def test_a_black_hole_of_one_direction_loses_the_answer_only(proxy: TcpProxy, ec
     proxy.set(BlackHole(), directions=DOWN)
     with dial(proxy) as client:
         client.sendall(b"commit")
-        until("answer lost", lambda: proxy.swallowed[Direction.DOWNSTREAM] == 6)
+        wait_until("answer lost", lambda: proxy.swallowed[Direction.DOWNSTREAM] == 6)
         assert bytes(echo.got) == b"commit"
 
 
@@ -210,7 +204,7 @@ def test_a_reset_strikes_both_ends_of_what_stands_and_of_what_comes(proxy: TcpPr
         proxy.set(Reset())
         with pytest.raises(ConnectionResetError):
             client.recv(10)
-        until("the server's end", lambda: echo.ends == ["ECONNRESET"])
+        wait_until("the server's end", lambda: echo.ends == ["ECONNRESET"])
         with pytest.raises(ConnectionResetError), dial(proxy) as late:
             late.recv(10)
 
@@ -219,7 +213,7 @@ def test_a_reset_in_mid_body_passes_exactly_so_many_bytes(proxy: TcpProxy, echo:
     proxy.set(Reset(after_bytes=1000), directions=UP)
     with dial(proxy) as client:
         client.sendall(bytes(5000))
-        until("reset", lambda: echo.ends == ["ECONNRESET"])
+        wait_until("reset", lambda: echo.ends == ["ECONNRESET"])
         assert len(echo.got) <= 1000
         assert proxy.passed[Direction.UPSTREAM] == 1000
 
@@ -250,7 +244,7 @@ def test_a_limit_passes_exactly_so_many_bytes_and_closes_in_good_order(proxy: Tc
         client.sendall(bytes(600))
         assert len(received(client, 600)) == 400
         assert client.recv(1) == b""
-        until("closed", lambda: proxy.open == 0)
+        wait_until("closed", lambda: proxy.open == 0)
 
 
 def test_nobody_behind_it_is_a_reset(echo: Echo) -> None:

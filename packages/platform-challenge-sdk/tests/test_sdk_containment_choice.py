@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from platform_challenge_sdk import contained, landlock
 from platform_challenge_sdk.contained import MIB, Order, run_contained
@@ -115,19 +114,13 @@ def test_what_a_run_left_ends_with_whoever_is_killed(tmp_path: Path, killed: str
                     found.add(int(entry.name))
         return found
 
-    def until(condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 50
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(uid), str(min(7, landlock.version()))]
     environment = os.environ | {"TMPDIR": rooms}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as sdk:
-        until(lambda: len(of_the_run()) >= 4)
+        wait_until("begun", lambda: len(of_the_run()) >= 4)
         [stage] = Path(f"/proc/{sdk.pid}/task/{sdk.pid}/children").read_text().split()
         os.kill(sdk.pid if killed == "the SDK" else int(stage), signal.SIGKILL)
-        until(lambda: not of_the_run())
+        wait_until("ended", lambda: not of_the_run())
         told, _ = sdk.communicate()
     shutil.rmtree(rooms)
     assert (b"the stage died" in told) == (killed == "the stage")
@@ -145,17 +138,12 @@ def test_a_stage_that_is_killed_while_bubblewrap_starts_leaves_nothing(
         slow.chmod(0o755)
         monkeypatch.setattr(contained, "_program", lambda _: str(slow))
         running = pool.submit(run_contained, Order(["true"], tmp_path, b"", 50.0, 64 * MIB, {}, MIB))
-        deadline = time.monotonic() + 50
-        while not (told.exists() and told.read_text().endswith("\n")):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until("begun", lambda: told.exists() and told.read_text().endswith("\n"))
         stage, started = (int(word) for word in told.read_text().split())
         os.kill(stage, signal.SIGKILL)
         with pytest.raises(ContainmentUnavailable, match="the stage died"):
             running.result(50)
-        while _lives(started):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until("ended", lambda: not _lives(started))
 
 
 def _lives(pid: int) -> bool:

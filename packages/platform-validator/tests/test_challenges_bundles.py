@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from platform_protocol.bundle import BundleInvalid, TreeMember
 from platform_validator.challenges.bundles import FRESH, BundleCache
@@ -133,9 +134,7 @@ def test_kill_9_leaves_whole_bundles_and_nothing_else(tmp_path: Path) -> None:
         ) as process:
             assert process.stdout is not None
             process.stdout.readline()
-            until = time.monotonic() + 30
-            while not list(tmp_path.glob("commits/*")) and time.monotonic() < until:
-                time.sleep(0.001)
+            wait_until("kept", lambda: list(tmp_path.glob("commits/*")))
             time.sleep(pause)  # into the middle of the next one
             process.kill()
         cache = BundleCache(tmp_path, max_bytes=10**9)

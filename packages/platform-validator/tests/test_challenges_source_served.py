@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from author import Author
 from fetching import an_author, refused
 from git_server import GitServer
 from processes import processes_about
+from waiting import wait_until
 
 from platform_validator.challenges.git import Credentials
 from platform_validator.challenges.git_source import GitSource
@@ -222,10 +222,7 @@ def test_kill_9_in_the_middle_of_a_fetch(author: Author, tmp_path: Path, server:
         process.kill()
     assert list(cache.glob("fetch-*"))
     assert list(processes_about(str(cache)))
-    until = time.monotonic() + 50
-    while list(processes_about(str(cache))) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert list(processes_about(str(cache))) == []
+    wait_until("ended", lambda: not list(processes_about(str(cache))), within=50)
     over.set()
     server.instead = lambda _: False
     asyncio.run(GitSource(cache=cache).fetch(url_of(server), at))
