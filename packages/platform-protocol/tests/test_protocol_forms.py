@@ -101,7 +101,7 @@ def test_app_compose_depends_on_tree_and_runtime_alone() -> None:
     spec = parse_platform_toml(MINIMAL)
     runtime = "platform-runtime@sha256:" + "a" * 64
     compose = app_compose(spec, bundle_sha256="b" * 64, runtime=runtime)
-    assert compose_hash(compose) == "2ec77200d8cd568132f0f4860fbfc3677bdab63a7b7254bac7d032339e9148a2"
+    assert compose_hash(compose) == "c531ed6951d505b3f80d1122e42224619d4dd349ac9b0e2ea5ca72c4dcb1386b"
     document = json.loads(compose)
     assert (document["manifest_version"], document["key_provider"], document["public_logs"]) == (
         2,

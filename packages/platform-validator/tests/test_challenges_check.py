@@ -115,6 +115,21 @@ def test_what_platform_toml_names_must_be_there(
     assert told in found[0][2]
 
 
+def test_a_compose_file_of_its_own_lets_submissions_be_held(tmp_path: Path) -> None:
+    """Without both words of `security_opt`, or with one of them, it is a warning that names the other."""
+    folder = folder_of(tmp_path, TOML + '[cvm]\ncompose = "compose.yaml"\n')
+
+    def told(options: str) -> tuple[str, str]:
+        (folder / "compose.yaml").write_text(f"services: {{one: {{security_opt: [{options}]}}}}\n")
+        (finding,) = [each for each in check_folder(folder) if each.check == "cvm.compose"]
+        return finding.result, finding.detail
+
+    assert told("seccomp=unconfined, systempaths=unconfined") == ("ok", "compose.yaml")
+    level, detail = told("seccomp=unconfined")
+    assert level == "warn"
+    assert detail.startswith("compose.yaml has no systempaths=unconfined:")
+
+
 def test_a_link_out_of_the_tree_fails(tmp_path: Path) -> None:
     """So does whatever else cannot be a bundle."""
     (folder_of(tmp_path) / "out").symlink_to("/etc/passwd")

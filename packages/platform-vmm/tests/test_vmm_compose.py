@@ -27,6 +27,7 @@ def test_the_whole_subset_is_read() -> None:
             tmpfs="/scratch",
             read_only=True,
             mem_limit="512m",
+            security_opt=["seccomp=unconfined", "systempaths=unconfined"],
             volumes=["/var/run/dstack.sock:/var/run/dstack.sock"],
         )
     )
@@ -53,6 +54,9 @@ def test_the_whole_subset_is_read() -> None:
         ({"mem_limit": "much"}, "mem_limit"),
         ({"mem_limit": 0}, "mem_limit"),
         ({"read_only": "yes"}, "read_only"),
+        ({"security_opt": ["label=disable"]}, "security_opt"),
+        ({"security_opt": [["seccomp=unconfined"]]}, "security_opt"),
+        ({"security_opt": "seccomp=unconfined"}, "security_opt"),
         ({"environment": {"A": None}}, "environment"),
         ({"environment": {"A": "${HOME}"}}, "environment"),
         ({"environment": ["A"]}, "environment"),

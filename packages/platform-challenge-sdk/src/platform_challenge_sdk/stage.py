@@ -88,9 +88,10 @@ class Stage:
         uid = os.geteuid()
         if uid == 0:
             # The kernel's own uid 0 passes many checks by its number alone, and no process limit binds it.
-            _unshare(_NEWNS)
-            self._furnish()
             uid = self._config["uid"]
+            if _libc.unshare(_NEWNS) != 0:
+                _enter_user_namespace_with(uid)
+            self._furnish()
             os.setgroups([])
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
@@ -435,6 +436,34 @@ def _enter_user_namespace(apart: int) -> None:
     Path("/proc/self/setgroups").write_bytes(b"deny")
     Path("/proc/self/uid_map").write_bytes(b"%d %d 1" % (uid, uid))
     Path("/proc/self/gid_map").write_bytes(b"%d %d 1" % (gid, gid))
+
+
+def _enter_user_namespace_with(uid: int) -> None:
+    """As a container's root, who may not mount: one in which we are root still, and may become `uid`.
+
+    More than its own ids only a process outside may map, which needs CAP_SETUID, CAP_SETGID and, for 0,
+    CAP_SETFCAP (Linux 5.12): Docker leaves a container these.
+    """
+    entered, say = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with contextlib.suppress(OSError):
+            os.read(entered, 1)
+            for kind in ("gid", "uid"):
+                Path(f"/proc/{os.getppid()}/{kind}_map").write_bytes(b"0 0 1\n%d %d 1\n" % (uid, uid))
+            code = 0
+        os._exit(code)
+    refused = _libc.unshare(_NEWUSER | _NEWNS)
+    number = ctypes.get_errno()
+    os.write(say, b"x")
+    os.close(say)
+    os.close(entered)
+    _, status = os.waitpid(child, 0)
+    if refused or status:
+        raise Failed(
+            f"new user or mount namespace: {os.strerror(number) if refused else 'no mapping of ids'}"
+        )
 
 
 def _mount(source: str, target: Path, kind: str, options: str) -> None:

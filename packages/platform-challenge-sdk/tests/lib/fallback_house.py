@@ -1,5 +1,7 @@
-"""Environments where namespaces cannot nest, and a process in each that plays the SDK.
+"""Environments that differ in whether namespaces nest there, and a process in each that plays the SDK.
 
+`docker`: a container with Docker's limits. `unmasked` and `nesting`: the same with `seccomp=unconfined`, and
+with `systempaths=unconfined` as well. `user`: an ordinary user under Docker's system call filter.
 Programs are handed to it; it answers how they ended and what it found afterwards.
 """
 # ruff: noqa: E501 - a line of that process's program stays one line
@@ -112,16 +114,8 @@ class House:
             str(Path(module.__file__ or "").parents[1])
             for module in (platform_challenge_sdk, platform_protocol)
         ]
-        words = [
-            "bwrap",
-            "--unshare-pid",
-            "--unshare-ipc",
-            "--unshare-net",
-            "--die-with-parent",
-            "--cap-drop",
-            "ALL",
-        ]
         uids = 100_000 + os.getpid() % 1000 * 100
+        words = ["bwrap", "--unshare-ipc", "--unshare-net", "--die-with-parent", "--cap-drop", "ALL"]
         words += [
             "--new-session",
             "--clearenv",
@@ -133,28 +127,14 @@ class House:
             str(uids),
         ]
         words += ["--ro-bind", "/usr", "/usr"]
-        words += [
-            "--symlink",
-            "usr/bin",
-            "/bin",
-            "--symlink",
-            "usr/lib",
-            "/lib",
-            "--symlink",
-            "usr/lib64",
-            "/lib64",
-        ]
-        words += [
-            "--dir",
-            "/etc",
-            "--ro-bind-try",
-            "/etc/ld.so.cache",
-            "/etc/ld.so.cache",
-            "--proc",
-            "/proc",
-            "--dev",
-            "/dev",
-        ]
+        for name in ("bin", "lib", "lib64"):
+            words += ["--symlink", f"usr/{name}", f"/{name}"]
+        words += ["--dir", "/etc", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--dev", "/dev"]
+        if kind == "nesting":  # bubblewrap's own /proc has covers, as Docker's
+            words = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *words]
+            words += ["--bind", "/proc", "/proc"]
+        else:
+            words += ["--unshare-pid", "--proc", "/proc"]
         words += ["--perms", "1777", "--tmpfs", "/tmp"]
         for path in dict.fromkeys([sys.base_prefix, sys.prefix, *packages]):
             for parent in reversed(Path(path).parents[:-1]):
@@ -163,11 +143,12 @@ class House:
         filter_file = os.memfd_create("filter", 0)
         os.write(filter_file, without_namespaces())
         os.lseek(filter_file, 0, os.SEEK_SET)
-        words += ["--seccomp", str(filter_file)]
+        if kind in ("docker", "user"):
+            words += ["--seccomp", str(filter_file)]
         command = [sys.executable, "-c", SDK]
         if os.getuid() != 0:
             words += ["--unshare-user", "--uid", "1000", "--gid", "1000"]
-        elif kind == "docker":
+        elif kind != "user":
             words += [word for name in DOCKER.split() for word in ("--cap-add", f"CAP_{name}")]
         else:
             words += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]

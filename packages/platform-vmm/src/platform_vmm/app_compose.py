@@ -1,7 +1,8 @@
 """What a VM is asked to run: app-compose.json, and the documented subset of docker-compose inside it.
 
-The subset: one service with image (by digest), command, environment, ports, tmpfs, read_only, mem_limit,
-and the two mounts of user config and agent socket. Anything else is a boot error that names the key.
+The subset: one service with image (by digest), command, environment, ports, tmpfs, read_only, mem_limit, the
+two mounts of user config and agent socket, and the security_opt that lets submissions be contained, which a
+sandbox grants anyway. Anything else is a boot error that names the key.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import Any
 
 import yaml
 
+from platform_protocol.compose import NESTING
 from platform_protocol.guest_init import INIT_SCRIPT
 from platform_vmm.errors import ComposeUnsupported
 
 USER_CONFIG = "/dstack/.host-shared/.user-config"
 AGENT_SOCKETS = frozenset({"/var/run/dstack.sock", "/run/dstack.sock", "/var/run/dstack/dstack.sock"})
-_KNOWN = frozenset({"image", "command", "environment", "ports", "tmpfs", "read_only", "mem_limit", "volumes"})
+_KNOWN = frozenset({"image", "command", "environment", "ports", "tmpfs", "read_only", "mem_limit"})
+_KNOWN |= {"volumes", "security_opt"}
 _UNSUPPORTED = {
     "kms_enabled": "the local VMM has no KMS",
     "gateway_enabled": "the local VMM has no gateway",
@@ -136,6 +139,9 @@ def read_service(text: str) -> Service:
         raise ComposeUnsupported(f"{at}.image: expected name@sha256:<64 hex digits>")
     _check_mounts(f"{at}.volumes", service.get("volumes", []))
     _check_ports(f"{at}.ports", service.get("ports", []))
+    options = service.get("security_opt", [])
+    if not isinstance(options, list) or any(option not in NESTING for option in options):
+        raise ComposeUnsupported(f"{at}.security_opt: expected a list of {' and '.join(NESTING)}")
     if not isinstance(service.get("read_only", True), bool):
         raise ComposeUnsupported(f"{at}.read_only: expected true or false (the root is read-only anyway)")
     return Service(

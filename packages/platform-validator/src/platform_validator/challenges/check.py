@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import io
+import json
 import os
 import stat
 import subprocess
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from platform_protocol.bundle import MAX_BUNDLE_BYTES, BundleInvalid, TreeMember, pack_into
-from platform_protocol.compose import ComposeInvalid, app_compose, compose_hash
+from platform_protocol.compose import NESTING, ComposeInvalid, app_compose, compose_hash
 from platform_protocol.spec import ChallengeSpec, SpecInvalid, parse_platform_toml
 from platform_validator.challenges.git_source import MAX_NAMED_FILE
 from platform_validator.challenges.tree import MAX_FILES, MAX_PLATFORM_TOML
@@ -138,10 +139,16 @@ def _check_compose_file(folder: Path, name: str) -> tuple[str | None, Finding]:
     try:
         if path.stat().st_size > MAX_NAMED_FILE:
             return None, Finding("cvm.compose", "fail", f"{name}: expected at most {MAX_NAMED_FILE} bytes")
-        return path.read_text(encoding="utf-8"), Finding("cvm.compose", "ok", name)
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         hint = "name a file of the tree, in UTF-8"
         return None, Finding("cvm.compose", "fail", f"{name} cannot be read: {error}", suggestion=hint)
+    # A word search: what the file means is for dstack's Docker to say, which reads more than we know.
+    if missing := [option for option in NESTING if option not in text]:
+        hint = f"add security_opt: {json.dumps(NESTING)} to the service"
+        told = f"{name} has no {' and no '.join(missing)}: dstack's Docker then lets no submission be held"
+        return text, Finding("cvm.compose", "warn", told, suggestion=hint)
+    return text, Finding("cvm.compose", "ok", name)
 
 
 def _check_bundle(folder: Path) -> tuple[str | None, list[Finding]]:
