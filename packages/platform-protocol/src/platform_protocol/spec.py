@@ -71,7 +71,9 @@ class CvmSpec(_Table):
     )
     compose: Annotated[str, AfterValidator(_inside_tree), Field(max_length=255)] | None = Field(
         default=None,
-        description="path in the tree of a docker-compose file, for a challenge with its own image",
+        description="path in the tree of a docker-compose file, for a challenge with its own image; its "
+        'service needs `security_opt: ["seccomp=unconfined", "systempaths=unconfined"]`, or dstack\'s Docker '
+        "[holds no submission](dstack.md#what-holds-submissions-there)",
     )
 
 
