@@ -13,7 +13,8 @@ _CODE = """
     48 8d b4 24 00 f0 ff ff  lea rsi, [rsp - 4096]
     0f 05                    syscall
     85 c0                    test eax, eax
-    74 2d                    jz thread
+    74 2f                    jz thread
+    78 24                    js end
 wait:
     b8 18 00 00 00           mov eax, 24 (sched_yield)
     0f 05                    syscall
@@ -24,6 +25,7 @@ wait:
     be {main}                mov esi, main
     ba 05 00 00 00           mov edx, 5
     0f 05                    syscall
+end:
     b8 e7 00 00 00           mov eax, 231 (exit_group)
     31 ff                    xor edi, edi
     0f 05                    syscall
