@@ -29,7 +29,7 @@ TOKEN = "double-token"
 
 def needs_of(name: str) -> list[pytest.MarkDecorator]:
     """What a server of this name needs of the machine: the double nothing."""
-    programs = {"local": ("bwrap",), "local-qemu": ("bwrap", "qemu-system-x86_64")}
+    programs = {"local": ("bwrap",), "local-qemu": ("bwrap", "qemu-system-x86_64", "mksquashfs")}
     return [pytest.mark.needs("root", *programs[name])] if name in programs else []
 
 

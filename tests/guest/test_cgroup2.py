@@ -30,7 +30,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 pytestmark = [
-    pytest.mark.needs("qemu-system-x86_64"),
+    pytest.mark.needs("qemu-system-x86_64", "mksquashfs"),
     pytest.mark.slow(reason="boots a virtual machine on an emulated processor"),
     pytest.mark.timeout(500),
 ]

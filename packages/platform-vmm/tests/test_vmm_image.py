@@ -16,7 +16,10 @@ from platform_vmm.rootfs.packages import UNUSED, WANTED
 from platform_vmm.rootfs.wheels import read_lock
 
 ROOT = Path(__file__).resolve().parents[3]
-pytestmark = pytest.mark.timeout(600)  # where the image is not there yet, the first test makes it
+pytestmark = [
+    pytest.mark.needs("mksquashfs"),
+    pytest.mark.timeout(600),  # where the image is not there yet, the first test makes it
+]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,10 @@ from platform_vmm.rootfs.packages import Package, Selection
 from platform_vmm.rootfs.tree import unpack_packages
 from platform_vmm.rootfs.wheels import Wheel, unpack_wheel
 
-pytestmark = pytest.mark.timeout(600)  # where the image is not there yet, the first test makes it
+pytestmark = [
+    pytest.mark.needs("mksquashfs"),
+    pytest.mark.timeout(600),  # where the image is not there yet, the first test makes it
+]
 COMMAND = Path(sys.executable).with_name("platform-vmm")
 ORDINARY = ["bwrap", "--bind", "/", "/", "--dev-bind", "/dev", "/dev", "--unshare-user", "--uid", "2000"]
 ORDINARY += ["--gid", "2000", "--cap-drop", "ALL", "--unshare-net", "--die-with-parent"]

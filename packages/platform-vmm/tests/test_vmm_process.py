@@ -263,6 +263,7 @@ async def test_after_kill_9_nothing_lives_and_the_next_start_brings_back_what_wa
         assert list((vmm.state / "vms").iterdir()) == []
 
 
+@pytest.mark.needs("qemu-system-x86_64", "mksquashfs")
 async def test_kill_9_ends_virtual_machines_too_and_the_next_start_brings_them_back(
     serve: Any, tmp_path: Path, guest_image: GuestImage
 ) -> None:

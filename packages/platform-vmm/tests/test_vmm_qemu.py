@@ -25,6 +25,7 @@ from platform_vmm.rootfs import GuestImage
 from platform_vmm.sandbox.driver import SandboxDriver
 
 pytestmark = [
+    pytest.mark.needs("qemu-system-x86_64", "mksquashfs"),
     pytest.mark.slow(reason="each boots virtual machines on an emulated processor"),
     pytest.mark.timeout(400),
 ]
