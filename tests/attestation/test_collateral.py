@@ -133,7 +133,7 @@ async def test_a_quote_does_not_wait_for_a_refresh() -> None:
     held._fetch = fetch
     async with asyncio.TaskGroup() as group:
         refreshing = group.create_task(held.refresh_due())
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # the turn in which the refresh begins
         async with asyncio.timeout(10):
             assert await held.get(*PLATFORM) == first
         assert not refreshing.done()

@@ -186,7 +186,7 @@ async def house(folder: Path, version: str, **rules: Any) -> AsyncIterator[House
         await made.up()
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(fleet.run()), tasks.create_task(made.follow())]
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # the turn in which the fleet begins
             try:
                 yield made
             finally:

@@ -78,7 +78,7 @@ async def test_a_blocked_event_loop_starves_the_watchdog_shows_as_lag_and_still_
                 await asyncio.sleep(0.05)
             begin = time.monotonic()
             asyncio.get_running_loop().call_soon(time.sleep, BLOCKED)
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # the turn that is blocked
             end = time.monotonic()
             assert end - begin >= BLOCKED
             assert manager.fed(begin + 0.05, begin + BLOCKED) == 0

@@ -236,7 +236,7 @@ def handled(limit: int) -> bool:
     if pid == 0:
         crash(limit)
     ended(pid)
-    time.sleep(2)
+    time.sleep(2)  # the kernel starts it when it likes; and of one that it does not start nothing ever comes
     return trace.exists()
 
 

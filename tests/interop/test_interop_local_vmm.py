@@ -196,7 +196,7 @@ async def fleet_on(local: LocalVmm, client: DstackVmm, folder: Path, root: bytes
     try:
         async with asyncio.TaskGroup() as group:
             running = group.create_task(fleet.run())
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # the turn in which the fleet begins
             yield Real(fleet, quota, plan, client)
             async with asyncio.timeout(30):
                 await fleet.destroyer.finish()

@@ -133,7 +133,7 @@ def test_latency_with_jitter_varies_and_keeps_the_order(proxy: TcpProxy) -> None
     with dial(proxy) as client:
         for at in range(0, len(sent), 4):
             client.sendall(sent[at : at + 4])
-            time.sleep(0.001)
+            time.sleep(0.001)  # apart, or several would be read and delayed as one
         assert received(client, len(sent)) == sent
 
 

@@ -165,7 +165,7 @@ async def test_the_task_keeps_a_lease_by_the_same_rules() -> None:
     ):
         platform.fail_next("renew")
         while platform.calls.count("renew") < 3:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # a turn of the loop: it is fed in each, as by a loop that lives
             lease.feed()
         platform.cancel_job(job_id)
         lease.renew_now()

@@ -185,7 +185,7 @@ async def fleet_worlds(tmp_path: Path) -> AsyncIterator[MakeWorld]:
             group = await stack.enter_async_context(asyncio.TaskGroup())
             running = group.create_task(fleet.run())
             stack.callback(running.cancel)
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # the turn in which the fleet begins
             return World(fleet, vmm, store, quota, clock, script, journal, specs)
 
         yield make

@@ -223,7 +223,7 @@ async def a_submission_is_downloaded_and_checked(server: PlatformHarness) -> Non
     target = server.folder / "submission"
     await client.fetch_submission(reference, target)
     _expect(target.read_bytes() == data, "the bytes are the submission's")
-    _expect(target.stat().st_mode & 0o777 == 0o600, "nobody else can read it")  # noqa: PLR2004 - a mode
+    _expect(target.stat().st_mode & 0o777 == 0o600, "nobody else can read it")
     for wrong in (
         reference.model_copy(update={"sha256": "0" * 64}),
         reference.model_copy(update={"size": len(data) - 1}),

@@ -29,7 +29,7 @@ async def what_ended_long_ago_is_forgotten(store: Store) -> None:
     for number in range(3):
         await _ended(store, number, at=NOW + timedelta(hours=number))
     removed = await store.compact(ended_before=NOW + timedelta(hours=2), keep=0)
-    require(removed == 2, f"removed {removed}")  # noqa: PLR2004 - of three
+    require(removed == 2, f"removed {removed}")
     require(await _known(store) == ["job-2"], "another one than those two went")
     require(await store.job(ClaimId("claim-0")) is None, "a forgotten job is found")
     await store.open_claim(job(0))
@@ -70,7 +70,7 @@ async def the_newest_claims_are_kept(store: Store) -> None:
         await _ended(store, number)
     await store.open_claim(job(6))
     require(await store.compact(ended_before=LATER, keep=100) == 0, "fewer than `keep` were kept")
-    require(await store.compact(ended_before=LATER, keep=3) == 4, "not just the newest three were kept")  # noqa: PLR2004 - of seven
+    require(await store.compact(ended_before=LATER, keep=3) == 4, "not just the newest three were kept")
     require(await _known(store) == ["job-6", "job-5", "job-4"], "others were kept")
     await store.compact(ended_before=LATER, keep=0)
     require(await _known(store) == ["job-6"], "with keep=0 only what is open stays")
@@ -109,7 +109,7 @@ async def compaction_may_be_repeated(store: Store) -> None:
     for number in range(401):
         await _ended(store, number)
     await store.open_claim(job(5_000))
-    require(await store.compact(ended_before=LATER, keep=0) == 401, "not all went")  # noqa: PLR2004 - the count above
+    require(await store.compact(ended_before=LATER, keep=0) == 401, "not all went")
     for _ in range(2):
         require(await store.compact(ended_before=LATER, keep=0) == 0, "something went twice")
     await store.advance(job(5_000).claim_id, Stage.RUNNING, at=NOW)

@@ -22,7 +22,7 @@ async def identity_never_changes(store: Store) -> None:
     """The identity is made once: ten hex digits and a uuid."""
     first = await store.identity()
     require(first == await store.identity(), "the identity changed")
-    require(len(first.state_id) == 10 and len(first.instance) == 36, "the identity has another form")  # noqa: PLR2004 - the port's words
+    require(len(first.state_id) == 10 and len(first.instance) == 36, "the identity has another form")
 
 
 async def a_claim_is_written_before_it_is_sent(store: Store) -> None:
