@@ -157,7 +157,7 @@ class TeeHouse:
             flags={"dstack.port_range": "{}-{}".format(*_free_range())},
             folder=folder,
         )
-        client, rng, metrics = self.platform.client(), random.Random(7), Metrics()  # noqa: S311 - jitter
+        client, rng, metrics = self.platform.client(), random.Random(7), Metrics()
         probe = HttpProbe(vmm=self.vmm, clock=self.clock)
         outside = Outside(
             clock=self.clock,
@@ -301,7 +301,7 @@ async def _score(_guest: ScriptedGuest, _order: JobExecute, submission: bytes) -
 
 def _free_range() -> tuple[int, int]:
     while True:
-        first = random.randrange(30_000, 50_000)  # noqa: S311 - a place to look
+        first = random.randrange(30_000, 50_000)
         with contextlib.ExitStack() as stack:
             try:
                 for port in range(first, first + 8):

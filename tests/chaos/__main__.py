@@ -75,7 +75,7 @@ def _run(stack: Stack, seed: int, console: Console, *, short_plan: bool) -> tupl
             stack,
             proxy,
             term=TERM_S,
-            rng=random.Random(seed),  # noqa: S311 - how long submissions run
+            rng=random.Random(seed),
             queue=_SHORT_QUEUE if short_plan else _QUEUE,
             say=display.say,
             shown=display.show,

@@ -94,7 +94,7 @@ Step = Strike | Kill | Stop | Fault | Work
 
 def full(seed: int) -> list[Step]:
     """Every crashpoint, most of them twice, every toxic, three stops; each part killed at other moments."""
-    rng = random.Random(seed)  # noqa: S311 - a schedule
+    rng = random.Random(seed)
     twice = [(point, again) for again in (True, False) for point in POINTS if again or point not in _ONCE]
     others = [_OTHERS[number % len(_OTHERS)] for number in range(len(twice))]
     rng.shuffle(others)
@@ -116,7 +116,7 @@ def full(seed: int) -> list[Step]:
 
 def short(seed: int) -> list[Step]:
     """The most telling points, each part once, and the answer that is lost after it was committed."""
-    rng = random.Random(seed)  # noqa: S311 - a schedule
+    rng = random.Random(seed)
     return [
         Strike("result_stored"),
         Strike("submit_sent", meanwhile=API, after=0.3, down=0.5),

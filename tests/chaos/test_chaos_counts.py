@@ -305,7 +305,7 @@ def made_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ChaosRu
         pass
 
     with TcpProxy(("127.0.0.1", stack.api_port)) as proxy:
-        rng = random.Random(1)  # noqa: S311 - not used
+        rng = random.Random(1)
         yield ChaosRun(stack, proxy, term=6, rng=rng, queue=5, say=nothing, shown=nothing), stack
     stack.stop()
     shutil.rmtree(state)

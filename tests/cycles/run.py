@@ -51,7 +51,7 @@ class Cycles:
         self._vmm = vmm
         self._settle = settle
         self._folder = folder
-        self._rng = random.Random(seed)  # noqa: S311 - moments, not secrets
+        self._rng = random.Random(seed)
         self._say = say
         self._ports = free_ports(_PORTS)
         self._left: Counter[str] = Counter(dict.fromkeys(KINDS, 0))

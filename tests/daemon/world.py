@@ -221,7 +221,7 @@ class World:
 
     def engine(self, store: MemoryStore | None = None) -> Engine:
         """A validator's next life."""
-        client, rng, store = self.platform.client(), random.Random(7), store or self.store  # noqa: S311 - jitter
+        client, rng, store = self.platform.client(), random.Random(7), store or self.store
         metrics = Metrics()
         self.renewer = TaskRenewer(client=client, clock=self.clock, rules=LeaseRules())
         outside = Outside(

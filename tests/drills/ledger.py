@@ -30,7 +30,7 @@ class Ledger:
             connection.row_factory = sqlite3.Row
 
             def rows(table: str) -> list[dict[str, Any]]:
-                query = f"SELECT * FROM {table} WHERE challenge_id = ? ORDER BY position"  # noqa: S608 - our own words
+                query = f"SELECT * FROM {table} WHERE challenge_id = ? ORDER BY position"
                 return [dict(row) for row in connection.execute(query, [challenge_id])]
 
             return cls(rows("jobs_journal"), rows("cvms_journal"), rows("challenges_history"))

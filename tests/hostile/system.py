@@ -131,14 +131,14 @@ class System:
         """A job, by the Platform API's database."""
         return rows(
             self.stack.database,
-            f"SELECT status, outcome, score, result FROM jobs WHERE id = '{job}'",  # noqa: S608 - our own ids
+            f"SELECT status, outcome, score, result FROM jobs WHERE id = '{job}'",
         )[0]
 
     def guest(self, job: str) -> Guest:
         """What the host saw of the VM that a job had last."""
         found = rows(
             self.stack.validator.database,
-            "SELECT cvms_journal.vm_id AS vm FROM jobs_journal"  # noqa: S608 - our own ids
+            "SELECT cvms_journal.vm_id AS vm FROM jobs_journal"
             " JOIN cvms_journal ON cvms_journal.name = jobs_journal.vm"
             f" WHERE jobs_journal.job_id = '{job}'",
         )
@@ -148,7 +148,7 @@ class System:
         """The digest of a challenge's bundle, by which the validator's listener names it."""
         found = rows(
             self.stack.validator.database,
-            "SELECT bundle_sha256 AS digest FROM challenges_instances"  # noqa: S608 - our own ids
+            "SELECT bundle_sha256 AS digest FROM challenges_instances"
             f" WHERE challenge_id = '{self.challenges[name]}' AND bundle_sha256 IS NOT NULL",
         )
         return str(found[-1]["digest"])

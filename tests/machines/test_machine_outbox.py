@@ -114,7 +114,7 @@ class OutboxMachine(TimedMachine):
             client=self.line,
             store=self.store,
             clock=self.clock,
-            rng=random.Random(1),  # noqa: S311 - jitter
+            rng=random.Random(1),
             metrics=Unmeasured(),
         )
         self.running = self.start(self.outbox.run())

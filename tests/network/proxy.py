@@ -53,7 +53,7 @@ class TcpProxy:
     ) -> None:
         """Bind `listen` at once; port 0 takes a free one. `rng` draws the jitter."""
         self._upstream = upstream
-        self._rng = rng or random.Random()  # noqa: S311 - jitter
+        self._rng = rng or random.Random()
         # Bound and never listening: nobody else is given the port while the proxy is down.
         self._keep = _bound(listen)
         self.address: tuple[str, int] = self._keep.getsockname()[:2]

@@ -77,7 +77,7 @@ def echo() -> Iterator[Echo]:
 
 @pytest.fixture
 def proxy(echo: Echo) -> Iterator[TcpProxy]:
-    with TcpProxy(echo.address, rng=random.Random(7)) as made:  # noqa: S311 - jitter
+    with TcpProxy(echo.address, rng=random.Random(7)) as made:
         yield made
 
 
@@ -96,7 +96,7 @@ def received(client: socket.socket, count: int) -> bytes:
 
 def test_without_a_toxic_bytes_and_the_end_pass_both_ways(proxy: TcpProxy, echo: Echo) -> None:
     """Also more than any buffer holds; half-closed is passed on."""
-    sent = random.Random(1).randbytes(3_000_000)  # noqa: S311 - any bytes
+    sent = random.Random(1).randbytes(3_000_000)
     with dial(proxy) as client:
 
         def send() -> None:

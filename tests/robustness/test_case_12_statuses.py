@@ -21,7 +21,7 @@ from platform_validator.platform_client.retries import TABLE, Again, Kind, decid
 from platform_validator.store.records import JobOutcome, JobRecord
 
 JOB, TOKEN = JobId("00000000-0000-4000-8000-000000000002"), LeaseToken("token")
-RNG = random.Random(5)  # noqa: S311 - jitter
+RNG = random.Random(5)
 UNAUTHORIZED = NotAuthorized("401 bad_signature", code="bad_signature", status=401)
 
 

@@ -64,7 +64,7 @@ async def test_a_closed_connection_is_opened_again_ever_less_often(
     server.sends([HELLO], code)
     heard, clock = Heard(), Hurried()
     async with client_of(server.url) as client, asyncio.TaskGroup() as group:
-        loop = NotificationLoop(client=client, listener=heard, clock=clock, rng=random.Random(3))  # noqa: S311 - jitter
+        loop = NotificationLoop(client=client, listener=heard, clock=clock, rng=random.Random(3))
         running = group.create_task(loop.run())
         await until(lambda: len(clock.slept) >= 10)
         running.cancel()
@@ -83,7 +83,7 @@ async def test_a_hotkey_that_is_used_elsewhere_is_not_fought_for(server: Scripte
     server.sends([HELLO], 4409)
     heard = Heard()
     async with client_of(server.url) as client, asyncio.timeout(10):
-        loop = NotificationLoop(client=client, listener=heard, clock=Hurried(), rng=random.Random(3))  # noqa: S311 - jitter
+        loop = NotificationLoop(client=client, listener=heard, clock=Hurried(), rng=random.Random(3))
         await loop.run()
     assert heard.told == ["poll", "in_use"]
     assert len(server.requests) == 1
@@ -148,7 +148,7 @@ async def test_ten_thousand_hints_through_a_socket_are_a_few_passes(tmp_path: Pa
                 client=client,
                 listener=house.notices,
                 clock=SystemClock(),
-                rng=random.Random(3),  # noqa: S311 - jitter
+                rng=random.Random(3),
             )
             house.platform.calls.clear()
             running = group.create_task(pushes.run())

@@ -213,7 +213,7 @@ async def flap(client: Flapping, seed: int, seconds: float) -> None:
         client=client,  # type: ignore[arg-type] # notifications is all that the loop asks of it
         listener=Heard(),
         clock=LoopClock(),
-        rng=random.Random(seed),  # noqa: S311 - jitter
+        rng=random.Random(seed),
     )
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):

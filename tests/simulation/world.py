@@ -65,7 +65,7 @@ class Dice:
     def stream(self, name: str) -> random.Random:
         """A stream by name."""
         digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
-        return random.Random(int.from_bytes(digest, "big"))  # noqa: S311 - a simulation's dice
+        return random.Random(int.from_bytes(digest, "big"))
 
 
 @dataclass(slots=True)

@@ -137,7 +137,7 @@ async def heard(
         client=client,
         listener=listener,
         clock=clock,
-        rng=random.Random(1),  # noqa: S311 - jitter
+        rng=random.Random(1),
     )
     await loop.run()
     return listener, clock

@@ -27,7 +27,7 @@ from platform_validator.platform_client.retries import TABLE, UNANSWERED, Again,
 
 PAGE = Path(__file__).parents[3] / "docs" / "architecture.md"
 HEADING = "| call | one try | between tries | silence is borne | a 401 or 403 | what is final | then |"
-RNG = random.Random(5)  # noqa: S311 - jitter
+RNG = random.Random(5)
 
 TAKEN = AlreadyClaimed("409", code="already_claimed", status=409)
 LOST = LeaseRefused("409", code="lease_lost", status=409)

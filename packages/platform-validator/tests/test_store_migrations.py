@@ -58,10 +58,7 @@ def rows_of(connection: sqlite3.Connection) -> Tables:
     """Every row of every table."""
     connection.row_factory = sqlite3.Row
     names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-    return {
-        name: [dict(row) for row in connection.execute(f"SELECT * FROM {name}")]  # noqa: S608 - names of the schema
-        for name in names
-    }
+    return {name: [dict(row) for row in connection.execute(f"SELECT * FROM {name}")] for name in names}
 
 
 def contents(script: Path) -> tuple[list[str], Tables]:

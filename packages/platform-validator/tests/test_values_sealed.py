@@ -79,7 +79,7 @@ async def test_what_was_moved_or_changed_does_not_open(tmp_path: Path, column: s
     if column == "key_id":
         rows(path, "UPDATE values_current SET key_id = NULL, value = '1'")
     else:
-        rows(path, f"UPDATE values_current SET {column} = ?", value)  # noqa: S608 - the cases above
+        rows(path, f"UPDATE values_current SET {column} = ?", value)
     where = ChallengeId("challenge-b") if column == "challenge_id" else A
     key = "other" if column == "key" else "k"
     answer = await keeper.manager.answer(where, "session", ValuesGet(request_id="r", key=key))

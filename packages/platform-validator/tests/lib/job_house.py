@@ -118,7 +118,7 @@ class House:
     env: EnvSource | None = None
 
     def __post_init__(self) -> None:
-        clock, rng = self.clock, random.Random(7)  # noqa: S311 - jitter
+        clock, rng = self.clock, random.Random(7)
         self.client = self.platform.client()
         self.images = Images()
         self.quota = Quota(Limits(resources=self.limits, max_cvms=16))

@@ -17,7 +17,7 @@ def free_port() -> int:
 def free_range(count: int, among: tuple[int, int] = (20_000, 30_000)) -> tuple[int, int]:
     """The first and the last of so many in a row."""
     while True:
-        first = random.randrange(among[0], among[1] - count)  # noqa: S311 - a place to look
+        first = random.randrange(among[0], among[1] - count)
         with contextlib.ExitStack() as stack:
             try:
                 for port in range(first, first + count):
