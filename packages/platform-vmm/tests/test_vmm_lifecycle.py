@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from guests import Guests, serial, until
 
@@ -196,6 +198,29 @@ async def test_twenty_vms_come_and_go_and_leave_nothing(guests: Guests, free_por
     assert _left(guests)["uids"] == 0
 
 
+@pytest.mark.needs("root")
+@pytest.mark.slow(reason="boots ten guests")
+async def test_a_stage_that_is_killed_at_any_moment_of_a_boot_leaves_nothing(
+    guests: Guests, free_port: int
+) -> None:
+    """Its guest ends with it, the VM is exited, and when it is removed all is as before."""
+    ports = [{"protocol": "tcp", "host_port": free_port, "vm_port": 10000}]
+    layers = json.dumps({"filesystem": {"read_only": False}})
+    before = None
+    for cycle, pause in enumerate((0.2, 0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2)):
+        machine = guests.create(["sleep", "60"], ports=ports, user_config=layers if cycle % 2 else "")
+        while not (stages := psutil.Process().children()):
+            await asyncio.sleep(0)
+        await asyncio.sleep(pause)
+        stages[0].kill()
+        await until(partial(_is, machine, "exited"), machine)
+        await guests.remove(machine)
+        if before is None:
+            await until(lambda: _left(guests)["uids"] == 0)  # orphans, which the system's init reaps
+            before = _left(guests)
+    await until(lambda: _left(guests) == before, f"{before} then {_left(guests)}")
+
+
 def _says(machine: Machine, word: str) -> bool:
     return word in serial(machine)
 
@@ -210,10 +235,9 @@ def _left(guests: Guests) -> dict[str, int]:
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 uids += entry.stat().st_uid in known
-    groups = Path("/sys/fs/cgroup").glob(f"**/platform-vmm-{guests.state.name}/*/")
     return {
         "uids": uids,
-        "groups": len(list(groups)),
+        "groups": len(guests.machines._groups.leftovers()),
         "mounts": Path("/proc/self/mountinfo").read_text().count("\n"),
         "fds": len(list(Path("/proc/self/fd").iterdir())),
         "files": len(list(guests.state.vms.rglob("*"))),

@@ -109,6 +109,7 @@ class Control:
             self.started.set_exception(
                 SandboxFailed(f"the sandbox's stage is gone before it was ready: {why}")
             )
+            self.started.exception()  # told to whoever waits; nobody may be
         if not self.exited.done():
             self.exited.set_result(None)
 
