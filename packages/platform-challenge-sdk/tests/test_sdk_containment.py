@@ -175,6 +175,19 @@ class TestMalice:
         assert why == "Resource temporarily unavailable\n"
 
     @pytest.mark.robustness(22, "memory-hog")
+    def test_it_may_have_so_many_terminals_and_no_more(self, run: Run) -> None:
+        """They work, and the kernel's few thousand are not one submission's."""
+        outcome = run(
+            "import os\n"
+            "main, worker = os.openpty()\n"
+            "os.write(main, b'line\\n'); print(os.read(worker, 100), os.ttyname(worker))\n"
+            "count = 1\n"
+            "try:\n"
+            "    while True: os.open('/dev/ptmx', os.O_RDWR | os.O_NOCTTY); count += 1\n"
+            "except OSError as error: print(count, error.strerror)"
+        )
+        assert outcome.text == "b'line\\n' /dev/pts/0\n32 No space left on device\n", outcome.stderr
+
     def test_one_process_cannot_have_more_than_its_memory(self, run: Run) -> None:
         outcome = run("x = bytearray(300 << 20)")
         assert outcome.exit == 1

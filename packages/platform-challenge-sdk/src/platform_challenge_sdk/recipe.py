@@ -98,7 +98,8 @@ class Order:
         for index, prefix in enumerate(_prefixes()):
             words += ["--ro-bind", f"{room}/python{index}", prefix]
         words += ["--proc", "/proc", "--dev", "/dev", "--bind", f"{room}/disk/shm", _SHARED]
-        words += ["--remount-ro", "/dev", "--bind", f"{room}/disk/workspace", _WORKSPACE]
+        words += ["--dev-bind", f"{room}/pts", "/dev/pts", "--remount-ro", "/dev"]
+        words += ["--bind", f"{room}/disk/workspace", _WORKSPACE]
         words += ["--bind", f"{room}/disk/tmp", _SCRATCH, "--ro-bind", f"{room}/submission", _SUBMISSION]
         for name, descriptor in files.items():
             words += ["--file", str(descriptor), f"{_WORKSPACE}/{name}"]

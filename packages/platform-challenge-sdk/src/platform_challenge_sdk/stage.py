@@ -27,13 +27,14 @@ from typing import Any
 
 _NEWNS, _NEWUSER, _NEWNET = 0x20000, 0x10000000, 0x40000000
 _SIOCSIFFLAGS, _IFF_UP_RUNNING = 0x8914, 0x41
-_NOSUID, _NODEV, _BIND, _REC, _PRIVATE = 2, 4, 4096, 16384, 1 << 18
+_NOSUID, _NODEV, _NOEXEC, _BIND, _REC, _PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP = 1, 4, 22
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _SECCOMP_MODE_FILTER = 2
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF, _PATH_BENEATH = 444, 445, 446, 1
 _RIGHTS_OF_A_FILE = 0b1100_0000_0000_0111  # the kernel refuses a folder's rights on a file
 _INODES = 20_000
+_TERMINALS = "newinstance,ptmxmode=0666,mode=0600,max=32"  # the kernel has 4096 for all, other jobs included
 _FOR_NETWORK = ("fcntl", "socket")  # half of a stage's start, and most runs have no network
 _DEPTH = 64
 _DESCRIPTORS = 1 << 20
@@ -104,11 +105,13 @@ class Stage:
         _mount("tmpfs", disk, "tmpfs", f"size={self._config['disk']},nr_inodes={_INODES},mode=755")
         for name in ("workspace", "tmp", "shm"):
             (disk / name).mkdir(mode=0o777)
+        _call_mount("devpts", str(self._room / "pts"), "devpts", _NOSUID | _NOEXEC, _TERMINALS)
 
     def _furnish(self) -> None:
         _call_mount("none", "/", None, _REC | _PRIVATE, None)
         _mount("tmpfs", self._room, "tmpfs", "size=1m,mode=755")
-        (self._room / "disk").mkdir()
+        for name in ("disk", "pts"):
+            (self._room / name).mkdir()
         for source, name in self._config["binds"]:
             (self._room / name).mkdir()
             _call_mount(source, str(self._room / name), None, _BIND | _REC, None)
