@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
-from tests.hostile.attack import ANY, FAILED, SUCCEEDED, Attack, Control, Facts
+from tests.hostile.attack import ANY, SUCCEEDED, Attack, Control, Facts
 
 from platform_protocol.platform_messages import ResultOutcome
 from platform_validator.jobs import result
@@ -142,24 +144,31 @@ def _longest(facts: Facts) -> int:
     return max(map(len, facts.logs.splitlines()), default=0)
 
 
+def _run(
+    name: str, clause: str, program: str, control: Control, won: Callable[[Facts], bool], **more: Any
+) -> Attack:
+    return Attack(name, 24, clause, "submission", program, control, won, **more)
+
+
+def _vm(
+    name: str, clause: str, program: str, control: Control, won: Callable[[Facts], bool], **more: Any
+) -> Attack:
+    return Attack(name, 24, clause, "challenge", program, control, won, **more)
+
+
 OUTPUT = [
-    Attack(
+    _run(
         "10 GB of stdout",
-        24,
         "10-gb",
-        "submission",
         _FLOOD,
         Control(
             "output of a run", "200 MiB to a run instead of 1 MiB; the VM's control group still has its own"
         ),
         lambda facts: facts.number("bytes") > 2 * MIB,
-        outcomes=FAILED,
     ),
-    Attack(
+    _vm(
         "a line without an end",
-        24,
         "no-newline",
-        "challenge",
         'ctx.log.info("y" * 900_000); rogue.result = {"score": 0.5, "logs": ["y" * 60_000]}',
         Control(
             "length of a job's lines", "16 MiB to a line instead of 8 KiB; the result still has its size"
@@ -167,31 +176,25 @@ OUTPUT = [
         lambda facts: _longest(facts) > 9 * KIB,
         outcomes=SUCCEEDED,
     ),
-    Attack(
+    _run(
         "invalid UTF-8",
-        24,
         "utf-8",
-        "submission",
         _NO_TEXT,
         Control("text that is no UTF-8", "lone surrogates instead of replacement characters"),
         lambda facts: facts.outcome != "succeeded",
         outcomes=SUCCEEDED,
     ),
-    Attack(
+    _run(
         "terminal escapes",
-        24,
         "escapes",
-        "submission",
         _ESCAPES,
         Control("control characters in a job's lines", "the validator passes on what it was sent"),
         lambda facts: any(c in facts.logs for c in "\x1b\x07\x08\x9b"),
         outcomes=SUCCEEDED,
     ),
-    Attack(
+    _run(
         "log forging with CR and LF",
-        24,
         "log-forging",
-        "submission",
         _FORGERY,
         Control(
             "control characters in the log",
@@ -200,50 +203,39 @@ OUTPUT = [
         lambda facts: any(
             line.startswith(FORGED[:40]) for line in facts.page.replace("\r", "\n").split("\n")
         ),
-        outcomes=FAILED,
     ),
-    Attack(
+    _run(
         "a secret in pieces",
-        24,
         "secret-in-pieces",
-        "submission",
         _PIECES,
         Control("environment", "the run has the SDK's environment"),
         lambda facts: bool(facts.found),
-        outcomes=FAILED,
     ),
-    Attack(
+    _vm(
         "a flood of log lines",
-        24,
         "lines",
-        "challenge",
         _LINES,
         Control("size of a job's lines", "256 times the 256 KiB that a result may have of them"),
         lambda facts: facts.stored > 600 * KIB or "logs: expected" in facts.page,
         outcomes=SUCCEEDED,
     ),
-    Attack(
+    _vm(
         "10^6 lines a second on the console",
-        24,
         "lines",
-        "challenge",
         _CONSOLE,
         Control("console", "64 MiB of a console are kept instead of 1 MiB; the challenge writes 24 MiB"),
         lambda facts: facts.guest.console > 2 * MIB,
         outcomes=SUCCEEDED,
         watched=True,
     ),
-    Attack(
+    _vm(
         "a large result of a challenge's",
-        24,
         "200-mb-result",
-        "challenge",
         _LARGE_IN_VM,
         Control(
             "size of a result", "the validator takes any size; the Platform API and the frame have limits"
         ),
         lambda facts: facts.outcome == "succeeded",
-        outcomes=FAILED,
     ),
     Attack(
         "200 MB in one frame",
@@ -255,58 +247,44 @@ OUTPUT = [
         lambda facts: facts.validator_bytes > 150 * MIB,
         outcomes=ANY,
     ),
-    Attack(
+    _run(
         "NaN of a submission's",
-        24,
         "nan",
-        "submission",
         _NAN,
         Control(
             "what a handler may return", "the SDK passes on whatever the handler returns: it leaves the VM"
         ),
         # As the session has it: a number that JSON does not know is null.
         lambda facts: facts.outcome != "failed" or "got None" in facts.error,
-        outcomes=FAILED,
     ),
-    Attack(
+    _vm(
         "NaN of a challenge's",
-        24,
         "nan",
-        "challenge",
         _NAN_IN_VM,
         Control("finite numbers", "the validator's judgement takes any float for a score", _judged_nan),
         lambda facts: "invalid_result" not in facts.error and facts.outcome != "failed",
-        outcomes=FAILED,
     ),
-    Attack(
+    _vm(
         "deep JSON of a challenge's",
-        24,
         "deep-json",
-        "challenge",
         _DEEP_IN_VM,
         Control("depth of a result", "100,000 levels instead of 64; it has 200"),
         lambda facts: facts.outcome == "succeeded",
-        outcomes=FAILED,
     ),
-    Attack(
+    _vm(
         "a score for another job",
-        24,
         "another-job",
-        "challenge",
         _OTHER_JOB,
         Control("whose job it is", "a result goes to whatever job it names, over any session"),
         lambda facts: facts.other_score is not None and facts.other_score != 1.0,
         outcomes=ANY,
         payload={"victim": "6"},
     ),
-    Attack(
+    _run(
         "a forged result line",
-        24,
         "forged-line",
-        "submission",
         _REPORT,
         Control("control socket", "the stage's control socket is inherited"),
         lambda facts: facts.outcome != "failed" or "exit code 7" not in facts.error,
-        outcomes=FAILED,
     ),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.hostile.attack import SUCCEEDED, Attack, Control, Facts
+from tests.hostile.attack import SUCCEEDED, Attack, Control
 
 _BOUND = Control(
     "files of the host @ @BAIT@",
@@ -95,8 +95,10 @@ for prefix in ("", "..", "@VAULT@", "%", "_"):
 """
 
 
-def _found(facts: Facts) -> bool:
-    return bool(facts.found)
+def _reads(name: str, clause: str, program: str) -> Attack:
+    return Attack(
+        name, 28, clause, "challenge", program, _BOUND, lambda facts: bool(facts.found), outcomes=SUCCEEDED
+    )
 
 
 REACH = [
@@ -110,26 +112,8 @@ REACH = [
         lambda facts: facts.opened > 0,
         outcomes=SUCCEEDED,
     ),
-    Attack(
-        "the hotkey, from a challenge",
-        28,
-        "hotkey",
-        "challenge",
-        _HOTKEY,
-        _BOUND,
-        _found,
-        outcomes=SUCCEEDED,
-    ),
-    Attack(
-        "API credentials, from a challenge",
-        28,
-        "api-credentials",
-        "challenge",
-        _CREDENTIALS,
-        _BOUND,
-        _found,
-        outcomes=SUCCEEDED,
-    ),
+    _reads("the hotkey, from a challenge", "hotkey", _HOTKEY),
+    _reads("API credentials, from a challenge", "api-credentials", _CREDENTIALS),
     Attack(
         "other challenges' values",
         28,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from tests.hostile.archives import found_on_the_host
 from tests.hostile.attack import ANY, SUCCEEDED, Attack, Control, Facts
 
@@ -95,65 +98,55 @@ def _other_forged(facts: Facts) -> bool:
     return facts.other_score is not None and facts.other_score != 1.0
 
 
+def _attack(
+    name: str, clause: str, program: str, control: Control, won: Callable[[Facts], bool], **more: Any
+) -> Attack:
+    return Attack(name, 26, clause, "challenge", program, control, won, **({"outcomes": SUCCEEDED} | more))
+
+
 SESSION = [
-    Attack(
+    _attack(
         "a result before its job",
-        26,
         "before-the-start",
-        "challenge",
         _EARLY,
         Control("no result before its job", "a result is kept for whichever session is given its job later"),
         _other_forged,
-        outcomes=SUCCEEDED,
         payload={"victim": "later"},
     ),
-    Attack(
+    _attack(
         "two results",
-        26,
         "two-results",
-        "challenge",
         _TWICE,
         Control("the first result counts", "the last result within two seconds counts"),
         _forged,
-        outcomes=SUCCEEDED,
     ),
-    Attack(
+    _attack(
         "a late result",
-        26,
         "late",
-        "challenge",
         _LATE,
         Control("time of a job", "ten times the job's 4 s"),
         _forged,
         outcomes=frozenset({"timeout"}),
         timeout_s=4,
     ),
-    Attack(
+    _attack(
         "another attempt's result, and another job's",
-        26,
         "another-token",
-        "challenge",
         _OTHER_ATTEMPT,
         Control("which attempt it is", "a result counts whatever attempt it names"),
         lambda facts: _forged(facts) or _other_forged(facts),
-        outcomes=SUCCEEDED,
         payload={"victim": "4"},
     ),
-    Attack(
+    _attack(
         "another VM's bundle, by a token of one's own",
-        26,
         "another-token",
-        "challenge",
         _BUNDLE,
         Control("whose bundle it is", "the listener gives a bundle to whoever asks"),
         lambda facts: "VAULT_SECRET" in facts.logs,
-        outcomes=SUCCEEDED,
     ),
-    Attack(
+    _attack(
         "slow loris",
-        26,
         "slow-loris",
-        "challenge",
         _LORIS,
         Control(
             "connections", "4,000 connections of a VM to the validator instead of 256; it makes 2,000 at most"
@@ -162,16 +155,13 @@ SESSION = [
         outcomes=ANY,
         timeout_s=60,
     ),
-    Attack(
+    _attack(
         "a path in an artifact's name",
-        26,
         "artifact-path",
-        "challenge",
         _ARTIFACT,
         Control(
             "no file of a guest's name", "the harness writes one so named, and finds it", found_on_the_host
         ),
         lambda facts: bool(facts.escaped),
-        outcomes=SUCCEEDED,
     ),
 ]
