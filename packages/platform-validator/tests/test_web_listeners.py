@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +107,10 @@ def shown(tmp_path: Path) -> Shown:
 
 
 @asynccontextmanager
-async def served(app: ASGIApp) -> AsyncIterator[aiohttp.ClientSession]:
+async def served(app: ASGIApp, *, guests: bool = False) -> AsyncIterator[aiohttp.ClientSession]:
     """A client of the application, behind a real listener."""
     port = free_port()
-    server = WebServer(app, ("127.0.0.1", port))
+    server = WebServer(app, ("127.0.0.1", port), guests=guests)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         group.create_task(server.run())
         async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client:
@@ -180,6 +180,27 @@ async def test_a_bundle_is_fetched_whole_or_in_parts(shown: Shown) -> None:
             assert (answer.status, await answer.read()) == (200, bytes(range(100)))
         async with client.get(f"/bundles/{BUNDLE}", headers={**headers, "Range": "bytes=90-"}) as answer:
             assert (answer.status, await answer.read()) == (206, bytes(range(90, 100)))
+
+
+@pytest.mark.robustness(26, "slow-loris")
+async def test_guests_that_hold_connections_and_say_nothing_keep_nobody_out(
+    shown: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many at once, of which the oldest makes room for the next; and none of them for long."""
+    monkeypatch.setattr("platform_validator.web.server.GUESTS_HELD", 8)
+    monkeypatch.setattr("platform_validator.web.server.GUEST_LIFE", 0.5)
+    async with served(guests_app(shown), guests=True) as client:
+        url = client._base_url
+        assert url is not None
+        silent = [await asyncio.open_connection(url.host, url.port) for _ in range(12)]
+        for _, writer in silent:
+            writer.write(b"GET /health HTTP/1.1\r\nX-Slow: ")
+        async with client.get("/health/live") as answer:
+            assert answer.status == 200
+        for reader, writer in silent:
+            with suppress(ConnectionError):
+                assert await reader.read() == b""
+            writer.close()
 
 
 async def test_guests_see_no_operators_api(shown: Shown) -> None:

@@ -255,12 +255,12 @@ class Daemon:
         hosts = frozenset({host, "localhost", "127.0.0.1", "::1"})
         with contextlib.ExitStack() as bound:
             servers = []
-            for app, where in (
-                (guests_app(self._board), settings["validator.http_listen"]),
-                (TokenGuard(operators, token, hosts), settings["validator.admin_listen"]),
-                (operators, self._state.prepare_socket()),
+            for app, where, guests in (
+                (guests_app(self._board), settings["validator.http_listen"], True),
+                (TokenGuard(operators, token, hosts), settings["validator.admin_listen"], False),
+                (operators, self._state.prepare_socket(), False),
             ):
-                server = WebServer(app, where)
+                server = WebServer(app, where, guests=guests)
                 bound.callback(server.close)
                 servers.append(server)
             bound.pop_all()

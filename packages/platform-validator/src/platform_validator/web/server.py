@@ -10,11 +10,16 @@ from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from platform_validator.errors import ValidatorError
 
 _GRACE = 2
 _BACKLOG = 512
+GUESTS_HELD = 512
+"""Connections of guests at once; for one more the oldest ends."""
+GUEST_LIFE = 120.0
+"""Seconds that a connection of a guest lives; what is fetched is fetched on where it broke."""
 
 
 class AddressInUse(ValidatorError):
@@ -33,15 +38,18 @@ class _Server(uvicorn.Server):
 class WebServer:
     """Bound when made, so that a taken address is known at once; serves in `run`.
 
+    `guests`: whoever connects may be a guest, which may hold as many connections as it can, and say nothing.
+
     Raises:
         AddressInUse: The address cannot be bound.
     """
 
-    def __init__(self, app: ASGIApp, where: tuple[str, int] | Path) -> None:
+    def __init__(self, app: ASGIApp, where: tuple[str, int] | Path, *, guests: bool = False) -> None:
         self._socket = _bind(where)
         self._path = where if isinstance(where, Path) else None
         config = uvicorn.Config(
             app,
+            http=_guests_connection() if guests else H11Protocol,
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -67,6 +75,24 @@ class WebServer:
         """Finish what is being answered, then end `run`."""
         self._server.should_exit = True
         await asyncio.sleep(0)
+
+
+def _guests_connection() -> type[H11Protocol]:
+    """A connection of one listener for guests: uvicorn's own waits for a request for ever."""
+    held: dict[H11Protocol, asyncio.TimerHandle] = {}
+
+    class Connection(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as theirs
+            super().connection_made(transport)
+            held[self] = self.loop.call_later(GUEST_LIFE, transport.abort)
+            if len(held) > GUESTS_HELD:
+                next(iter(held)).transport.abort()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            held.pop(self).cancel()
+            super().connection_lost(exc)
+
+    return Connection
 
 
 def _bind(where: tuple[str, int] | Path) -> socket.socket:
