@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -48,6 +49,14 @@ async def test_a_vm_whose_record_cannot_be_written_changes_nothing_but_can_be_re
     vmm.prpc.call("RemoveVm", {"id": machine.id})
     await vmm.until(machine.id, found=False)
     assert not machine.folder.exists()
+
+
+async def test_a_vm_whose_folder_somebody_removed_can_be_removed(vmm: Vmm) -> None:
+    machine = vmm.create()
+    await vmm.until(machine.id, boot_progress="done")
+    shutil.rmtree(machine.folder)
+    vmm.prpc.call("RemoveVm", {"id": machine.id})
+    await vmm.until(machine.id, found=False)
 
 
 async def test_a_guest_that_exits_is_exited_and_started_again(vmm: Vmm) -> None:

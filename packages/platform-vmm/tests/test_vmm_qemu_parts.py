@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from platform_vmm.errors import SandboxFailed
 from platform_vmm.qemu.accelerator import find_accelerator
 from platform_vmm.qemu.argv import OVERHEAD, VirtualMachine
+from platform_vmm.qemu.driver import _dial
 from platform_vmm.qemu.link import Link
 from platform_vmm.rootfs.image import GuestImage
 from platform_vmm.sandbox.cgroups import ControlGroups
@@ -187,8 +189,8 @@ async def test_a_connection_is_made_to_what_the_machine_may_reach_and_to_nothing
 
 
 async def test_a_machine_is_told_its_configuration_once(guest: Machine) -> None:
-    """It is long, and hello is short: a thousand of them are no way to the VMM's memory."""
-    guest.writer.write(b'{"hello": 1}\n' * 1000)
+    """It is long, and hello is short: hundreds of them are no way to the VMM's memory."""
+    guest.writer.write(b'{"hello": 1}\n' * 200)
     await guest.say(b'{"open": 1, "to": "22"}')
     assert await guest.heard() == {"stage": {}}
     assert await guest.heard() == {"refused": 1}
@@ -221,3 +223,39 @@ async def test_a_second_connection_to_the_port_is_hung_up_on(guest: Machine, tmp
     writer.close()
     await guest.say(b'{"hello": 1}')
     assert await guest.heard() == {"stage": {}}
+
+
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 200 OK", None])
+async def test_a_machine_that_answers_a_connection_with_anything_else_is_not_connected_to(
+    guest: Machine, monkeypatch: pytest.MonkeyPatch, said: bytes | None
+) -> None:
+    """Nothing, garbage, or silence (None): the connection ends, and its descriptor with it."""
+    monkeypatch.setattr("platform_vmm.qemu.driver._DIAL_TIMEOUT", 0.5)
+    ended = asyncio.Event()
+
+    async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert await reader.readline() == b"I 10000\n"
+        if said is not None:
+            writer.write(said)
+            writer.write_eof()
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        ended.set()
+        writer.close()
+
+    async with await asyncio.start_server(exchange, "127.0.0.1", 0) as server:
+        ours = socket.socket()
+        ours.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(ours, server.sockets[0].getsockname())
+
+        async def connect(_: tuple[str, int]) -> socket.socket:
+            return ours
+
+        sandbox: Any = SimpleNamespace(control=SimpleNamespace(connect=connect))
+        await guest.say(b'{"up": true}')
+        await guest.link.up
+        with pytest.raises((SandboxFailed, TimeoutError)):
+            await _dial(sandbox, guest.link, "I 10000\n")
+        async with asyncio.timeout(10):
+            await ended.wait()
+        assert ours.fileno() == -1

@@ -155,7 +155,8 @@ class Machine:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._changed.wait()
-        await asyncio.to_thread(shutil.rmtree, self.folder)
+        with contextlib.suppress(FileNotFoundError):  # somebody else removed it
+            await asyncio.to_thread(shutil.rmtree, self.folder)
 
     def note(self, event: str, body: str) -> None:
         """An event in the ring that GetInfo shows."""
