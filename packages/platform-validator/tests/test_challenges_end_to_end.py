@@ -11,14 +11,6 @@ from job_house import CHALLENGE, OTHER, TOML, House, new_commit, tick
 from platform_validator.store.records import InstanceState
 
 
-@pytest.fixture
-def house(tmp_path: Path) -> House:
-    """A validator with one published challenge."""
-    made = House(tmp_path)
-    made.publish(new_commit(tmp_path, TOML))
-    return made
-
-
 async def test_a_new_commit_is_proved_beside_the_old_one_before_it_serves(house: House) -> None:
     """A new commit is proved beside the old one before it serves."""
     async with house.open():

@@ -21,14 +21,6 @@ from platform_validator.cvm.usage import VmUsage
 from platform_validator.store.records import InstanceState, JobOutcome, Stage
 
 
-@pytest.fixture
-def house(tmp_path: Path) -> House:
-    """A validator with one published challenge."""
-    made = House(tmp_path)
-    made.publish(new_commit(tmp_path, TOML))
-    return made
-
-
 async def test_a_job_goes_from_pending_to_its_accepted_result(house: House) -> None:
     """A job goes from pending to its accepted result."""
     seen: list[bytes | None] = []

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from pathlib import Path
 
-import pytest
-from job_house import CHALLENGE, CVM, TOML, Endless, House, new_commit, tick
+from job_house import CHALLENGE, CVM, Endless, House, tick
 
 from platform_protocol.ids import ClaimId, JobId
 from platform_protocol.platform_messages import ReleaseReason
@@ -14,14 +12,6 @@ from platform_validator.clock import SystemClock
 from platform_validator.jobs.recovery import recover
 from platform_validator.platform_client.conformance import a_result
 from platform_validator.store.records import JobOutcome, JobRecord, Stage
-
-
-@pytest.fixture
-def house(tmp_path: Path) -> House:
-    """A validator with one published challenge."""
-    made = House(tmp_path)
-    made.publish(new_commit(tmp_path, TOML))
-    return made
 
 
 async def test_a_drained_validator_releases_what_runs(house: House) -> None:

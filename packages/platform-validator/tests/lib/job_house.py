@@ -6,7 +6,7 @@ import asyncio
 import random
 import subprocess
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -40,7 +40,7 @@ from platform_validator.platform_client.memory import MemoryPlatform
 from platform_validator.platform_client.notifications import NotificationLoop
 from platform_validator.scoring import ScoringRule
 from platform_validator.store.memory import MemoryStore
-from platform_validator.store.records import InstanceState, JobOutcome, Stage
+from platform_validator.store.records import InstanceEvent, InstanceState, JobOutcome, Stage
 
 CHALLENGE = ChallengeId("00000000-0000-4000-8000-0000000000c1")
 OTHER = ChallengeId("00000000-0000-4000-8000-0000000000c2")
@@ -283,3 +283,8 @@ def git(folder: Path, *arguments: str) -> str:
         ["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True
     )
     return done.stdout.strip()
+
+
+async def history(house: House) -> Sequence[InstanceEvent]:
+    """Of its challenge, oldest first."""
+    return list(reversed(await house.store.challenge_history(CHALLENGE, 100)))
