@@ -6,10 +6,14 @@ import gzip
 import io
 import os
 import tarfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from platform_challenge_sdk import archive
 from platform_challenge_sdk.errors import SubmissionUnreadable
@@ -31,6 +35,13 @@ def tar_of(*members: tuple[tarfile.TarInfo, bytes], form: int = tarfile.PAX_FORM
         for info, data in members:
             tar.addfile(info, io.BytesIO(data))
     return out.getvalue()
+
+
+def extra(kind: bytes, data: bytes) -> bytes:
+    """A header about the next member."""
+    info = tarfile.TarInfo("extra")
+    info.type, info.size = kind, len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
 
 
 @pytest.fixture
@@ -181,6 +192,51 @@ class TestBad:
         info.pax_headers = {"comment": "x" * (1 << 20)}
         with pytest.raises(SubmissionUnreadable, match="a header of over"):
             unpack(gzip.compress(tar_of((info, b""))))
+
+    def test_a_header_takes_no_time_that_grows_with_its_square(self, unpack: Unpack) -> None:
+        """Python's tarfile looks through digits again from each of them: eight of these took it a minute."""
+        size = 64_000
+        digits = b"%d comment=" % size
+        data = extra(b"x", digits + b"1" * (size - len(digits) - 1) + b"\n")
+        whole = b"".join(data + member(f"m{number}")[0].tobuf(tarfile.USTAR_FORMAT) for number in range(8))
+        began = time.thread_time()
+        assert len(list(unpack(whole).iterdir())) == 8
+        assert time.thread_time() - began < 10
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"x path=a\n",
+            b" path=a\n",
+            b"-9 path=a\n",
+            b"0 path=a\n",
+            b"1 path=a\n",
+            b"8 path=a\n",
+            b"11 path=a\n",
+            b"9 path a\n",
+            b"99 path=a\n",
+            b"1000000000000 path=a\n",
+            b"9 path=aa",
+            b"10 size=77\n",
+            b"22 GNU.sparse.major=1\n",
+        ],
+    )
+    def test_an_extra_header_that_is_none_is_refused(self, unpack: Unpack, data: bytes) -> None:
+        """Also one by which a member would have another size than its own header says."""
+        whole = extra(b"x", data) + member("a")[0].tobuf(tarfile.USTAR_FORMAT)
+        with pytest.raises(SubmissionUnreadable, match="a header that"):
+            unpack(whole)
+
+    def test_a_header_for_all_members_names_none(self, unpack: Unpack) -> None:
+        """Archives of git have one, with a comment; with a path each member would have the same."""
+        plain = member("a")[0].tobuf(tarfile.USTAR_FORMAT)
+        with pytest.raises(SubmissionUnreadable, match="contradicts"):
+            unpack(extra(b"g", b"9 path=b\n") + plain)
+
+    @given(st.binary(max_size=200), st.sampled_from([b"x", b"X", b"g", b"L", b"K"]))
+    def test_whatever_an_extra_header_holds_it_is_a_name_or_refused(self, data: bytes, kind: bytes) -> None:
+        with suppress(SubmissionUnreadable):
+            assert archive._named(kind, data) is None or kind in b"xXL"
 
     @pytest.mark.parametrize("cut", [3, 600, 1030])
     def test_a_broken_archive_is_refused(self, unpack: Unpack, cut: int) -> None:

@@ -21,6 +21,7 @@ MAX_BYTES = 256 * 1024 * 1024
 MAX_DEPTH = 32
 _MAX_NAME, _MAX_PATH = 255, 1000
 _MAX_EXTRA = 64 * 1024
+_LENGTH_DIGITS = 6
 _CHUNK = 64 * 1024
 _GZIP = b"\x1f\x8b"
 _MAGIC_AT, _MAGIC = 257, b"ustar"
@@ -106,18 +107,20 @@ class _Tree:
         """The one spelling of each path: what elsewhere would be one file must not be two here."""
 
     def fill(self, block: bytes, stream: _Counted) -> None:
-        extras = b""
+        name: str | None = None
+        ahead = 0
         while len(block) == _BLOCK and block.count(0) != _BLOCK:
-            size = _member_size(block)
-            if block[156:157] in _EXTRAS:
-                if size + len(extras) > _MAX_EXTRA:
+            size, kind = _member_size(block), block[156:157]
+            if kind in _EXTRAS:
+                ahead += _BLOCK + size
+                if ahead > _MAX_EXTRA:
                     raise SubmissionUnreadable(f"a header of over {_MAX_EXTRA} bytes")
-                extras += block + _exactly(stream, _padded(size))
+                name = _named(kind, _exactly(stream, _padded(size))[:size]) or name
             else:
-                self._add(_member(extras + block), stream)
-                extras = b""
+                self._add(_member(block, name), stream)
+                name, ahead = None, 0
             block = stream.read(_BLOCK)
-        if extras or 0 < len(block) < _BLOCK:
+        if ahead or 0 < len(block) < _BLOCK:
             raise SubmissionUnreadable("not a whole archive: it ends in the middle of a header")
 
     def _add(self, info: tarfile.TarInfo, stream: _Counted) -> None:
@@ -157,24 +160,36 @@ class _Tree:
             raise SubmissionUnreadable(f"expected at most {MAX_ENTRIES} entries")
 
 
-def _member(header: bytes) -> tarfile.TarInfo:
-    """What tarfile reads from a member's header blocks alone, with the long names before it."""
-    with tarfile.open(fileobj=_Once(header), mode="r|", bufsize=_BLOCK) as tar:  # type: ignore[call-overload]  # any reader
-        info: tarfile.TarInfo | None = tar.next()
-    if info is None or info.size != _member_size(header[-_BLOCK:]):
-        raise SubmissionUnreadable("a header that contradicts itself")
+def _member(block: bytes, name: str | None) -> tarfile.TarInfo:
+    """What a member's header says, under the longer name that came before it."""
+    info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    if name is not None:
+        info.name = name
     return info
 
 
-class _Once:
-    """Bytes that are read once, followed by the end of an archive."""
+def _named(kind: bytes, data: bytes) -> str | None:
+    """The name that an extra header gives to the next member.
 
-    def __init__(self, data: bytes) -> None:
-        self._data = data + bytes(2 * _BLOCK)
-
-    def read(self, size: int) -> bytes:
-        part, self._data = self._data[:size], self._data[size:]
-        return part
+    Read here and not by tarfile, whose expressions take a time that grows with the square of their input.
+    """
+    if kind == tarfile.GNUTYPE_LONGLINK:
+        return None
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        return data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+    path, at = None, 0
+    while at < len(data) and data[at]:
+        length = data[at : at + _LENGTH_DIGITS].partition(b" ")[0]
+        end = at + int(length) if length.isdigit() else 0
+        key, equals, value = data[at + len(length) + 1 : end].partition(b"=")
+        if not equals or end > len(data) or not value.endswith(b"\n"):
+            raise SubmissionUnreadable("a header that is none")
+        if key == b"size" or key.startswith(b"GNU.sparse.") or (key == b"path" and kind == tarfile.XGLTYPE):
+            raise SubmissionUnreadable("a header that contradicts the next one")
+        if key == b"path":
+            path = value[:-1].decode("utf-8", "surrogateescape")
+        at = end
+    return path
 
 
 def _member_size(block: bytes) -> int:
