@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -268,6 +269,18 @@ class TestMeans:
     ) -> None:
         memory, disk = (None if part is None else part * MIB for part in asked)
         assert Means(declared * MIB).share(memory, disk) == tuple(part * MIB for part in given)
+
+    @pytest.mark.parametrize(
+        ("most", "jobs", "each"), [(512, 1, 128), (512, 3, 128), (512, 4, 109), (512, 16, 25), (512, 64, 16)]
+    )
+    def test_the_jobs_of_a_cvm_share_its_processes(self, most: int, jobs: int, each: int) -> None:
+        """Fork bombs in all but one of them leave that one, and the SDK, theirs."""
+        before = resource.getrlimit(resource.RLIMIT_NPROC)
+        resource.setrlimit(resource.RLIMIT_NPROC, (most, before[1]))
+        try:
+            assert Means(jobs=jobs).processes == each
+        finally:
+            resource.setrlimit(resource.RLIMIT_NPROC, before)
 
     def test_it_is_never_more_than_the_machine_has(self) -> None:
         assert Means(1 << 60).most == Means().most < 1 << 50

@@ -68,7 +68,7 @@ def widen(guard: str, order: Any) -> Any:  # noqa: PLR0912 - a case for each gua
     """Widen one guard, for the rest of this CVM's only job."""
     match guard:
         case "processes of a run":
-            recipe._PROCESSES = 450
+            recipe.Order.rlimits = lambda self: RLIMITS(self) | {"NPROC": 450}
         case "memory of a run":
             return replace(order, memory=1024 * MIB, address_space=1024 * MIB)
         case "disk of a run":

@@ -1,8 +1,9 @@
-"""What a CVM has for its submissions: memory and disk, and a way out. Pure but for /proc/meminfo."""
+"""What a CVM has for its submissions: memory, disk, processes, a way out. Pure but for the kernel's word."""
 
 from __future__ import annotations
 
 import base64
+import resource
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -11,6 +12,10 @@ MIB = 1024 * 1024
 KEPT = 128 * MIB
 """Bytes of the CVM's memory that are the SDK's own."""
 _MEMORY, _DISK = 256 * MIB, 64 * MIB
+PROCESSES = 128
+"""Of one run, threads included."""
+_LEAST_PROCESSES, _AROUND, _KEPT_PROCESSES = 16, 3, 64
+"""What a run has in any case; what holds it (stage and bubblewrap); and what is the SDK's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +32,27 @@ class Egress:
 class Means:
     """`memory`: bytes of the CVM as its challenge declares them; None: as the kernel tells.
 
-    `egress` None: nothing may go out.
+    `egress` None: nothing may go out. `jobs`: how many there may be at once.
     """
 
     memory: int | None = None
     egress: Egress | None = None
+    jobs: int = 1
 
     @property
     def most(self) -> int:
         """Bytes that a run may have of memory, and of disk, which is memory too."""
         told = _kernels_memory()
         return (told if self.memory is None else min(self.memory, told)) - KEPT
+
+    @property
+    def processes(self) -> int:
+        """Processes of a run: PROCESSES, or what leaves as many to the other jobs where we may have few."""
+        ours, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+        if ours == resource.RLIM_INFINITY:
+            return PROCESSES
+        fair = (ours - _KEPT_PROCESSES) // self.jobs - _AROUND
+        return max(_LEAST_PROCESSES, min(PROCESSES, fair))
 
     def share(self, memory: int | None, disk: int | None) -> tuple[int, int, int]:
         """(memory of the tree, address space of each process, disk) of a run that asks for so much.

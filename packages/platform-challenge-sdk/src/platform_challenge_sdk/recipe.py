@@ -11,12 +11,11 @@ from typing import Any
 
 from platform_challenge_sdk import landlock
 from platform_challenge_sdk.containment import Containment
-from platform_challenge_sdk.means import MIB, Egress
+from platform_challenge_sdk.means import MIB, PROCESSES, Egress
 from platform_challenge_sdk.relay import proxy_environment
 
 OUTPUT_BYTES = 4 * MIB
 _UID = 1000
-_PROCESSES = 128
 _LINKS = {"bin": "usr/bin", "lib": "usr/lib", "lib64": "usr/lib64", "sbin": "usr/sbin"}
 _DEVICES = {"null": True, "zero": True, "full": True, "random": False, "urandom": False}
 """What of /dev a run without namespaces may read, and whether it may write there."""
@@ -46,6 +45,7 @@ class Order:
     disk: int
     output: int = OUTPUT_BYTES
     address_space: int = 0
+    processes: int = PROCESSES
     egress: Egress | None = None
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class Order:
         """For each process; NPROC counts the run's own, since its user namespace is its own."""
         return {
             "AS": self.address_space or self.memory,
-            "NPROC": _PROCESSES,
+            "NPROC": self.processes,
             "CORE": 1,  # neither file nor handler: at 0 a core_pattern with a pipe would still be fed
             "NOFILE": 1024,
             "MSGQUEUE": 0,

@@ -333,9 +333,11 @@ class ChallengeServer:
             self.jobs.begin(run, self._spawn)
 
     def _means(self) -> Means:
+        at_once = 1 if self.jobs.per_job else self.jobs.concurrency
         if self.config is None:
-            return Means(self.memory)
-        return Means(self.memory, read_egress(self.config.proxy_url, self.config.validator_base_url))
+            return Means(self.memory, jobs=at_once)
+        egress = read_egress(self.config.proxy_url, self.config.validator_base_url)
+        return Means(self.memory, egress, at_once)
 
     def _refuse(self, order: JobExecute, code: str, message: str) -> None:
         self._send(GuestError(code=code, message=message, request_id=order.job_id[:_MAX_ID]))

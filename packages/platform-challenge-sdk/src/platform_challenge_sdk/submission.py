@@ -128,6 +128,7 @@ class Submission:
             disk=room,
             output=output,
             address_space=address_space,
+            processes=self.means.processes,
             egress=egress,
         )
 
