@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -19,6 +21,7 @@ from tdx_vector import (
     verified,
 )
 
+from platform_validator.attestation.collateral import CollateralInvalid, read_collateral
 from platform_validator.attestation.errors import AttestationRefused
 from platform_validator.attestation.quote import (
     QuoteInvalid,
@@ -77,3 +80,32 @@ async def test_what_is_no_quote_is_refused(raw: bytes) -> None:
         await policy(pccs.fetch).judge(raw, EVENT_LOG, EXPECTED)
     assert refused.value.check == "quote_format"
     assert pccs.asked == []
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["PCK", "PCK CA", "root"])
+async def test_a_certificate_of_a_version_that_there_is_none_of_is_refused(which: int) -> None:
+    """By name, as all that is wrong with a quote's certificates; in collateral too."""
+    with pytest.raises(AttestationRefused) as refused:
+        await policy().judge(_version_5(QUOTE, which), EVENT_LOG, EXPECTED)
+    assert refused.value.check == "pck_chain"
+    held = json.loads(COLLATERAL)
+    for name in ("pck_crl_issuer_chain", "tcb_info_issuer_chain", "qe_identity_issuer_chain"):
+        chain = _version_5(held[name].encode(), which % 2).decode()
+        with pytest.raises(CollateralInvalid):
+            read_collateral(
+                json.dumps(held | {name: chain}), fmspc="90C06F000000", authority="platform", now=VALID
+            )
+
+
+def _version_5(data: bytes, which: int) -> bytes:
+    """With the version of one of its certificates changed; everything stays as long as it was."""
+    begin, end = b"-----BEGIN CERTIFICATE-----", b"-----END CERTIFICATE-----"
+    parts = data.split(begin)
+    text, rest = parts[which + 1].split(end)
+    version = bytes.fromhex("a003020102")
+    coded = base64.b64encode(base64.b64decode(text).replace(version, version[:-1] + b"\x05", 1))
+    lines = [coded[at : at + 64] for at in range(0, len(coded), 64)]
+    parts[which + 1] = b"\n".join([b"", *lines, end]) + rest
+    changed = begin.join(parts)
+    assert len(changed) == len(data)
+    return changed

@@ -28,6 +28,8 @@ Fetch = Callable[[str], Awaitable[tuple[bytes, dict[str, str]]]]
 
 INTEL_ROOT_SHA256 = "44a0196b2b99f889b8e149e95b807a350e7424964399e885a7cbb8ccfab674d3"
 """Of the certificate "Intel SGX Root CA" (DER), the one that dcap-qvl has built in."""
+CERTIFICATE_FAULTS = (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion)
+"""What cryptography raises over certificates and CRLs that cannot be used."""
 
 _TIMEOUT = 20.0
 _MAX = 4 * 1024 * 1024
@@ -99,7 +101,7 @@ def read_collateral(
             raise CollateralInvalid("form", f"expected JSON with the strings {', '.join(_FIELDS)}")
         reading = _Reading(held, now, root_sha256)
         return reading.read(text, fmspc, authority)
-    except (ValueError, KeyError, TypeError, RecursionError, UnsupportedAlgorithm) as error:
+    except (*CERTIFICATE_FAULTS, KeyError, RecursionError) as error:
         raise CollateralInvalid("form", _line(error)) from error
 
 
@@ -155,7 +157,7 @@ class _Reading:
         )
         try:
             issuer.verify_directly_issued_by(root)
-        except (InvalidSignature, TypeError, ValueError) as error:
+        except CERTIFICATE_FAULTS as error:
             raise CollateralInvalid("signer", f"{name}: the issuer is not signed by the root") from error
         for certificate in (issuer, root):
             self._times(

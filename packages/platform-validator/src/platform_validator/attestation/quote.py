@@ -12,11 +12,10 @@ from typing import Any
 
 import dcap_qvl
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 
 from platform_validator.attestation.checks import Check
-from platform_validator.attestation.collateral import INTEL_ROOT_SHA256
+from platform_validator.attestation.collateral import CERTIFICATE_FAULTS, INTEL_ROOT_SHA256
 from platform_validator.attestation.collateral_cache import CollateralCache
 from platform_validator.clock import Clock
 from platform_validator.errors import ValidatorError
@@ -242,7 +241,7 @@ def check_pck_chain(raw: bytes, root_sha256: str) -> None:
             )
         pck.verify_directly_issued_by(authority)
         authority.verify_directly_issued_by(root)
-    except (ValueError, TypeError, InvalidSignature) as error:
+    except CERTIFICATE_FAULTS as error:
         raise QuoteInvalid(
             Check.PCK_CHAIN,
             f"expected PCK, PCK CA and root certificates, each issued by the next: {_line(error)}",

@@ -137,7 +137,7 @@ def _collateral(path: Path) -> str:
 def _root(path: Path) -> bytes:
     try:
         return x509.load_pem_x509_certificate(path.read_bytes()).public_bytes(Encoding.DER)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, x509.InvalidVersion) as error:
         failed(f"{path} is no certificate: {error}")
 
 

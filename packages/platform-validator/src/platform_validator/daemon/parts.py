@@ -167,7 +167,7 @@ def make_policy(settings: Settings, connections: Connections, *, cache: Path) ->
         path = Path(settings["attestation.simulated_root_file"])
         try:
             root = x509.load_pem_x509_certificate(path.read_bytes()).public_bytes(Encoding.DER)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, x509.InvalidVersion) as error:
             raise StateUnusable(f"attestation.simulated_root_file {path} cannot be used: {error}") from error
     fetch = (
         from_vmm(connections.vmms[0].collateral) if simulated else from_pccs(settings["attestation.pccs_url"])
