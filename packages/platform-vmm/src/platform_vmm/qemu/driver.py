@@ -15,7 +15,7 @@ from platform_vmm.driver import Usage
 from platform_vmm.errors import SandboxFailed, VmmError
 from platform_vmm.qemu.accelerator import KVM, Accelerator, find_accelerator
 from platform_vmm.qemu.argv import PROGRAM, VirtualMachine
-from platform_vmm.qemu.guest.exchange import BROKER, SERVICE, THROUGH
+from platform_vmm.qemu.guest.exchange import AGENT, BROKER, SERVICE, THROUGH
 from platform_vmm.qemu.link import Link
 from platform_vmm.rootfs.image import GuestImage
 from platform_vmm.sandbox.driver import STAGE, Sandbox, SandboxDriver, stage_config
@@ -127,7 +127,7 @@ class QemuDriver:
             return await _dial(running[0], link, header)
 
         targets = {str(port): Relay(loopback(port)) for port in recipe.ports}
-        targets["agent"] = Relay(partial(_agent, recipe.shared / "dstack.sock"))
+        targets[AGENT] = Relay(partial(_agent, recipe.shared / "dstack.sock"))
         link = Link(name, dial=dial, targets=targets)
         try:
             link.config = self._config(recipe)

@@ -18,6 +18,7 @@ from typing import Any
 import structlog
 
 from platform_vmm.errors import SandboxFailed
+from platform_vmm.qemu.guest.exchange import AGENT, MOST_TO_AGENT
 from platform_vmm.sandbox.relay import MAX_CONNECTIONS, Relay
 
 _LINE = 4096
@@ -57,7 +58,7 @@ class Link:
         self._server: asyncio.Server | None = None
         self._port: asyncio.StreamWriter | None = None
         self._greeted = False
-        self._carrying: set[asyncio.Task[None]] = set()
+        self._carrying: dict[asyncio.Task[None], str] = {}
         loop = asyncio.get_running_loop()
         self.up: asyncio.Future[bool] = loop.create_future()
         self.exited: asyncio.Future[int | None] = loop.create_future()
@@ -141,12 +142,13 @@ class Link:
 
     def _open(self, number: int, to: str) -> None:
         relay = self._targets.get(to)
-        if relay is None or len(self._carrying) >= MAX_CONNECTIONS:
+        held = [one for one in self._carrying.values() if (one == AGENT) == (to == AGENT)]
+        if relay is None or len(held) >= (MOST_TO_AGENT if to == AGENT else MAX_CONNECTIONS):
             self._send(refused=number)
             return
         task = asyncio.ensure_future(self._carry(number, relay))
-        self._carrying.add(task)
-        task.add_done_callback(self._carrying.discard)
+        self._carrying[task] = to
+        task.add_done_callback(self._carrying.pop)
 
     async def _carry(self, number: int, relay: Relay) -> None:
         try:

@@ -23,6 +23,8 @@ SERVICE, VMM = "10.0.2.15", "10.0.2.2"
 """The service's address, and the one from which it sees the VMM call."""
 MOST = 256
 """Connections at once, in each direction."""
+AGENT, MOST_TO_AGENT = "agent", 16
+"""The VMM's name of the guest agent. Connections to it have room of their own: each session needs one."""
 THROUGH = b"+"
 """What the VMM reads first on a connection that leads somewhere.
 
@@ -44,12 +46,15 @@ class Exchange:
         self._namespace = namespace
         self._numbers = itertools.count(1)
         self._waiting: dict[int, tuple[socket.socket, threading.Event]] = {}
-        self._inward = threading.Semaphore(MOST)
+        # For each that the service makes the VMM dials in as well: together they leave MOST to the validator.
+        self._inward = threading.Semaphore(2 * MOST + MOST_TO_AGENT)
         self._outward = threading.Semaphore(MOST)
+        self._to_agent = threading.Semaphore(MOST_TO_AGENT)
 
     def offer(self, listener: socket.socket, to: str) -> None:
         """Accept connections of the service; the VMM knows what `to` names."""
-        _in_thread(lambda: self._accept(listener, self._outward, lambda one: self._ask(one, to)))
+        room = self._to_agent if to == AGENT else self._outward
+        _in_thread(lambda: self._accept(listener, room, lambda one: self._ask(one, to)))
 
     def serve(self, listener: socket.socket) -> None:
         """Accept the connections that the VMM makes."""
