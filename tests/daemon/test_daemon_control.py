@@ -18,6 +18,10 @@ from platform_protocol.signing import Keypair
 from platform_validator.daemon.run import Exit
 from platform_validator.state import StateDirectory
 
+pytestmark = pytest.mark.timeout(
+    240
+)  # a daemon or a command starts within a second, and on a busy machine within ten
+
 
 class Manager:
     """The service manager's end of NOTIFY_SOCKET."""
@@ -184,7 +188,6 @@ def platform_api(daemon: Daemon, folder: Path) -> Iterator[str]:
 
 @pytest.mark.slow(reason="starts two daemons and a Platform API")
 @pytest.mark.robustness(9, "one-hotkey")
-@pytest.mark.timeout(240)
 def test_a_hotkey_that_another_instance_uses_ends_the_older_with_exit_code_5(tmp_path: Path) -> None:
     """Robustness 9: WebSocket close 4409: the older one finishes what it holds; the newer one goes on."""
     older = Daemon.made(tmp_path / "older")

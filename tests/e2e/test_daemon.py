@@ -14,6 +14,10 @@ from waiting import wait_until
 
 from platform_protocol.signing import Keypair
 
+pytestmark = pytest.mark.timeout(
+    240
+)  # a daemon or a command starts within a second, and on a busy machine within ten
+
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Daemon:

@@ -31,4 +31,4 @@ def wait_until(what: str, holds: Callable[[], object], within: float = 30.0) -> 
     deadline = time.monotonic() + within
     while not holds():
         assert time.monotonic() < deadline, f"not {what} within {within:g} s"
-        time.sleep(4 * _LOOK_S)  # what is looked at is another process, and a look costs it something
+        time.sleep(10 * _LOOK_S)  # what is looked at is another process, and a look costs it something
