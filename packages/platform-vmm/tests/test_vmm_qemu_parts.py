@@ -83,8 +83,10 @@ def test_the_probe_has_neither_network_nor_port() -> None:
 
 def test_the_sandbox_around_qemu_has_no_port_and_a_device_only_under_kvm(tmp_path: Path) -> None:
     """Memory: the machine's and QEMU's own. Nothing listens in its network namespace but QEMU."""
-    recipe = machine().recipe(tmp_path, tmp_path)
-    assert (recipe.memory_bytes, list(recipe.ports), list(recipe.devices)) == (512 * MIB + OVERHEAD, [], [])
+    recipe = machine(cpus=1).recipe(tmp_path, tmp_path)
+    assert recipe.memory_bytes == 513 * MIB + OVERHEAD
+    assert machine(memory_bytes=2048 * MIB, cpus=4).overhead_bytes == OVERHEAD + (4 + 3 * 4) * MIB
+    assert (list(recipe.ports), list(recipe.devices)) == ([], [])
     under_kvm = machine(kvm=True).recipe(tmp_path, tmp_path, devices=["/dev/kvm"])
     words = under_kvm.bwrap_arguments()
     assert words[words.index("--dev-bind") + 2] == "/dev/kvm"
