@@ -18,9 +18,7 @@ from platform_protocol.signing import Keypair
 from platform_validator.daemon.run import Exit
 from platform_validator.state import StateDirectory
 
-pytestmark = pytest.mark.timeout(
-    240
-)  # a daemon or a command starts within a second, and on a busy machine within ten
+pytestmark = pytest.mark.timeout(240)  # daemons and commands: each a second, or ten on a busy machine
 
 
 class Manager:

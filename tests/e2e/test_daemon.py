@@ -14,9 +14,7 @@ from waiting import wait_until
 
 from platform_protocol.signing import Keypair
 
-pytestmark = pytest.mark.timeout(
-    240
-)  # a daemon or a command starts within a second, and on a busy machine within ten
+pytestmark = pytest.mark.timeout(240)  # daemons and commands: each a second, or ten on a busy machine
 
 
 @pytest.fixture

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -20,9 +22,13 @@ from platform_vmm.images import RUNTIME, Runtime
 from platform_vmm.machine import Machine
 from platform_vmm.prpc import Prpc
 from platform_vmm.qemu.accelerator import probe
+from platform_vmm.qemu.argv import OVERHEAD
 from platform_vmm.qemu.driver import QEMU_IMAGE, QemuDriver
+from platform_vmm.restarts import RestartPolicy
 from platform_vmm.rootfs import GuestImage
+from platform_vmm.rootfs.initrd import INIT, _archive
 from platform_vmm.sandbox.driver import SandboxDriver
+from platform_vmm.sandbox.recipe import MIB
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "mksquashfs"),
@@ -64,7 +70,8 @@ found = {
     'kernel': os.uname().release,
     'config': open('/dstack/.host-shared/.user-config').read(),
     'config_mode': oct(os.stat('/dstack/.host-shared/.user-config').st_mode & 0o777),
-    'writes': {path: write(path) for path in ('/usr/x', '/etc/x', '/dstack/x', '/opt/platform/x', '/data/x', '/tmp/x')},
+    'writes': {path: write(path) for path in ('/usr/x', '/etc/x', '/dstack/x', '/opt/platform/x', '/srv/x',
+        '/data/x', '/tmp/x', '/srv/model/x')},
     'disk': os.statvfs('/tmp').f_blocks * os.statvfs('/tmp').f_frsize,
     'denied': [len(os.listdir('/usr/share/doc')) if os.access('/usr/share/doc', os.R_OK) else 'denied'],
     'tcp': {f'{host}:{port}': tcp(host, port) for host, port in
@@ -82,6 +89,37 @@ with socket.create_server(('0.0.0.0', 10000)) as server:
         one, peer = server.accept()
         with one:
             one.sendall(peer[0].encode() + b' ' + one.recv(64))
+"""
+
+CHANGES = """
+import json, os, time
+def write(path, mode='w'):
+    try:
+        with open(path, mode) as file:
+            file.write('x')
+        return 'written'
+    except OSError as error:
+        return os.strerror(error.errno)
+def fill(places):
+    total = 0
+    for place in places:
+        try:
+            with open(f'{place}/fill', 'wb', buffering=0) as file:
+                while True:
+                    total += file.write(bytes(2**20))
+        except OSError:
+            continue
+    return total
+os.unlink('/usr/bin/sh')
+found = {
+    'changes': {path: write(path) for path in ('/x', '/usr/x', '/usr/bin/sh', '/etc/x', '/opt/platform/x')},
+    'gone': os.path.getsize('/usr/bin/sh') == 1,
+    'kept': {path: write(path, 'a') for path in ('/usr/bin/bwrap', '/dstack/.host-shared/x')},
+    'total': fill(['/usr/lib', '/etc', '/opt/platform', '/tmp']),
+}
+print(json.dumps(found), flush=True)
+print('up', flush=True)
+time.sleep(6000)
 """
 
 
@@ -106,7 +144,12 @@ async def test_a_service_finds_the_same_sandbox_in_a_virtual_machine(virtual: Gu
 
     Then: the way in, what SysInfo tells, and ShutdownVm, which the service hears as SIGTERM.
     """
-    policy = {"read_only": True, "denied_paths": ["/usr/share/doc"], "tmpfs_size_mb": 48}
+    policy = {
+        "read_only": True,
+        "allowed_paths": ["/srv/model"],
+        "denied_paths": ["/usr/share/doc"],
+        "tmpfs_size_mb": 48,
+    }
     config = json.dumps({"filesystem": policy})
     command = [virtual.runtime.boot[0], "-I", "-c", SURVEY, str(virtual.guest_port)]
     ports = [{"host_port": free_port, "vm_port": 10000}]
@@ -122,11 +165,9 @@ async def test_a_service_finds_the_same_sandbox_in_a_virtual_machine(virtual: Gu
     assert found["devices"] == []
     assert found["kernel"] != Path("/proc/sys/kernel/osrelease").read_text().strip()
     assert (found["config"], found["config_mode"]) == (config, "0o400")
-    reading = "Read-only file system"
-    assert {found["writes"][path] for path in ("/usr/x", "/etc/x", "/dstack/x", "/opt/platform/x")} == {
-        reading
-    }
-    assert {found["writes"][path] for path in ("/data/x", "/tmp/x")} == {"written"}
+    written = {path for path, told in found["writes"].items() if told == "written"}
+    assert written == {"/data/x", "/tmp/x", "/srv/model/x"}
+    assert set(found["writes"].values()) == {"written", "Read-only file system"}
     assert found["disk"] == 48 * 1024**2
     assert found["denied"] == ["denied"]
     tcp = found["tcp"]
@@ -143,6 +184,8 @@ async def test_a_service_finds_the_same_sandbox_in_a_virtual_machine(virtual: Gu
     assert shown["disks"][0]["total_size"] == 48 * 1024**2
     assert usage.cpu_time_ms is None or usage.cpu_time_ms > 0
     assert usage.rx_bytes > len("validator")
+    assert machine.guest is not None
+    assert 32 * MIB < _beyond_its_memory(_emulators(machine.guest.pid)[0], 256 * MIB) < OVERHEAD
     machine.shutdown()
     await until(lambda: machine.state == "stopped", machine, PATIENCE)
     assert "said goodbye" in serial(machine)
@@ -158,22 +201,84 @@ async def _call(port: int, text: str) -> str:
 
 
 @pytest.mark.needs("root")
-async def test_two_machines_at_once_end_apart(virtual: Guests) -> None:
-    """Each QEMU is a user of its own. One is killed from outside and is `exited`; the other goes on."""
-    sleeper = [virtual.runtime.boot[0], "-I", "-c", "import time; print('up', flush=True); time.sleep(600)"]
-    killed, other = virtual.create(sleeper), virtual.create(sleeper)
-    for machine in (killed, other):
-        await until(partial(_says, machine, "up"), machine, PATIENCE)
-    emulators = [_emulators(machine.guest.pid)[0] for machine in (killed, other) if machine.guest]
-    assert len({process.uids().real for process in emulators}) == 2
-    assert all(process.uids().real >= 300_000 for process in emulators)
-    emulators[0].send_signal(signal.SIGKILL)
-    await until(lambda: killed.state == "exited", killed)
-    assert "killed with its stage" in str(killed.events)
-    assert other.state == "running"
-    other.stop()
-    await until(lambda: other.state == "stopped", other)
-    await until(lambda: not any(process.is_running() for process in emulators))
+async def test_machines_are_brought_back_and_end_when_they_are_too_old(
+    make_guests: Any,
+    guest_image: GuestImage,
+    runtime_inside: Runtime,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two at once, each QEMU a user of its own, one of them with a writable root.
+
+    One is killed from outside, is `exited`, and started again; the other, not touched by that, is stopped
+    and started by the API. They come back without the modules of a packet filter, and so it is told. Last
+    the hard lifetime of one is over.
+    """
+    async with make_guests(guest_image=guest_image, restarts=RestartPolicy(first=1.0)) as virtual:
+        virtual.runtime, virtual.image = runtime_inside, QEMU_IMAGE
+        sleeper = [
+            runtime_inside.boot[0],
+            "-I",
+            "-c",
+            "import time; print('up', flush=True); time.sleep(6000)",
+        ]
+        killed = virtual.create(sleeper)
+        policy = {"read_only": False, "tmpfs_size_mb": 32}
+        config = json.dumps({"filesystem": policy, "hard_lifetime_s": 86_400})
+        other = virtual.create(CHANGES, user_config=config)
+        both = (killed, other)
+        for machine in both:
+            await until(partial(_says, machine, "up"), machine, PATIENCE)
+        emulators = [_emulators(machine.guest.pid)[0] for machine in both if machine.guest]
+        assert len({process.uids().real for process in emulators}) == 2
+        assert all(process.uids().real >= 300_000 for process in emulators)
+        assert all(machine.guest and machine.guest.walled for machine in both)
+        _changed_what_it_may(next(line for line in serial(other).splitlines() if line.startswith("{")))
+
+        offered = virtual.machines.images.find(QEMU_IMAGE)
+        assert isinstance(offered.driver, QemuDriver)
+        offered.driver._image = _without_packet_filter(guest_image, tmp_path / "unwalled")
+        emulators[0].send_signal(signal.SIGKILL)
+        await until(lambda: killed.state == "exited", killed)
+        assert "killed with its stage" in str(killed.events)
+        assert other.state == "running"
+        other.stop()
+        await until(lambda: other.state == "stopped", other)
+        await until(lambda: not any(process.is_running() for process in emulators))
+        other.start()
+        for machine in both:
+            await until(partial(_says, machine, "up", times=2), machine, PATIENCE)
+            assert machine.state == "running"
+            assert "vm.unwalled" in str(machine.events)
+
+        late = SimpleNamespace(monotonic=lambda: time.monotonic() + 90_000, time=time.time)
+        monkeypatch.setattr("platform_vmm.machine.time", late)
+        await until(lambda: other.state == "stopped", other)
+        assert "vm.lifetime" in str(other.events)
+        assert killed.state == "running"
+
+
+def _changed_what_it_may(line: str) -> None:
+    found = json.loads(line)
+    assert set(found["changes"].values()) == {"written"}, found
+    assert found["gone"]
+    assert set(found["kept"].values()) <= {"Permission denied", "Read-only file system"}
+    assert 16 * 2**20 < found["total"] <= 32 * 2**20
+
+
+def _without_packet_filter(image: GuestImage, folder: Path) -> GuestImage:
+    """The same, but for an initrd that loads no module of the packet filter."""
+    folder.mkdir()
+    for path in (image.kernel, image.root):
+        (folder / path.name).hardlink_to(path)
+    plain, loads = image.initrd.read_bytes(), "do\n  $b insmod"
+    script = INIT.read_text()
+    assert loads in script
+    script = script.replace(loads, loads.replace("do", 'do\n  case "$module" in nf*) continue ;; esac', 1))
+    later = b"".join(_archive([("init", 0o100755, script.encode())]))
+    (folder / "initrd").write_bytes(plain + bytes(-len(plain) % 4) + later)
+    files = {name: folder / getattr(image, name).name for name in ("kernel", "initrd", "root")}
+    return replace(image, path=folder, **files)
 
 
 async def test_a_boot_takes_no_longer_than_the_machine_may_live_or_is_wanted(virtual: Guests) -> None:
@@ -244,8 +349,19 @@ async def test_a_probe_that_hangs_ends_in_time_and_leaves_nothing(
     assert not (tmp_path / "probe").exists()
 
 
-def _says(machine: Machine, word: str) -> bool:
-    return word in serial(machine).split()
+def _says(machine: Machine, word: str, times: int = 1) -> bool:
+    """Over all boots together."""
+    return serial(machine).split().count(word) >= times
+
+
+def _beyond_its_memory(emulator: psutil.Process, memory: int) -> int:
+    """Bytes that a QEMU has besides the mapping that is its guest's memory."""
+    found = 0
+    for mapping in emulator.memory_maps(grouped=False):
+        first, last = (int(end, 16) for end in mapping.addr.split("-"))
+        if last - first != memory:
+            found += mapping.rss
+    return found
 
 
 def _emulators(root: int | None = None) -> list[psutil.Process]:

@@ -30,6 +30,10 @@ class Guest(Protocol):
     def pid(self) -> int:
         """Its first process, as the host sees it."""
 
+    @property
+    def walled(self) -> bool:
+        """Whether a packet filter stands in it, beside the network namespace that has only `lo`."""
+
     async def exited(self) -> int | None:
         """Wait for its end: the exit code of what it ran, or None when it was taken down from outside."""
 

@@ -203,6 +203,9 @@ class Machine:
             self.note("instance.info", json.dumps({"app_id": self.app_id, "instance_id": self.instance_id}))
             self._progress("done")
             log.info("vm_started", vm=self.id, name=self.configuration.name, pid=guest.pid)
+            if not guest.walled:
+                self.note("vm.unwalled", "no packet filter in it: its empty network is the only wall")
+                log.warning("vm_without_packet_filter", vm=self.id, name=self.configuration.name)
             await self._until_over(guest)
         except (VmmError, OSError) as error:
             self._failed(str(error))

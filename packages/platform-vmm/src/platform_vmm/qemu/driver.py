@@ -48,6 +48,11 @@ class VirtualGuest:
         """Bubblewrap's, around QEMU."""
         return self.sandbox.pid
 
+    @property
+    def walled(self) -> bool:
+        """As the guest's init tells it."""
+        return self.link.up.result()
+
     async def exited(self) -> int | None:
         """Wait for its end: the service's exit code, or None when the machine went first."""
         return await asyncio.shield(self.link.exited)
