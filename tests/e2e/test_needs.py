@@ -36,9 +36,9 @@ def test_make_test_installs_what_the_tests_need() -> None:
     assert needed() - {program for package, program in table if package in installed} == set()
 
 
-def test_no_test_skips_itself_for_a_program() -> None:
+def test_no_test_skips_itself_for_a_program_or_for_not_being_root() -> None:
     """That is what the mark is for."""
-    own = re.compile(r"skipif\([^)]*which\(|which\([^\n]*\n\s+pytest\.skip\(")
+    own = re.compile(r"skipif\([^)]*(which|getuid)\(|(which|getuid)\([^\n]*\n\s+pytest\.skip\(")
     assert [path.name for path in TESTS if own.search(path.read_text())] == []
 
 

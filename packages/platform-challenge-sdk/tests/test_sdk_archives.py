@@ -193,6 +193,7 @@ class TestBad:
         with pytest.raises(SubmissionUnreadable, match="a header of over"):
             unpack(gzip.compress(tar_of((info, b""))))
 
+    @pytest.mark.robustness(25, "bomb")
     def test_a_header_takes_no_time_that_grows_with_its_square(self, unpack: Unpack) -> None:
         """Python's tarfile looks through digits again from each of them: eight of these took it a minute."""
         size = 64_000

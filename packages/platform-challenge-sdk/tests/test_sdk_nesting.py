@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +10,7 @@ from fallback_house import House
 
 from platform_challenge_sdk import landlock
 
-pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can play a container's root")
+pytestmark = pytest.mark.needs("root", why="it plays a container's root")
 
 
 @pytest.fixture(scope="module")
