@@ -139,7 +139,7 @@ class _Logs:
         if query.get("ch", "serial") not in ("serial", "stdout", "stderr"):
             return PlainTextResponse(f"Unknown channel {query['ch'][:32]}", status_code=400)
         lines = query.get("lines", str(_MAX_LINES))
-        wanted = min(int(lines), _MAX_LINES) if lines.isdigit() else _MAX_LINES
+        wanted = min(int(lines), _MAX_LINES) if lines.isdecimal() else _MAX_LINES
         plain = query.get("ansi") != "true"
         if query.get("ch", "serial") != "serial":
             return PlainTextResponse(b"")
