@@ -13,15 +13,16 @@ from platform_challenge_sdk import landlock
 pytestmark = pytest.mark.needs("root", why="it plays a container's root")
 
 
-@pytest.fixture(scope="module")
-def house() -> Iterator[House]:
-    made = House("nesting")
+@pytest.fixture(scope="module", params=["nesting", "nesting user"])
+def house(request: pytest.FixtureRequest) -> Iterator[House]:
+    """As images of challenges' own mostly run, and as the runtime image does."""
+    made = House(request.param)
     yield made
     made.close()
 
 
-def test_a_containers_root_who_may_not_mount_makes_namespaces(house: House) -> None:
-    """By a user namespace in which it is root still, and may become the run's uid."""
+def test_namespaces_are_made(house: House) -> None:
+    """Also by a container's root, who may not mount: by a user namespace in which it is root still."""
     assert house.choice == "namespaces and seccomp"
 
 

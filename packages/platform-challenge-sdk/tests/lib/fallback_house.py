@@ -1,7 +1,8 @@
 """Environments that differ in whether namespaces nest there, and a process in each that plays the SDK.
 
 `docker`: a container with Docker's limits. `unmasked` and `nesting`: the same with `seccomp=unconfined`, and
-with `systempaths=unconfined` as well. `user`: an ordinary user under Docker's system call filter.
+with `systempaths=unconfined` as well. `user`: an ordinary user under Docker's system call filter;
+`nesting user`: one where neither is in the way.
 Programs are handed to it; it answers how they ended and what it found afterwards.
 """
 # ruff: noqa: E501 - a line of that process's program stays one line
@@ -130,7 +131,7 @@ class House:
         for name in ("bin", "lib", "lib64"):
             words += ["--symlink", f"usr/{name}", f"/{name}"]
         words += ["--dir", "/etc", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--dev", "/dev"]
-        if kind == "nesting":  # bubblewrap's own /proc has covers, as Docker's
+        if kind.startswith("nesting"):  # bubblewrap's own /proc has covers, as Docker's
             words = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *words]
             words += ["--bind", "/proc", "/proc"]
         else:
@@ -148,7 +149,7 @@ class House:
         command = [sys.executable, "-c", SDK]
         if os.getuid() != 0:
             words += ["--unshare-user", "--uid", "1000", "--gid", "1000"]
-        elif kind != "user":
+        elif "user" not in kind:
             words += [word for name in DOCKER.split() for word in ("--cap-add", f"CAP_{name}")]
         else:
             words += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
