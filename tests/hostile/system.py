@@ -65,7 +65,7 @@ class System:
         self, state: Path, traps_secret: str, *, open_guards: bool, ports: str, virtual: bool = False
     ) -> None:
         self._open = open_guards
-        self._virtual = virtual
+        self.virtual = virtual
         self.stack = make_stack(state, level="Vm" if virtual else "Container")
         self.stack.validators[0] = replace(self.stack.validator, port_range=ports)
         self._widen = state / "widen"
@@ -102,7 +102,7 @@ class System:
         stack = self.stack
         stack.start_api()
         self._start_vmm()
-        limits = _LIMITS | ({"VALIDATOR_CPU_CORES": "3"} if self._virtual else {})
+        limits = _LIMITS | ({"VALIDATOR_CPU_CORES": "3"} if self.virtual else {})
         stack.validator_environment = limits | {"DSTACK_VMM_URL": f"http://127.0.0.1:{self.vmm_port}"}
         self.start_validator()
         self.watch.start()
@@ -118,7 +118,7 @@ class System:
             kind = name.partition("-")[0]
             if kind in self._secrets:
                 self._give(name, f"{kind.upper()}_SECRET", self._secrets[kind])
-        self._until("every challenge serves", self._serve, _READY_S * (3 if self._virtual else 1))
+        self._until("every challenge serves", self._serve, _READY_S * (3 if self.virtual else 1))
 
     def stop(self) -> dict[str, int]:
         """Drain and end everything. Exit codes by name."""
@@ -171,7 +171,7 @@ class System:
     def _start_vmm(self) -> None:
         stack = self.stack
         self.vmm_port = free_ports(1)[0]
-        if self._virtual:
+        if self.virtual:
             offer_guest_image(self.state / "vmm")
         command = _program("platform-vmm", "vmm", open_guards=self._open)
         command += ["serve", "--listen", f"127.0.0.1:{self.vmm_port}", "--state-dir", str(self.state / "vmm")]
