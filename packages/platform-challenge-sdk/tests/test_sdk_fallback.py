@@ -30,6 +30,18 @@ def clean(told: dict[str, Any]) -> bool:
     return (told["survivors"], told["left"], told["victim"]) == (0, [], True)
 
 
+@pytest.mark.parametrize("version", [1, 5])
+def test_under_an_older_landlock_an_ordinary_user_runs_nothing_and_kills_nobody(version: int) -> None:
+    """Without a fence around signals the end of a run would be the end of all that have its uid."""
+    house = House("user", landlock=version)
+    assert f"Landlock {version} keeps no signals in" in house.choice
+    unfenced = {"kind": "landlock", "own_uid": False, "landlock": version}
+    told = house.run("print('ran')", containment=unfenced)
+    assert "expected a fence around signals" in told["refused"]
+    assert house.run("print('here')", plain=True)["text"] == "here\n"
+    house.close()
+
+
 class TestRuns:
     def test_it_is_made_by_really_trying(self, house: House) -> None:
         uid = {"docker": "an own uid", "user": "the SDK's uid"}[house.kind]

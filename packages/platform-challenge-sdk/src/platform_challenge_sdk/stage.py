@@ -73,6 +73,8 @@ class Stage:
             return
         if _free(self._room) < self._config["disk"] + _RESERVE:
             raise Failed(f"expected {self._config['disk'] + _RESERVE} bytes free for the run's files")
+        if self._confined["fence"] is None and self._confined["uid"] is None:
+            raise Failed("expected a fence around signals: the run's end would be that of all with our uid")
         if self._confined["fence"] is not None:
             _restrict(bytes.fromhex(self._confined["fence"]), [])
             self._try_the_fence()

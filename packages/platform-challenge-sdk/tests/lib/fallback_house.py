@@ -26,7 +26,7 @@ from pathlib import Path
 from platform_challenge_sdk.containment import Containment
 from platform_challenge_sdk.contained import MIB, Order, run_contained
 from platform_challenge_sdk.errors import ContainmentUnavailable
-from platform_challenge_sdk import room
+from platform_challenge_sdk import landlock, room
 from platform_challenge_sdk.trial import containment
 
 # Other houses have other uids: the kernel counts processes of a uid over all of them.
@@ -56,7 +56,6 @@ def run(program, options, place):
     place.mkdir(exist_ok=True)
     (place / "main.py").write_text(program)
     values = {"stdin": b"", "timeout": 20.0, "memory": 192 * MIB, "files": {"given": b"file"}, "disk": 8 * MIB}
-    kind = Containment(**options.pop("containment")) if "containment" in options else containment()
     plain = options.pop("plain", False)
     argv = options.pop("argv", ["python3", "main.py", str(os.getpid()), str(tcp.getsockname()[1])])
     if plain:
@@ -66,11 +65,21 @@ def run(program, options, place):
         folder.parent.chmod(0o700)
         Path("/tmp/victim").write_text("whole")
         return {"text": done.stdout.decode(), "stderr": done.stderr.decode(), "exit": done.returncode}
-    outcome = run_contained(Order(argv, place, **(values | options)), (), kind)
+    kind = Containment(**options.pop("containment")) if "containment" in options else containment()
+    try:
+        outcome = run_contained(Order(argv, place, **(values | options)), (), kind)
+    except ContainmentUnavailable as error:
+        return {"refused": str(error)}
     return {"text": outcome.text, "stderr": outcome.stderr.decode("utf-8", "replace"), "exit": outcome.exit,
             "killed_by": outcome.killed_by, "lost": outcome.containment.lost, "peak": outcome.usage.memory_peak_bytes}
 
-print(json.dumps(str(containment())), flush=True)
+if "LANDLOCK" in os.environ:
+    landlock.version = lambda: int(os.environ["LANDLOCK"])
+try:
+    choice = str(containment())
+except ContainmentUnavailable as error:
+    choice = str(error)
+print(json.dumps(choice), flush=True)
 for line in sys.stdin:
     runs = json.loads(line)
     before, told = processes(), [None] * len(runs)
@@ -107,9 +116,9 @@ def without_namespaces() -> bytes:
 
 
 class House:
-    """An environment of one kind, and the SDK in it."""
+    """An environment of one kind, and the SDK in it, to which the kernel may seem to know an older Landlock."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, landlock: int | None = None) -> None:
         self.kind = kind
         packages = [
             str(Path(module.__file__ or "").parents[1])
@@ -117,16 +126,10 @@ class House:
         ]
         uids = 100_000 + os.getpid() % 1000 * 100
         words = ["bwrap", "--unshare-ipc", "--unshare-net", "--die-with-parent", "--cap-drop", "ALL"]
-        words += [
-            "--new-session",
-            "--clearenv",
-            "--setenv",
-            "CANARY",
-            "canary",
-            "--setenv",
-            "UIDS",
-            str(uids),
-        ]
+        environment = {"CANARY": "canary", "UIDS": str(uids)}
+        environment |= {} if landlock is None else {"LANDLOCK": str(landlock)}
+        words += ["--new-session", "--clearenv"]
+        words += [word for pair in environment.items() for word in ("--setenv", *pair)]
         words += ["--ro-bind", "/usr", "/usr"]
         for name in ("bin", "lib", "lib64"):
             words += ["--symlink", f"usr/{name}", f"/{name}"]
