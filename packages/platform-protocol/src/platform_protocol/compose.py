@@ -18,9 +18,9 @@ USER_CONFIG_PATH = "/dstack/.host-shared/.user-config"
 AGENT_SOCKET = "/var/run/dstack.sock"
 NESTING = ("seccomp=unconfined", "systempaths=unconfined")
 """The service's `security_opt`: with Docker's default profile and its covers over /proc, nobody in the
-container could make the namespaces that hold a submission, and dstack's guest kernel has no Landlock to hold
-it with instead (meta-dstack, July 2026: CONFIG_USER_NS=y, no CONFIG_SECURITY_LANDLOCK). Docker Compose knows
-the second from v2.6.0 (its issue 9505)."""
+container could make the namespaces that hold a submission, and by its sources dstack's guest kernel has no
+Landlock instead (meta-dstack's configuration, July 2026: CONFIG_USER_NS=y, no CONFIG_SECURITY_LANDLOCK).
+Docker Compose knows the second from v2.6.0 (its issue 9505)."""
 _RUNTIME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]*@sha256:[0-9a-f]{64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
